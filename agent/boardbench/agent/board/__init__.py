@@ -1,0 +1,1 @@
+"""What the board is and what its sensors say."""

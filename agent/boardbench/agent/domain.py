@@ -1,0 +1,165 @@
+"""The nouns of a run, frozen.
+
+The bench process speaks in these, under any Python from 3.9 on, so nothing here may need more
+than the standard library. Field names and enum values are those of ``boardbench.v1``:
+:mod:`boardbench.agent.wire` turns one into the other without a table.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Mapping, Optional, Tuple
+
+
+class Unit(str, enum.Enum):
+    """Where an operation runs. See ``boardbench.v1.Unit``."""
+
+    UNSPECIFIED = "UNIT_UNSPECIFIED"
+    CPU = "UNIT_CPU"
+    CPU_DELEGATE = "UNIT_CPU_DELEGATE"
+    GPU = "UNIT_GPU"
+    TPU = "UNIT_TPU"
+    NPU = "UNIT_NPU"
+    DELEGATE = "UNIT_DELEGATE"
+
+
+class Evidence(str, enum.Enum):
+    """How a placement came to be known. See ``boardbench.v1.Evidence``."""
+
+    UNSPECIFIED = "EVIDENCE_UNSPECIFIED"
+    STATIC = "EVIDENCE_STATIC"
+    PARTITION = "EVIDENCE_PARTITION"
+    PROFILED = "EVIDENCE_PROFILED"
+    COUNTERS = "EVIDENCE_COUNTERS"
+    HOST_CPU = "EVIDENCE_HOST_CPU"
+
+
+class Verdict(str, enum.Enum):
+    """What the evidence says when joined. See ``boardbench.v1.PlacementVerdict``."""
+
+    UNSPECIFIED = "PLACEMENT_VERDICT_UNSPECIFIED"
+    ACCELERATED = "PLACEMENT_VERDICT_ACCELERATED"
+    PARTLY = "PLACEMENT_VERDICT_PARTLY"
+    NOT_ACCELERATED = "PLACEMENT_VERDICT_NOT_ACCELERATED"
+    CONTRADICTED = "PLACEMENT_VERDICT_CONTRADICTED"
+
+
+class Stage(str, enum.Enum):
+    """The steps of a run. See ``boardbench.v1.Stage``."""
+
+    UNSPECIFIED = "STAGE_UNSPECIFIED"
+    START = "STAGE_START"
+    IMPORT = "STAGE_IMPORT"
+    CREATE = "STAGE_CREATE"
+    INPUTS = "STAGE_INPUTS"
+    FIRST_INFERENCE = "STAGE_FIRST_INFERENCE"
+    WARM_UP = "STAGE_WARM_UP"
+    MEASURE = "STAGE_MEASURE"
+    REPORT = "STAGE_REPORT"
+
+
+class MemoryPhase(str, enum.Enum):
+    """A phase with memory of its own. See ``boardbench.v1.MemoryPhase``."""
+
+    BASELINE = "MEMORY_PHASE_BASELINE"
+    LOADED = "MEMORY_PHASE_LOADED"
+    FIRST_INFERENCE = "MEMORY_PHASE_FIRST_INFERENCE"
+    STEADY = "MEMORY_PHASE_STEADY"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """real = scale * (stored - zero_point), for a whole tensor."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output: NumPy's type name; ``shape`` outermost first, -1 where open."""
+
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+    quantization: Optional[Quantization] = None
+
+
+@dataclass(frozen=True)
+class OpPlacement:
+    """One operation and where it runs."""
+
+    index: int
+    type: str
+    name: str = ""
+    unit: Unit = Unit.UNSPECIFIED
+    delegate: str = ""
+    cause: str = ""
+    root_cause: Optional[bool] = None
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class UnitCount:
+    """Number of operations on one unit."""
+
+    unit: Unit
+    ops: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the operations run, and how that is known. Counts are absent when not known."""
+
+    evidence: Evidence = Evidence.UNSPECIFIED
+    accelerated_ops: Optional[int] = None
+    cpu_ops: Optional[int] = None
+    accelerated_op_types: Mapping[str, int] = field(default_factory=dict)
+    cpu_op_types: Mapping[str, int] = field(default_factory=dict)
+    units: Tuple[UnitCount, ...] = ()
+    ops: Tuple[OpPlacement, ...] = ()
+    verdict: Verdict = Verdict.UNSPECIFIED
+    detail: str = ""
+    standin: bool = False
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """One percentile with its distribution-free bounds, in seconds."""
+
+    percentile: float
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The distribution of the counted inferences; samples in the order they ran."""
+
+    count: int
+    mean_seconds: float
+    min_seconds: float
+    max_seconds: float
+    stdev_seconds: Optional[float]
+    percentiles: Tuple[Percentile, ...]
+    samples_nanoseconds: Tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Memory at the end of a phase; the peak is the phase's own. Absent is absent."""
+
+    phase: MemoryPhase
+    rss_bytes: Optional[int] = None
+    pss_bytes: Optional[int] = None
+    peak_rss_bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Warning:  # noqa: A001 - the word of the wire
+    """A doubt about the figures: a stable code, and what was seen and what to do."""
+
+    code: str
+    message: str
