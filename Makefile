@@ -1,0 +1,73 @@
+# The two commands a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint protos docs bench soak build clean
+
+# The newest Python on the PATH that boardbench runs on; `make PYTHON=…` chooses another.
+PYTHON ?= $(shell deploy/find_python.sh)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Prometheus and other programs that tests run for real are unpacked here when the system has none.
+SYSTEM := .cache/system
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "boardbench needs Python 3.10 or newer; found none on the PATH (make PYTHON=/path/to/python3)"; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.demo
+	$(BIN)/python -m pip install -q --group dev
+	@touch $@
+
+demo: $(VENV)/.demo  ## Run the main job here: collector, agent, two models, results, metrics
+	$(BIN)/boardbench demo $(DEMO_ARGS)
+
+test: lint $(SYSTEM)/.prometheus  ## Install what the tests need and run them
+	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m 'not soak' $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Style, types, import rules, the wire
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf breaking --against protos/baseline.binpb
+
+$(SYSTEM)/.prometheus:
+	@mkdir -p $(SYSTEM)
+	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter
+	@touch $@
+
+.cache/protos/.installed: pyproject.toml
+	@test -x .cache/protos/bin/python || "$(PYTHON)" -m venv .cache/protos
+	@.cache/protos/bin/python -m pip install -q --upgrade 'pip>=25.1'
+	@.cache/protos/bin/python -m pip install -q --group protos
+	@touch $@
+
+protos: .cache/protos/.installed  ## Write protos/gen anew
+	.cache/protos/bin/python protos/generate.py protos/gen
+
+docs: $(BIN)/python  ## Build the documentation into site/
+	$(BIN)/python -m pip install -q -e . --group docs
+	$(BIN)/sphinx-build -W -q -b html docs site
+
+bench: $(VENV)/.dev  ## Measure boardbench against other tools (minutes; wants a calm machine)
+	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python benchmarks/all.py $(BENCH_ARGS)
+
+soak: $(VENV)/.dev $(SYSTEM)/.prometheus  ## The long tests
+	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
+
+build: $(BIN)/python  ## Build the wheel and the source distribution into dist/
+	$(BIN)/python -m pip install -q build
+	$(BIN)/python -m build
+
+clean:  ## Remove everything that make made
+	rm -rf $(VENV) .cache site dist build
