@@ -33,6 +33,7 @@ class Evidence(str, enum.Enum):
     PROFILED = "EVIDENCE_PROFILED"
     COUNTERS = "EVIDENCE_COUNTERS"
     HOST_CPU = "EVIDENCE_HOST_CPU"
+    PREDICTION = "EVIDENCE_PREDICTION"
 
 
 class Verdict(str, enum.Enum):
@@ -158,8 +159,126 @@ class PhaseMemory:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Memory of the worker by phase. Absent is absent."""
+
+    phases: Tuple[PhaseMemory, ...] = ()
+    peak_rss_bytes: Optional[int] = None
+    model_rss_bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class Warning:  # noqa: A001 - the word of the wire
     """A doubt about the figures: a stable code, and what was seen and what to do."""
 
     code: str
     message: str
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python interpreter: its executable, and "CPython 3.11.7"."""
+
+    path: str
+    version: str
+
+
+@dataclass(frozen=True)
+class RuntimeStatus:
+    """Whether one engine can run here; ``reason`` says why not and how to mend it."""
+
+    name: str
+    available: bool
+    version: str = ""
+    reason: str = ""
+    formats: Tuple[str, ...] = ()
+    devices: Tuple[str, ...] = ()
+    interpreter: Optional[Interpreter] = None
+
+
+@dataclass(frozen=True)
+class RuntimeUsed:
+    """The engine as a run used it. ``boardbench.v1.Runtime`` on the wire."""
+
+    name: str
+    version: str
+    device: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    interpreter: Optional[Interpreter] = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the dimensions of one tensor, outermost first."""
+
+    dimensions: Tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """What to run and how long; None where nothing was said."""
+
+    runtime: str = ""
+    device: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    threads: Optional[int] = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    inputs_sha256: str = ""
+    seed: Optional[int] = None
+    duration_seconds: Optional[float] = None
+    min_runs: Optional[int] = None
+    max_runs: Optional[int] = None
+    warm_up_seconds: Optional[float] = None
+    warm_up_runs: Optional[int] = None
+    timeout_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class InputData:
+    """What was fed: ``source`` is "seeded" or "file"; the digest is over names, types, shapes and bytes."""
+
+    source: str
+    sha256: str
+    seed: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class WorkerEnvironment:
+    """What the worker itself knows of its surroundings: a part of ``boardbench.v1.Environment``."""
+
+    clock_read_seconds: Optional[float] = None
+    involuntary_context_switches: Optional[int] = None
+    cpu_seconds: Optional[float] = None
+    wall_seconds: Optional[float] = None
+    page_size_bytes: Optional[int] = None
+    cpu_affinity: Tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is; the median is an interim figure."""
+
+    stage: Stage
+    runs: int
+    elapsed_seconds: float
+    fraction: Optional[float] = None
+    median_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the worker measured: the part of ``boardbench.v1.RunResult`` that it knows."""
+
+    runtime: RuntimeUsed
+    effective_spec: BenchmarkSpec
+    import_seconds: float
+    create_seconds: float
+    first_inference_seconds: float
+    latency: Latency
+    memory: Memory
+    placement: Placement
+    environment: WorkerEnvironment
+    inputs: Tuple[TensorInfo, ...]
+    outputs: Tuple[TensorInfo, ...]
+    input_data: InputData
+    output_sha256: Mapping[str, str] = field(default_factory=dict)

@@ -26,30 +26,49 @@ class ModelRejected(Exception):
 
 
 class OptionRejected(Exception):
-    """An option, device, shape or input that this engine or model does not take; names it and lists what it takes."""
+    """An option or device that this engine does not take; names it and lists what it takes."""
+
+
+class InputsRejected(Exception):
+    """Shapes or input data that this model does not take; lists what it takes."""
 
 
 class LoadedModel(Protocol):
     """A model in an engine, ready to run. Used by one thread; closed by whoever loaded it."""
 
     inputs: Tuple[TensorInfo, ...]
-    outputs: Tuple[TensorInfo, ...]
+    """With every dimension settled: the shapes that will run. Names are unique and never empty."""
 
-    def bind(self, feeds: "Tensors") -> Callable[[], object]:
+    outputs: Tuple[TensorInfo, ...]
+    """As the model declares them, -1 where it leaves a size open. Names are unique and never empty."""
+
+    options: Mapping[str, str]
+    """Every option as it is in force, defaults included."""
+
+    threads: Optional[int]
+    """Threads that the engine was told to use; None where it decides by itself."""
+
+    def bind(self, feeds: Tensors) -> Callable[[], object]:
         """A call that runs one inference on ``feeds`` and returns once the outputs are in host memory.
 
         Everything that need not be repeated for an inference happens here and not in the
         call: this is what the timed loop calls, so it is the engine's own function where possible.
-        ``feeds`` holds every input by name, of the dtype and a shape that the model takes.
+        ``feeds`` holds every input by name, C-contiguous, of the dtype and shape in ``inputs``.
         """
         ...
 
-    def fetch(self) -> "Tensors":
-        """Outputs of the latest inference, by name, copied."""
+    def fetch(self, returned: object) -> Tensors:
+        """Outputs of the latest inference, by name, copied; ``returned`` is what its call gave back.
+
+        An output that is no tensor (a list or map of ONNX-ML) is left out.
+        """
         ...
 
     def placement(self) -> Placement:
-        """Where each op runs. Never guesses: unknown is an empty Placement with the reason in ``detail``."""
+        """Where each op runs. Never guesses: unknown is an empty Placement with the reason in ``detail``.
+
+        Called after the measurement; may run the model again, under a profiler.
+        """
         ...
 
     def close(self) -> None:
@@ -80,5 +99,8 @@ class Runtime(Protocol):
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
     ) -> LoadedModel:
-        """Loads a model file. Raises RuntimeUnavailable, ModelRejected, OptionRejected."""
+        """Loads a model file; ``shapes`` settles open inputs, see :func:`shapes.settle`.
+
+        Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected.
+        """
         ...
