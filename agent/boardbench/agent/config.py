@@ -1,0 +1,344 @@
+"""agent.toml, the environment and flags, parsed once into a frozen AgentConfig. Every default is here.
+
+What is set later in this list wins: the default, the file, ``BOARDBENCH_AGENT_…``, a flag. The variable of
+a key is its path in capitals: ``store.limit_bytes`` is ``BOARDBENCH_AGENT_STORE_LIMIT_BYTES``; tables of
+free names are ``name=value,name=value``: ``BOARDBENCH_AGENT_LABELS=lab=zurich,rack=2``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from boardbench.agent.errors import ConfigurationError
+
+DEFAULT_PATH = Path("/etc/boardbench/agent.toml")
+SYSTEM_DATA_DIR = Path("/var/lib/boardbench")
+ENVIRONMENT_PREFIX = "BOARDBENCH_AGENT_"
+# Names the file itself, so it is no key of it.
+_CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+
+_MIB = 1024 * 1024
+_GIB = 1024 * _MIB
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Bounds of the model store."""
+
+    # An SD card of 16 GB with the system on it has about 8 to spare; models are 1 to 500 MB.
+    limit_bytes: int = 4 * _GIB
+    # Enough for the system to write logs and for package managers to work.
+    free_floor_bytes: int = 512 * _MIB
+
+
+@dataclass(frozen=True)
+class SpoolConfig:
+    """Bounds of the spool."""
+
+    # A result with 100,000 samples is about 0.4 MB: 160 of the largest, thousands of usual ones.
+    limit_bytes: int = 64 * _MIB
+    # Small: results are worth more than anything else that would fill the rest.
+    free_floor_bytes: int = 16 * _MIB
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """Bounds of the queue."""
+
+    # A client that loops over a folder of models must not fill the board with waiting runs.
+    waiting_limit: int = 256
+    # Ended runs that stay to be watched or listed; the collector has them all.
+    kept_limit: int = 64
+    # Bytes that their results may take on disk.
+    kept_bytes: int = 64 * _MIB
+
+
+@dataclass(frozen=True)
+class DeadlinesConfig:
+    """How long each stage of a run may take, in seconds, before the worker is taken as hung.
+
+    Warm-up and measurement also get what was asked for and what the first inference says they need.
+    """
+
+    # Starting Python takes a second; from a worn card under load, many.
+    start_seconds: float = 60.0
+    # The largest engines are gigabytes of libraries, and a card reads some 20 MB/s.
+    import_seconds: float = 180.0
+    # TensorRT builds its engine inside session creation: minutes, on a small Jetson many.
+    create_seconds: float = 1800.0
+    # Inputs are made at the speed of memory, or read from the card.
+    inputs_seconds: float = 120.0
+    # Includes lazy compilation and, on an Edge TPU over USB 2, the upload of the parameters.
+    first_inference_seconds: float = 300.0
+    # On top of what the warm-up itself needs.
+    warm_up_seconds: float = 60.0
+    # On top of what the measurement itself needs.
+    measure_seconds: float = 60.0
+    # Placement may profile the model once more.
+    report_seconds: float = 180.0
+    # From the report to the end of the process; the result is in by then, so a hang there costs nothing more.
+    exit_seconds: float = 5.0
+    # Importing every engine, once, at start.
+    probe_seconds: float = 180.0
+
+
+@dataclass(frozen=True)
+class SpecConfig:
+    """What a run does when the request leaves it open."""
+
+    # Long enough for clocks to settle, short enough to wait for.
+    duration_seconds: float = 3.0
+    # TFLite's own tool takes 50; p50 needs 11 and p90 64 for a bound that holds.
+    min_runs: int = 50
+    # Every sample is kept and sent: about 4 bytes each.
+    max_runs: int = 100_000
+    # As TFLite's own tool has it.
+    warm_up_seconds: float = 0.5
+    warm_up_runs: int = 1
+    # Half an hour: nobody waits longer without having asked for it.
+    timeout_seconds: float = 1800.0
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where one runtime lives."""
+
+    # Python interpreter that has the engine; empty: the agent's own.
+    python: str = ""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Everything that can be configured."""
+
+    # Only this board, until somebody opens it: there is no authentication on this port yet.
+    listen: str = "127.0.0.1:7341"
+    # Models, inputs, the spool and the journal of runs.
+    data_dir: Path = field(default_factory=lambda: default_data_dir(os.environ))
+    # HOST:PORT of the collector; empty: results stay in the spool.
+    collector: str = ""
+    # HOST:PORT that the collector tells others for pushing here; empty: what `listen` says.
+    address: str = ""
+    # Identity of the board; empty: made from the machine id.
+    device_id: str = ""
+    # Free labels of the board.
+    labels: Mapping[str, str] = field(default_factory=dict)
+    # Folder that holds proc, sys and etc of the board; another one in tests and containers.
+    sys_root: Path = Path("/")
+    store: StoreConfig = field(default_factory=StoreConfig)
+    spool: SpoolConfig = field(default_factory=SpoolConfig)
+    runs: RunsConfig = field(default_factory=RunsConfig)
+    deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
+    spec: SpecConfig = field(default_factory=SpecConfig)
+    # By the runtime's name.
+    runtimes: Mapping[str, RuntimeConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parse_address(self.listen, "listen")
+        for key in ("collector", "address"):
+            if getattr(self, key):
+                parse_address(getattr(self, key), key)
+        _check_text("device_id", self.device_id)
+        for name, value in self.labels.items():
+            _check_text("labels", name)
+            _check_text(f"labels.{name}", value)
+        if self.spec.min_runs > self.spec.max_runs:
+            raise ConfigurationError(
+                f"spec.min_runs is {self.spec.min_runs} and spec.max_runs {self.spec.max_runs}: "
+                "the first must not be greater"
+            )
+
+
+def load(
+    path: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    flags: Mapping[str, object] | None = None,
+) -> AgentConfig:
+    """The configuration; without a path, ``BOARDBENCH_AGENT_CONFIG`` or the default file if there is one.
+
+    ``flags`` holds values by their dotted key. Raises ConfigurationError.
+    """
+    if path is None and environment.get(_CONFIG_VARIABLE):
+        path = Path(environment[_CONFIG_VARIABLE])
+    if path is None and DEFAULT_PATH.is_file():
+        path = DEFAULT_PATH
+    raw: dict[str, Any] = {} if path is None else _read_toml(path)
+    reader = _Reader(str(path) if path is not None else "configuration")
+    # The file is read by itself first, so that a mistake in it is told as one of the file.
+    config = reader.build(AgentConfig, raw, ())
+    changes = _from_environment(environment)
+    changes += [(key, value, "--" + key.replace("_", "-")) for key, value in (flags or {}).items()]
+    for key, value, origin in changes:
+        _set(raw, key.split("."), value)
+        reader.origins[key] = origin
+    return reader.build(AgentConfig, raw, ()) if changes else config
+
+
+def default_data_dir(environment: Mapping[str, str]) -> Path:
+    """Folder that systemd gives, else /var/lib/boardbench where it may be written, else the user's own."""
+    if environment.get("STATE_DIRECTORY"):
+        return Path(environment["STATE_DIRECTORY"].split(":")[0])
+    nearest = SYSTEM_DATA_DIR if SYSTEM_DATA_DIR.exists() else SYSTEM_DATA_DIR.parent
+    if os.access(nearest, os.W_OK | os.X_OK):
+        return SYSTEM_DATA_DIR
+    state = environment.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "boardbench"
+
+
+def parse_address(text: str, key: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT`` (``[::1]:7341`` for IPv6). Raises ConfigurationError naming the key."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigurationError(f"{key}: {text!r} is not HOST:PORT, as in 127.0.0.1:7341 or [::1]:7341")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigurationError(f"{key}: write an IPv6 address in brackets: [{host}]:{port}")
+    return host, int(port)
+
+
+def _check_text(key: str, value: str) -> None:
+    if len(value) > 128 or not value.isprintable():
+        raise ConfigurationError(f"{key}: {value!r} must be printable and at most 128 characters long")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not TOML: {error}") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, object, str]]:
+    """(key, value, what to call it in an error) of every variable of ours that is set."""
+    keys = {(ENVIRONMENT_PREFIX + key.replace(".", "_")).upper(): key for key in _keys() if key != "runtimes"}
+    found: list[tuple[str, object, str]] = []
+    for variable, value in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == _CONFIG_VARIABLE:
+            continue
+        if variable not in keys:
+            raise ConfigurationError(
+                f"environment variable {variable}: no such setting; there are {', '.join(sorted(keys))}"
+            )
+        found.append((keys[variable], value, f"environment variable {variable}"))
+    return found
+
+
+def _keys() -> list[str]:
+    """Every dotted key."""
+    found = []
+    for name, hint in get_type_hints(AgentConfig).items():
+        inner = [f"{name}.{entry.name}" for entry in fields(hint)] if is_dataclass(hint) else [name]
+        found.extend(inner)
+    return found
+
+
+def _set(raw: dict[str, Any], path: list[str], value: object) -> None:
+    for name in path[:-1]:
+        raw = raw.setdefault(name, {})
+    raw[path[-1]] = value
+
+
+class _Reader:
+    """Turns raw values into the frozen classes; every mistake names the key and where it was set."""
+
+    def __init__(self, origin: str) -> None:
+        self.origins: dict[str, str] = {}
+        self._origin = origin
+
+    def build(self, kind: type[Any], raw: object, path: tuple[str, ...]) -> Any:
+        if not isinstance(raw, Mapping):
+            raise self._error(path, f"{'.'.join(path)} must be a table, not {raw!r}")
+        hints = get_type_hints(kind)
+        values: dict[str, Any] = {}
+        for name, value in raw.items():
+            inner = (*path, name)
+            if name not in hints:
+                table = f"[{'.'.join(path)}]" if path else "the top level"
+                raise self._error(inner, f"no key {name!r} in {table}; there are {', '.join(sorted(hints))}")
+            values[name] = self._convert(hints[name], value, inner)
+        try:
+            return kind(**values)
+        except ConfigurationError as error:
+            raise self._error((str(error).partition(":")[0],), str(error)) from None
+
+    def _convert(self, hint: Any, value: object, path: tuple[str, ...]) -> Any:
+        if is_dataclass(hint):
+            return self.build(hint, value, path)  # type: ignore[arg-type]
+        if get_args(hint):
+            return self._table(get_args(hint)[1], value, path)
+        try:
+            return _PARSERS[hint](value)
+        except (ValueError, OverflowError):
+            noun = _NOUNS[hint]
+            raise self._error(path, f"{'.'.join(path)} must be {noun}, not {value!r}") from None
+
+    def _table(self, inner: Any, value: object, path: tuple[str, ...]) -> dict[str, Any]:
+        if isinstance(value, str):
+            value = dict(_pair(part) for part in value.split(",") if part.strip())
+            if "" in value:
+                raise self._error(path, f"{'.'.join(path)} must be name=value,name=value")
+        if not isinstance(value, Mapping):
+            raise self._error(path, f"{'.'.join(path)} must be a table, not {value!r}")
+        return {name: self._convert(inner, item, (*path, name)) for name, item in value.items()}
+
+    def _error(self, path: tuple[str, ...], problem: str) -> ConfigurationError:
+        return ConfigurationError(f"{self.origins.get('.'.join(path), self._origin)}: {problem}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Name and value of ``name=value``; the name is empty when it is not that."""
+    name, equals, value = text.partition("=")
+    return (name.strip(), value.strip()) if equals else ("", text)
+
+
+def _parse_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _parse_path(value: object) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError
+    return Path(value).expanduser()
+
+
+def _parse_whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or int(value) < 0:
+        raise ValueError
+    return int(value)
+
+
+def _parse_number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError
+    return number
+
+
+_PARSERS: dict[Any, Callable[[object], object]] = {
+    str: _parse_text,
+    Path: _parse_path,
+    int: _parse_whole,
+    float: _parse_number,
+}
+_NOUNS = {
+    str: "text",
+    Path: "a path",
+    int: "a whole number, 0 or more",
+    float: "a number, 0 or more",
+}
