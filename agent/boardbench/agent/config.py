@@ -7,13 +7,14 @@ free names are ``name=value,name=value``: ``BOARDBENCH_AGENT_LABELS=lab=zurich,r
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from boardbench.agent.errors import ConfigurationError
 
@@ -22,6 +23,8 @@ SYSTEM_DATA_DIR = Path("/var/lib/boardbench")
 ENVIRONMENT_PREFIX = "BOARDBENCH_AGENT_"
 # Names the file itself, so it is no key of it.
 _CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+
+_Section = TypeVar("_Section")
 
 _MIB = 1024 * 1024
 _GIB = 1024 * _MIB
@@ -207,16 +210,14 @@ def _check_text(key: str, value: str) -> None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    # tomli is tomllib for Python 3.10; both raise subclasses of ValueError.
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            return dict(toml.load(file))
     except OSError as error:
         raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigurationError(f"{path}: not TOML: {error}") from error
 
 
@@ -257,7 +258,7 @@ class _Reader:
         self.origins: dict[str, str] = {}
         self._origin = origin
 
-    def build(self, kind: type[Any], raw: object, path: tuple[str, ...]) -> Any:
+    def build(self, kind: type[_Section], raw: object, path: tuple[str, ...]) -> _Section:
         if not isinstance(raw, Mapping):
             raise self._error(path, f"{'.'.join(path)} must be a table, not {raw!r}")
         hints = get_type_hints(kind)
