@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62oardbench/v1/placement.proto\x12\rboardbench.v1\"\xad\x04\n\tPlacement\x12)\n\x08\x65vidence\x18\x01 \x01(\x0e\x32\x17.boardbench.v1.Evidence\x12\x1c\n\x0f\x61\x63\x63\x65lerated_ops\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x63pu_ops\x18\x03 \x01(\rH\x01\x88\x01\x01\x12N\n\x14\x61\x63\x63\x65lerated_op_types\x18\x04 \x03(\x0b\x32\x30.boardbench.v1.Placement.AcceleratedOpTypesEntry\x12>\n\x0c\x63pu_op_types\x18\x05 \x03(\x0b\x32(.boardbench.v1.Placement.CpuOpTypesEntry\x12\'\n\x05units\x18\x06 \x03(\x0b\x32\x18.boardbench.v1.UnitCount\x12\'\n\x03ops\x18\x07 \x03(\x0b\x32\x1a.boardbench.v1.OpPlacement\x12\x30\n\x07verdict\x18\x08 \x01(\x0e\x32\x1f.boardbench.v1.PlacementVerdict\x12\x0e\n\x06\x64\x65tail\x18\t \x01(\t\x12\x0f\n\x07standin\x18\n \x01(\x08\x1a\x39\n\x17\x41\x63\x63\x65leratedOpTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a\x31\n\x0f\x43puOpTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\x12\n\x10_accelerated_opsB\n\n\x08_cpu_ops\";\n\tUnitCount\x12!\n\x04unit\x18\x01 \x01(\x0e\x32\x13.boardbench.v1.Unit\x12\x0b\n\x03ops\x18\x02 \x01(\r\"\xb4\x01\n\x0bOpPlacement\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12!\n\x04unit\x18\x04 \x01(\x0e\x32\x13.boardbench.v1.Unit\x12\x10\n\x08\x64\x65legate\x18\x05 \x01(\t\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12\x17\n\nroot_cause\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x06remedy\x18\x08 \x01(\tB\r\n\x0b_root_cause*~\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_CPU\x10\x01\x12\x15\n\x11UNIT_CPU_DELEGATE\x10\x02\x12\x0c\n\x08UNIT_GPU\x10\x03\x12\x0c\n\x08UNIT_TPU\x10\x04\x12\x0c\n\x08UNIT_NPU\x10\x05\x12\x11\n\rUNIT_DELEGATE\x10\x06*\xaf\x01\n\x08\x45vidence\x12\x18\n\x14\x45VIDENCE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VIDENCE_STATIC\x10\x01\x12\x16\n\x12\x45VIDENCE_PARTITION\x10\x02\x12\x15\n\x11\x45VIDENCE_PROFILED\x10\x03\x12\x15\n\x11\x45VIDENCE_COUNTERS\x10\x04\x12\x15\n\x11\x45VIDENCE_HOST_CPU\x10\x05\x12\x17\n\x13\x45VIDENCE_PREDICTION\x10\x06*\xc1\x01\n\x10PlacementVerdict\x12!\n\x1dPLACEMENT_VERDICT_UNSPECIFIED\x10\x00\x12!\n\x1dPLACEMENT_VERDICT_ACCELERATED\x10\x01\x12\x1c\n\x18PLACEMENT_VERDICT_PARTLY\x10\x02\x12%\n!PLACEMENT_VERDICT_NOT_ACCELERATED\x10\x03\x12\"\n\x1ePLACEMENT_VERDICT_CONTRADICTED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62oardbench/v1/placement.proto\x12\rboardbench.v1\"\xc7\x05\n\tPlacement\x12)\n\x08\x65vidence\x18\x01 \x01(\x0e\x32\x17.boardbench.v1.Evidence\x12\x1c\n\x0f\x61\x63\x63\x65lerated_ops\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x63pu_ops\x18\x03 \x01(\rH\x01\x88\x01\x01\x12N\n\x14\x61\x63\x63\x65lerated_op_types\x18\x04 \x03(\x0b\x32\x30.boardbench.v1.Placement.AcceleratedOpTypesEntry\x12>\n\x0c\x63pu_op_types\x18\x05 \x03(\x0b\x32(.boardbench.v1.Placement.CpuOpTypesEntry\x12\'\n\x05units\x18\x06 \x03(\x0b\x32\x18.boardbench.v1.UnitCount\x12\'\n\x03ops\x18\x07 \x03(\x0b\x32\x1a.boardbench.v1.OpPlacement\x12\x30\n\x07verdict\x18\x08 \x01(\x0e\x32\x1f.boardbench.v1.PlacementVerdict\x12\x0e\n\x06\x64\x65tail\x18\t \x01(\t\x12\x0f\n\x07standin\x18\n \x01(\x08\x12\x37\n\x10\x65vidence_reports\x18\x0b \x03(\x0b\x32\x1d.boardbench.v1.EvidenceReport\x12+\n\tcrossings\x18\x0c \x01(\x0b\x32\x18.boardbench.v1.Crossings\x12\x32\n\rfallback_cost\x18\r \x01(\x0b\x32\x1b.boardbench.v1.FallbackCost\x1a\x39\n\x17\x41\x63\x63\x65leratedOpTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a\x31\n\x0f\x43puOpTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\x12\n\x10_accelerated_opsB\n\n\x08_cpu_ops\"\x82\x02\n\x0e\x45videnceReport\x12)\n\x08\x65vidence\x18\x01 \x01(\x0e\x32\x17.boardbench.v1.Evidence\x12\x30\n\x07verdict\x18\x02 \x01(\x0e\x32\x1f.boardbench.v1.PlacementVerdict\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x1c\n\x0f\x61\x63\x63\x65lerated_ops\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x63pu_ops\x18\x05 \x01(\rH\x01\x88\x01\x01\x12/\n\x08\x63ounters\x18\x06 \x03(\x0b\x32\x1d.boardbench.v1.CounterReadingB\x12\n\x10_accelerated_opsB\n\n\x08_cpu_ops\"=\n\x0e\x43ounterReading\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x04\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\"8\n\tCrossings\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x12\n\x05\x62ytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_bytes\"\xb1\x01\n\x0c\x46\x61llbackCost\x12\r\n\x05share\x18\x01 \x01(\x01\x12\x11\n\tshare_low\x18\x02 \x01(\x01\x12\x12\n\nshare_high\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x13\n\x0bseconds_low\x18\x05 \x01(\x01\x12\x14\n\x0cseconds_high\x18\x06 \x01(\x01\x12\x1f\n\x17latency_without_seconds\x18\x07 \x01(\x01\x12\x0e\n\x06method\x18\x08 \x01(\t\";\n\tUnitCount\x12!\n\x04unit\x18\x01 \x01(\x0e\x32\x13.boardbench.v1.Unit\x12\x0b\n\x03ops\x18\x02 \x01(\r\"\xd6\x01\n\x0bOpPlacement\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12!\n\x04unit\x18\x04 \x01(\x0e\x32\x13.boardbench.v1.Unit\x12\x10\n\x08\x64\x65legate\x18\x05 \x01(\t\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12\x17\n\nroot_cause\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x06remedy\x18\x08 \x01(\t\x12\x14\n\x07seconds\x18\t \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_root_causeB\n\n\x08_seconds*~\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_CPU\x10\x01\x12\x15\n\x11UNIT_CPU_DELEGATE\x10\x02\x12\x0c\n\x08UNIT_GPU\x10\x03\x12\x0c\n\x08UNIT_TPU\x10\x04\x12\x0c\n\x08UNIT_NPU\x10\x05\x12\x11\n\rUNIT_DELEGATE\x10\x06*\xaf\x01\n\x08\x45vidence\x12\x18\n\x14\x45VIDENCE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VIDENCE_STATIC\x10\x01\x12\x16\n\x12\x45VIDENCE_PARTITION\x10\x02\x12\x15\n\x11\x45VIDENCE_PROFILED\x10\x03\x12\x15\n\x11\x45VIDENCE_COUNTERS\x10\x04\x12\x15\n\x11\x45VIDENCE_HOST_CPU\x10\x05\x12\x17\n\x13\x45VIDENCE_PREDICTION\x10\x06*\xc1\x01\n\x10PlacementVerdict\x12!\n\x1dPLACEMENT_VERDICT_UNSPECIFIED\x10\x00\x12!\n\x1dPLACEMENT_VERDICT_ACCELERATED\x10\x01\x12\x1c\n\x18PLACEMENT_VERDICT_PARTLY\x10\x02\x12%\n!PLACEMENT_VERDICT_NOT_ACCELERATED\x10\x03\x12\"\n\x1ePLACEMENT_VERDICT_CONTRADICTED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACEMENT_ACCELERATEDOPTYPESENTRY']._serialized_options = b'8\001'
   _globals['_PLACEMENT_CPUOPTYPESENTRY']._loaded_options = None
   _globals['_PLACEMENT_CPUOPTYPESENTRY']._serialized_options = b'8\001'
-  _globals['_UNIT']._serialized_start=852
-  _globals['_UNIT']._serialized_end=978
-  _globals['_EVIDENCE']._serialized_start=981
-  _globals['_EVIDENCE']._serialized_end=1156
-  _globals['_PLACEMENTVERDICT']._serialized_start=1159
-  _globals['_PLACEMENTVERDICT']._serialized_end=1352
+  _globals['_UNIT']._serialized_start=1602
+  _globals['_UNIT']._serialized_end=1728
+  _globals['_EVIDENCE']._serialized_start=1731
+  _globals['_EVIDENCE']._serialized_end=1906
+  _globals['_PLACEMENTVERDICT']._serialized_start=1909
+  _globals['_PLACEMENTVERDICT']._serialized_end=2102
   _globals['_PLACEMENT']._serialized_start=49
-  _globals['_PLACEMENT']._serialized_end=606
-  _globals['_PLACEMENT_ACCELERATEDOPTYPESENTRY']._serialized_start=466
-  _globals['_PLACEMENT_ACCELERATEDOPTYPESENTRY']._serialized_end=523
-  _globals['_PLACEMENT_CPUOPTYPESENTRY']._serialized_start=525
-  _globals['_PLACEMENT_CPUOPTYPESENTRY']._serialized_end=574
-  _globals['_UNITCOUNT']._serialized_start=608
-  _globals['_UNITCOUNT']._serialized_end=667
-  _globals['_OPPLACEMENT']._serialized_start=670
-  _globals['_OPPLACEMENT']._serialized_end=850
+  _globals['_PLACEMENT']._serialized_end=760
+  _globals['_PLACEMENT_ACCELERATEDOPTYPESENTRY']._serialized_start=620
+  _globals['_PLACEMENT_ACCELERATEDOPTYPESENTRY']._serialized_end=677
+  _globals['_PLACEMENT_CPUOPTYPESENTRY']._serialized_start=679
+  _globals['_PLACEMENT_CPUOPTYPESENTRY']._serialized_end=728
+  _globals['_EVIDENCEREPORT']._serialized_start=763
+  _globals['_EVIDENCEREPORT']._serialized_end=1021
+  _globals['_COUNTERREADING']._serialized_start=1023
+  _globals['_COUNTERREADING']._serialized_end=1084
+  _globals['_CROSSINGS']._serialized_start=1086
+  _globals['_CROSSINGS']._serialized_end=1142
+  _globals['_FALLBACKCOST']._serialized_start=1145
+  _globals['_FALLBACKCOST']._serialized_end=1322
+  _globals['_UNITCOUNT']._serialized_start=1324
+  _globals['_UNITCOUNT']._serialized_end=1383
+  _globals['_OPPLACEMENT']._serialized_start=1386
+  _globals['_OPPLACEMENT']._serialized_end=1600
 # @@protoc_insertion_point(module_scope)

@@ -179,6 +179,9 @@ class Placement(google.protobuf.message.Message):
     VERDICT_FIELD_NUMBER: builtins.int
     DETAIL_FIELD_NUMBER: builtins.int
     STANDIN_FIELD_NUMBER: builtins.int
+    EVIDENCE_REPORTS_FIELD_NUMBER: builtins.int
+    CROSSINGS_FIELD_NUMBER: builtins.int
+    FALLBACK_COST_FIELD_NUMBER: builtins.int
     evidence: Global___Evidence.ValueType
     """The strongest evidence that the per-op list rests on."""
     accelerated_ops: builtins.int
@@ -207,6 +210,18 @@ class Placement(google.protobuf.message.Message):
     def ops(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OpPlacement]:
         """Every operation, in the order of the model."""
 
+    @property
+    def evidence_reports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___EvidenceReport]:
+        """What each kind of evidence says by itself; a kind that could not be had is left out."""
+
+    @property
+    def crossings(self) -> Global___Crossings:
+        """Where data moves between the accelerator and the CPU; absent when not known."""
+
+    @property
+    def fallback_cost(self) -> Global___FallbackCost:
+        """What the operations on the CPU cost; absent when it could not be measured."""
+
     def __init__(
         self,
         *,
@@ -220,15 +235,159 @@ class Placement(google.protobuf.message.Message):
         verdict: Global___PlacementVerdict.ValueType = ...,
         detail: builtins.str = ...,
         standin: builtins.bool = ...,
+        evidence_reports: collections.abc.Iterable[Global___EvidenceReport] | None = ...,
+        crossings: Global___Crossings | None = ...,
+        fallback_cost: Global___FallbackCost | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_accelerated_ops", b"_accelerated_ops", "_cpu_ops", b"_cpu_ops", "accelerated_ops", b"accelerated_ops", "cpu_ops", b"cpu_ops"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_accelerated_ops", b"_accelerated_ops", "_cpu_ops", b"_cpu_ops", "accelerated_op_types", b"accelerated_op_types", "accelerated_ops", b"accelerated_ops", "cpu_op_types", b"cpu_op_types", "cpu_ops", b"cpu_ops", "detail", b"detail", "evidence", b"evidence", "ops", b"ops", "standin", b"standin", "units", b"units", "verdict", b"verdict"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_accelerated_ops", b"_accelerated_ops", "_cpu_ops", b"_cpu_ops", "accelerated_ops", b"accelerated_ops", "cpu_ops", b"cpu_ops", "crossings", b"crossings", "fallback_cost", b"fallback_cost"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_accelerated_ops", b"_accelerated_ops", "_cpu_ops", b"_cpu_ops", "accelerated_op_types", b"accelerated_op_types", "accelerated_ops", b"accelerated_ops", "cpu_op_types", b"cpu_op_types", "cpu_ops", b"cpu_ops", "crossings", b"crossings", "detail", b"detail", "evidence", b"evidence", "evidence_reports", b"evidence_reports", "fallback_cost", b"fallback_cost", "ops", b"ops", "standin", b"standin", "units", b"units", "verdict", b"verdict"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_accelerated_ops", b"_accelerated_ops"]) -> typing.Literal["accelerated_ops"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cpu_ops", b"_cpu_ops"]) -> typing.Literal["cpu_ops"] | None: ...
 
 Global___Placement: typing_extensions.TypeAlias = Placement
+
+@typing.final
+class EvidenceReport(google.protobuf.message.Message):
+    """What one kind of evidence says by itself."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVIDENCE_FIELD_NUMBER: builtins.int
+    VERDICT_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    ACCELERATED_OPS_FIELD_NUMBER: builtins.int
+    CPU_OPS_FIELD_NUMBER: builtins.int
+    COUNTERS_FIELD_NUMBER: builtins.int
+    evidence: Global___Evidence.ValueType
+    """The kind."""
+    verdict: Global___PlacementVerdict.ValueType
+    """What it says."""
+    detail: builtins.str
+    """What was seen, with the figures, for a person."""
+    accelerated_ops: builtins.int
+    """Operations on an accelerator by this evidence; absent when it does not count operations."""
+    cpu_ops: builtins.int
+    """Operations on the CPU by this evidence; absent when it does not count operations."""
+    @property
+    def counters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CounterReading]:
+        """The readings that it rests on, for counters."""
+
+    def __init__(
+        self,
+        *,
+        evidence: Global___Evidence.ValueType = ...,
+        verdict: Global___PlacementVerdict.ValueType = ...,
+        detail: builtins.str = ...,
+        accelerated_ops: builtins.int | None = ...,
+        cpu_ops: builtins.int | None = ...,
+        counters: collections.abc.Iterable[Global___CounterReading] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_accelerated_ops", b"_accelerated_ops", "_cpu_ops", b"_cpu_ops", "accelerated_ops", b"accelerated_ops", "cpu_ops", b"cpu_ops"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_accelerated_ops", b"_accelerated_ops", "_cpu_ops", b"_cpu_ops", "accelerated_ops", b"accelerated_ops", "counters", b"counters", "cpu_ops", b"cpu_ops", "detail", b"detail", "evidence", b"evidence", "verdict", b"verdict"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_accelerated_ops", b"_accelerated_ops"]) -> typing.Literal["accelerated_ops"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cpu_ops", b"_cpu_ops"]) -> typing.Literal["cpu_ops"] | None: ...
+
+Global___EvidenceReport: typing_extensions.TypeAlias = EvidenceReport
+
+@typing.final
+class CounterReading(google.protobuf.message.Message):
+    """A counter of the hardware before and after the counted inferences."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Where it was read ("/sys/class/apex/apex_0/interrupt_counts")."""
+    before: builtins.int
+    """Value before."""
+    after: builtins.int
+    """Value after."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        before: builtins.int = ...,
+        after: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "before", b"before", "name", b"name"]) -> None: ...
+
+Global___CounterReading: typing_extensions.TypeAlias = CounterReading
+
+@typing.final
+class Crossings(google.protobuf.message.Message):
+    """Where data moves between the accelerator and the CPU within one inference."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    """Times that execution moves from one to the other."""
+    bytes: builtins.int
+    """Bytes of the tensors that move; absent when a size is not known."""
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+        bytes: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_bytes", b"_bytes", "bytes", b"bytes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_bytes", b"_bytes", "bytes", b"bytes", "count", b"count"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_bytes", b"_bytes"]) -> typing.Literal["bytes"] | None: ...
+
+Global___Crossings: typing_extensions.TypeAlias = Crossings
+
+@typing.final
+class FallbackCost(google.protobuf.message.Message):
+    """What the operations that did not get onto the accelerator cost, measured in a pass of its own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: builtins.int
+    SHARE_LOW_FIELD_NUMBER: builtins.int
+    SHARE_HIGH_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    SECONDS_LOW_FIELD_NUMBER: builtins.int
+    SECONDS_HIGH_FIELD_NUMBER: builtins.int
+    LATENCY_WITHOUT_SECONDS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    share: builtins.float
+    """Share of the inference time that is spent in them, 0 to 1."""
+    share_low: builtins.float
+    """Lower bound of the share, at 95 %."""
+    share_high: builtins.float
+    """Upper bound of the share, at 95 %."""
+    seconds: builtins.float
+    """Seconds that they take in one inference."""
+    seconds_low: builtins.float
+    """Lower bound of the seconds, at 95 %."""
+    seconds_high: builtins.float
+    """Upper bound of the seconds, at 95 %."""
+    latency_without_seconds: builtins.float
+    """Median latency less these seconds: what it would be if they cost nothing. A bound, not a forecast."""
+    method: builtins.str
+    """How it was measured ("litert profiler, 50 inferences")."""
+    def __init__(
+        self,
+        *,
+        share: builtins.float = ...,
+        share_low: builtins.float = ...,
+        share_high: builtins.float = ...,
+        seconds: builtins.float = ...,
+        seconds_low: builtins.float = ...,
+        seconds_high: builtins.float = ...,
+        latency_without_seconds: builtins.float = ...,
+        method: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["latency_without_seconds", b"latency_without_seconds", "method", b"method", "seconds", b"seconds", "seconds_high", b"seconds_high", "seconds_low", b"seconds_low", "share", b"share", "share_high", b"share_high", "share_low", b"share_low"]) -> None: ...
+
+Global___FallbackCost: typing_extensions.TypeAlias = FallbackCost
 
 @typing.final
 class UnitCount(google.protobuf.message.Message):
@@ -266,6 +425,7 @@ class OpPlacement(google.protobuf.message.Message):
     CAUSE_FIELD_NUMBER: builtins.int
     ROOT_CAUSE_FIELD_NUMBER: builtins.int
     REMEDY_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
     index: builtins.int
     """Position in the model's own order, from 0."""
     type: builtins.str
@@ -282,6 +442,8 @@ class OpPlacement(google.protobuf.message.Message):
     """True: it stays because of itself. False: only because of another operation. Absent: not known."""
     remedy: builtins.str
     """What to change so that it moves to the accelerator; empty when nothing can be named."""
+    seconds: builtins.float
+    """Mean seconds that it takes in one inference, from the profiling pass; absent when not measured."""
     def __init__(
         self,
         *,
@@ -293,9 +455,13 @@ class OpPlacement(google.protobuf.message.Message):
         cause: builtins.str = ...,
         root_cause: builtins.bool | None = ...,
         remedy: builtins.str = ...,
+        seconds: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_root_cause", b"_root_cause", "root_cause", b"root_cause"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_root_cause", b"_root_cause", "cause", b"cause", "delegate", b"delegate", "index", b"index", "name", b"name", "remedy", b"remedy", "root_cause", b"root_cause", "type", b"type", "unit", b"unit"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_root_cause", b"_root_cause", "_seconds", b"_seconds", "root_cause", b"root_cause", "seconds", b"seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_root_cause", b"_root_cause", "_seconds", b"_seconds", "cause", b"cause", "delegate", b"delegate", "index", b"index", "name", b"name", "remedy", b"remedy", "root_cause", b"root_cause", "seconds", b"seconds", "type", b"type", "unit", b"unit"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_root_cause", b"_root_cause"]) -> typing.Literal["root_cause"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_seconds", b"_seconds"]) -> typing.Literal["seconds"] | None: ...
 
 Global___OpPlacement: typing_extensions.TypeAlias = OpPlacement

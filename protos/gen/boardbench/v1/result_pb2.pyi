@@ -177,6 +177,7 @@ class RunResult(google.protobuf.message.Message):
     INPUT_DATA_FIELD_NUMBER: builtins.int
     STANDINS_FIELD_NUMBER: builtins.int
     OUTPUT_SHA256_FIELD_NUMBER: builtins.int
+    ACCELERATOR_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Identity of the run, unique over all boards."""
     status: Global___RunStatus.ValueType
@@ -265,6 +266,10 @@ class RunResult(google.protobuf.message.Message):
         arithmetic give equal digests. Empty when outputs were not kept.
         """
 
+    @property
+    def accelerator(self) -> Global___AcceleratorUse:
+        """The accelerator as it was used; absent when none was asked for."""
+
     def __init__(
         self,
         *,
@@ -292,9 +297,10 @@ class RunResult(google.protobuf.message.Message):
         input_data: Global___InputData | None = ...,
         standins: collections.abc.Iterable[builtins.str] | None = ...,
         output_sha256: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        accelerator: Global___AcceleratorUse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "runtime", b"runtime", "spec", b"spec", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "run_id", b"run_id", "runtime", b"runtime", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "runtime", b"runtime", "spec", b"spec", "started_at", b"started_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "run_id", b"run_id", "runtime", b"runtime", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "warnings", b"warnings"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_create_seconds", b"_create_seconds"]) -> typing.Literal["create_seconds"] | None: ...
     @typing.overload
@@ -303,6 +309,83 @@ class RunResult(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_import_seconds", b"_import_seconds"]) -> typing.Literal["import_seconds"] | None: ...
 
 Global___RunResult: typing_extensions.TypeAlias = RunResult
+
+@typing.final
+class AcceleratorUse(google.protobuf.message.Message):
+    """The accelerator as it was used."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    LIBRARY_FIELD_NUMBER: builtins.int
+    LIBRARY_VERSION_FIELD_NUMBER: builtins.int
+    RUNTIME_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_MIN_RUNTIME_VERSION_FIELD_NUMBER: builtins.int
+    USB_MEGABITS_PER_SECOND_FIELD_NUMBER: builtins.int
+    TEMPERATURE_BEFORE_CELSIUS_FIELD_NUMBER: builtins.int
+    TEMPERATURE_AFTER_CELSIUS_FIELD_NUMBER: builtins.int
+    PARAMETERS_CACHED_BYTES_FIELD_NUMBER: builtins.int
+    PARAMETERS_STREAMED_BYTES_FIELD_NUMBER: builtins.int
+    STANDIN_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """The kind: "tpu", "gpu", "npu"."""
+    path: builtins.str
+    """Where it was found ("/sys/bus/usb/devices/2-1"); empty when not known."""
+    library: builtins.str
+    """Library that drives it, as it was loaded."""
+    library_version: builtins.str
+    """Version that the library names; empty when it names none."""
+    runtime_version: builtins.int
+    """Runtime version of the library; absent when it does not say."""
+    model_min_runtime_version: builtins.int
+    """Oldest runtime version that the model asks for; absent when it does not say."""
+    usb_megabits_per_second: builtins.int
+    """Speed of the USB link in megabits per second (480: USB 2, 5000: USB 3); absent when not on USB."""
+    temperature_before_celsius: builtins.float
+    """Temperature before the run in degrees Celsius; absent without a sensor."""
+    temperature_after_celsius: builtins.float
+    """Temperature after the run in degrees Celsius; absent without a sensor."""
+    parameters_cached_bytes: builtins.int
+    """Parameters that the accelerator keeps, in bytes; absent when not known."""
+    parameters_streamed_bytes: builtins.int
+    """Parameters that are sent at every inference, in bytes; absent when not known."""
+    standin: builtins.bool
+    """True when it is a stand-in and not hardware."""
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        path: builtins.str = ...,
+        library: builtins.str = ...,
+        library_version: builtins.str = ...,
+        runtime_version: builtins.int | None = ...,
+        model_min_runtime_version: builtins.int | None = ...,
+        usb_megabits_per_second: builtins.int | None = ...,
+        temperature_before_celsius: builtins.float | None = ...,
+        temperature_after_celsius: builtins.float | None = ...,
+        parameters_cached_bytes: builtins.int | None = ...,
+        parameters_streamed_bytes: builtins.int | None = ...,
+        standin: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_model_min_runtime_version", b"_model_min_runtime_version", "_parameters_cached_bytes", b"_parameters_cached_bytes", "_parameters_streamed_bytes", b"_parameters_streamed_bytes", "_runtime_version", b"_runtime_version", "_temperature_after_celsius", b"_temperature_after_celsius", "_temperature_before_celsius", b"_temperature_before_celsius", "_usb_megabits_per_second", b"_usb_megabits_per_second", "model_min_runtime_version", b"model_min_runtime_version", "parameters_cached_bytes", b"parameters_cached_bytes", "parameters_streamed_bytes", b"parameters_streamed_bytes", "runtime_version", b"runtime_version", "temperature_after_celsius", b"temperature_after_celsius", "temperature_before_celsius", b"temperature_before_celsius", "usb_megabits_per_second", b"usb_megabits_per_second"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_model_min_runtime_version", b"_model_min_runtime_version", "_parameters_cached_bytes", b"_parameters_cached_bytes", "_parameters_streamed_bytes", b"_parameters_streamed_bytes", "_runtime_version", b"_runtime_version", "_temperature_after_celsius", b"_temperature_after_celsius", "_temperature_before_celsius", b"_temperature_before_celsius", "_usb_megabits_per_second", b"_usb_megabits_per_second", "kind", b"kind", "library", b"library", "library_version", b"library_version", "model_min_runtime_version", b"model_min_runtime_version", "parameters_cached_bytes", b"parameters_cached_bytes", "parameters_streamed_bytes", b"parameters_streamed_bytes", "path", b"path", "runtime_version", b"runtime_version", "standin", b"standin", "temperature_after_celsius", b"temperature_after_celsius", "temperature_before_celsius", b"temperature_before_celsius", "usb_megabits_per_second", b"usb_megabits_per_second"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_model_min_runtime_version", b"_model_min_runtime_version"]) -> typing.Literal["model_min_runtime_version"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_parameters_cached_bytes", b"_parameters_cached_bytes"]) -> typing.Literal["parameters_cached_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_parameters_streamed_bytes", b"_parameters_streamed_bytes"]) -> typing.Literal["parameters_streamed_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_runtime_version", b"_runtime_version"]) -> typing.Literal["runtime_version"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_temperature_after_celsius", b"_temperature_after_celsius"]) -> typing.Literal["temperature_after_celsius"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_temperature_before_celsius", b"_temperature_before_celsius"]) -> typing.Literal["temperature_before_celsius"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_usb_megabits_per_second", b"_usb_megabits_per_second"]) -> typing.Literal["usb_megabits_per_second"] | None: ...
+
+Global___AcceleratorUse: typing_extensions.TypeAlias = AcceleratorUse
 
 @typing.final
 class Runtime(google.protobuf.message.Message):
@@ -412,6 +495,9 @@ class BenchmarkSpec(google.protobuf.message.Message):
     WARM_UP_SECONDS_FIELD_NUMBER: builtins.int
     WARM_UP_RUNS_FIELD_NUMBER: builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: builtins.int
+    STRICT_FIELD_NUMBER: builtins.int
+    ALLOW_FALLBACK_FIELD_NUMBER: builtins.int
+    PROFILE_RUNS_FIELD_NUMBER: builtins.int
     runtime: builtins.str
     """Runtime to use; empty: the board's default for the format."""
     device: builtins.str
@@ -434,6 +520,12 @@ class BenchmarkSpec(google.protobuf.message.Message):
     """At least this many warm-up inferences."""
     timeout_seconds: builtins.float
     """The whole run must end within this time, or it fails."""
+    strict: builtins.bool
+    """Fail when any operation runs on the CPU."""
+    allow_fallback: builtins.bool
+    """Run on what there is when the device that was asked for is not there, with a warning."""
+    profile_runs: builtins.int
+    """Inferences of the profiling pass, which is apart from the counted ones; 0: none; absent: the engine's default."""
     @property
     def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Engine options; one that the engine does not know is an error."""
@@ -458,15 +550,20 @@ class BenchmarkSpec(google.protobuf.message.Message):
         warm_up_seconds: builtins.float | None = ...,
         warm_up_runs: builtins.int | None = ...,
         timeout_seconds: builtins.float | None = ...,
+        strict: builtins.bool = ...,
+        allow_fallback: builtins.bool = ...,
+        profile_runs: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_duration_seconds", b"_duration_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "duration_seconds", b"duration_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_duration_seconds", b"_duration_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "device", b"device", "duration_seconds", b"duration_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "runtime", b"runtime", "seed", b"seed", "shapes", b"shapes", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_duration_seconds", b"_duration_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_profile_runs", b"_profile_runs", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "duration_seconds", b"duration_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "profile_runs", b"profile_runs", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_duration_seconds", b"_duration_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_profile_runs", b"_profile_runs", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "device", b"device", "duration_seconds", b"duration_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "profile_runs", b"profile_runs", "runtime", b"runtime", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_duration_seconds", b"_duration_seconds"]) -> typing.Literal["duration_seconds"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_runs", b"_max_runs"]) -> typing.Literal["max_runs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_runs", b"_min_runs"]) -> typing.Literal["min_runs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_profile_runs", b"_profile_runs"]) -> typing.Literal["profile_runs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload
