@@ -1,0 +1,209 @@
+"""The agent's nouns and the worker's JSON, to and from ``boardbench.v1``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from boardbench.agent.receive import FileKind, StoredFile, StoreStatus
+from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
+
+WorkerEvent = (
+    agent_pb2.StageEvent
+    | agent_pb2.ProgressEvent
+    | result_pb2.Warning
+    | result_pb2.RunResult
+    | result_pb2.RunError
+    | tuple[board_pb2.RuntimeStatus, ...]
+)
+
+_Message = TypeVar("_Message", bound=Message)
+
+# What a worker may say about its run. The rest of a RunResult is the agent's to fill in.
+_WORKER_FIELDS = frozenset(
+    (
+        "runtime",
+        "effective_spec",
+        "create_seconds",
+        "first_inference_seconds",
+        "import_seconds",
+        "latency",
+        "memory",
+        "placement",
+        "environment",
+        "inputs",
+        "outputs",
+        "input_data",
+        "output_sha256",
+        "warnings",
+    )
+)
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# Longer than any sentence; an engine's own error can be a page.
+_MESSAGE_LIMIT = 8 * 1024
+
+
+class MalformedEvent(Exception):
+    """A line from the worker that is no event; the message says what about it."""
+
+
+def parse_event(line: bytes) -> WorkerEvent:
+    """The event in one line from a worker, which is not trusted. Raises MalformedEvent."""
+    try:
+        content = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedEvent(f"not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise MalformedEvent("not a JSON object")
+    kind = content.get("event")
+    if kind == "probe":
+        runtimes = content.get("runtimes")
+        if not isinstance(runtimes, list):
+            raise MalformedEvent("a probe without a list of runtimes")
+        return tuple(_parse(entry, board_pb2.RuntimeStatus(), "a runtime") for entry in runtimes)
+    if kind == "stage":
+        stage = _parse({"stage": content.get("stage")}, agent_pb2.StageEvent(), "a stage")
+        if stage.stage == result_pb2.STAGE_UNSPECIFIED:
+            raise MalformedEvent("a stage without a name")
+        return stage
+    if kind == "progress":
+        return _parse(content.get("progress"), agent_pb2.ProgressEvent(), "progress")
+    if kind == "warning":
+        return _checked_warning(_parse(content.get("warning"), result_pb2.Warning(), "a warning"))
+    if kind == "error":
+        error_event = _parse(content.get("error"), result_pb2.RunError(), "an error")
+        if not _CODE.fullmatch(error_event.code):
+            raise MalformedEvent(f"an error with the code {error_event.code[:80]!r}")
+        return result_pb2.RunError(code=error_event.code, message=_clipped(error_event.message))
+    if kind == "result":
+        return _parse_result(content.get("result"))
+    raise MalformedEvent(f"an event {str(kind)[:80]!r}")
+
+
+def to_json(message: Message) -> str:
+    """The JSON form of a message on one line, with the proto's field names."""
+    return json_format.MessageToJson(message, preserving_proto_field_name=True, indent=None)
+
+
+def timestamp(nanoseconds: int) -> Timestamp:
+    """Unix time in nanoseconds as a message."""
+    return Timestamp(seconds=nanoseconds // 1_000_000_000, nanos=nanoseconds % 1_000_000_000)
+
+
+def from_seconds(seconds: float) -> Timestamp:
+    """Unix time in seconds as a message."""
+    return timestamp(int(seconds * 1e9))
+
+
+def to_model(file: StoredFile) -> model_pb2.Model:
+    """A stored file as a model of the wire."""
+    return model_pb2.Model(sha256=file.sha256, name=file.name, format=file.format, size_bytes=file.size_bytes)
+
+
+def to_stored_model(file: StoredFile) -> agent_pb2.StoredModel:
+    """A stored file with its place in the store."""
+    return agent_pb2.StoredModel(
+        model=to_model(file),
+        kind=agent_pb2.FileKind.Value(file.kind.value),
+        used_at=from_seconds(file.used_at),
+        in_use=file.in_use,
+    )
+
+
+def from_file_kind(kind: agent_pb2.FileKind.ValueType) -> FileKind:
+    """What a pushed file is for; unspecified counts as a model. Raises ValueError for a number not known."""
+    if kind == agent_pb2.FILE_KIND_UNSPECIFIED:
+        return FileKind.MODEL
+    return FileKind(agent_pb2.FileKind.Name(kind))
+
+
+def to_store_status(status: StoreStatus) -> agent_pb2.ModelStoreStatus:
+    """How full the model store is."""
+    return agent_pb2.ModelStoreStatus(
+        used_bytes=status.used_bytes,
+        limit_bytes=status.limit_bytes,
+        free_floor_bytes=status.free_floor_bytes,
+        free_bytes=status.free_bytes,
+        files=status.files,
+    )
+
+
+def _parse_result(content: object) -> result_pb2.RunResult:
+    if not isinstance(content, dict):
+        raise MalformedEvent("a result that is no object")
+    foreign = sorted(set(content) - _WORKER_FIELDS)
+    if foreign:
+        raise MalformedEvent(f"a result with {', '.join(foreign)[:200]}")
+    result = result_pb2.RunResult()
+    samples = _take_samples(content)
+    _parse(content, result, "a result")
+    try:
+        result.latency.samples_nanoseconds.extend(samples)
+    except (ValueError, TypeError) as error:
+        raise MalformedEvent(f"a sample that is no count of nanoseconds: {error}") from error
+    if result.latency.count != len(samples):
+        raise MalformedEvent(f"{len(samples)} samples where {result.latency.count} were counted")
+    for warning in result.warnings:
+        warning.CopyFrom(_checked_warning(warning))
+    return result
+
+
+def _take_samples(content: dict[str, Any]) -> list[int]:
+    """The samples, out of the object: json_format takes a microsecond for each, and there are many."""
+    latency = content.get("latency")
+    samples = latency.pop("samples_nanoseconds", []) if isinstance(latency, dict) else []
+    if not isinstance(samples, list) or not all(type(sample) in (int, str) for sample in samples):
+        raise MalformedEvent("samples that are no list of numbers")
+    try:
+        return [int(sample) for sample in samples]
+    except ValueError as error:
+        raise MalformedEvent("a sample that is no number") from error
+
+
+def _parse(content: object, message: _Message, noun: str) -> _Message:
+    if not isinstance(content, dict):
+        raise MalformedEvent(f"{noun} that is no object")
+    try:
+        json_format.ParseDict(content, message)
+    except (json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise MalformedEvent(f"{noun} that can't be read: {error}"[:500]) from error
+    if (path := _first_not_finite(message)) is not None:
+        raise MalformedEvent(f"{noun} with {path}, which is not a finite number")
+    return message
+
+
+def _first_not_finite(message: Message) -> str | None:
+    """Name of a field that is NaN or infinite: such a figure is never a measurement."""
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            inner = [entry for entry in value.values() if isinstance(entry, Message)]
+        elif field.message_type is not None:
+            inner = [value] if isinstance(value, Message) else list(value)
+        else:
+            if isinstance(value, float) and not math.isfinite(value):
+                return str(field.name)
+            continue
+        for entry in inner:
+            if (found := _first_not_finite(entry)) is not None:
+                return f"{field.name}.{found}"
+    return None
+
+
+def _checked_warning(warning: result_pb2.Warning) -> result_pb2.Warning:
+    if not _CODE.fullmatch(warning.code):
+        raise MalformedEvent(f"a warning with the code {warning.code[:80]!r}")
+    return result_pb2.Warning(code=warning.code, message=_clipped(warning.message))
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _MESSAGE_LIMIT else text[: _MESSAGE_LIMIT - 1] + "…"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
