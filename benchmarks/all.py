@@ -1,0 +1,19 @@
+"""Every benchmark of this folder, one after the other; ends with 1 when a bound is missed."""
+
+from __future__ import annotations
+
+import sys
+
+import first_inference
+import idle
+import overhead
+import upload
+from report import run
+
+if __name__ == "__main__":
+    sys.exit(
+        run(
+            [(each.measure, each.add_arguments) for each in (overhead, upload, first_inference, idle)],
+            __doc__,
+        )
+    )
