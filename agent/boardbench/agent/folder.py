@@ -1,0 +1,76 @@
+"""A folder that one process owns, and names in it that survive a power cut.
+
+POSIX says nothing about the order in which a file's bytes, its length and its name reach the disk. What
+holds on the file systems of boards (ext4, f2fs, btrfs, xfs): bytes last after fsync of the file, a name
+after fsync of its folder, and rename() is atomic.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from boardbench.agent.errors import ConfigurationError
+
+_LOCK_NAME = "lock"
+
+
+def claim(folder: Path) -> int:
+    """Makes the folder and takes it for this process; the descriptor that holds it until it is closed.
+
+    Raises ConfigurationError when another process has it or it may not be written, and OSError when the
+    disk can't.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise ConfigurationError(
+            f"{folder}: can't be used: {error.strerror}; make it a folder that this user may write"
+        ) from error
+    try:
+        # Goes with the process, however it ends; a child does not inherit the descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise ConfigurationError(
+            f"{folder}: another agent is using it; stop that one or give this one a folder of its own"
+        ) from error
+    return descriptor
+
+
+def sync(folder: Path) -> None:
+    """Names made, changed or removed in the folder before this call last from now on."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # vfat and some network file systems don't sync folders and say so.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """The file holds ``data``, or after a crash what it held before, and never anything between."""
+    scratch = path.with_name(path.name + ".tmp")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    scratch.replace(path)
+    sync(path.parent)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Writes every byte; one write() may take fewer when the disk fills up."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
