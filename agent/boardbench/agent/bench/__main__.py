@@ -1,0 +1,157 @@
+"""The worker process: one job in on stdin, events out on a descriptor of its own, then it ends.
+
+Run as a file it needs nothing but a Python >= 3.9 with one engine: the agent starts it under
+whichever interpreter has that engine, without PYTHONPATH, so that none of the agent's own packages
+can be seen there. See :mod:`boardbench.agent.bench.job` for the job and
+:mod:`boardbench.agent.bench.events` for the events.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __package__ in (None, ""):
+    # Started as a file: Python has put this folder first, where modules such as `inputs` or `memory`
+    # would hide others of that name.
+    sys.path[:] = sys.path[1:]
+    import types
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parents[3]
+    _namespace = types.ModuleType("boardbench")
+    _namespace.__path__ = [str(_root / "boardbench")]
+    sys.modules["boardbench"] = _namespace
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import threading
+import traceback
+from typing import Callable, List, NoReturn, Optional
+
+from boardbench.agent.bench import probe
+from boardbench.agent.bench.events import EventWriter
+from boardbench.agent.bench.job import InferenceFailed, Job, JobRejected, execute, out_of_memory
+from boardbench.agent.bench.runtime import (
+    InputsRejected,
+    ModelRejected,
+    OptionRejected,
+    RuntimeUnavailable,
+)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_CODES = (
+    (RuntimeUnavailable, "runtime_unavailable"),
+    (ModelRejected, "model_rejected"),
+    (OptionRejected, "option_rejected"),
+    (InputsRejected, "inputs_rejected"),
+    (InferenceFailed, "inference_failed"),
+    (JobRejected, "internal"),
+)
+
+
+def main(arguments: Optional[List[str]] = None) -> NoReturn:
+    """Does the job on stdin and ends the process: 0 after a result, 1 after an error event."""
+    parser = argparse.ArgumentParser(prog="boardbench-worker", description=__doc__)
+    parser.add_argument("--events-fd", type=int, required=True, help="descriptor that events are written to")
+    descriptor = parser.parse_args(arguments).events_fd
+    os.set_inheritable(descriptor, False)  # nothing that an engine starts may hold the stream open
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A crash in native code leaves the Python stack in stderr, hence in the failed run's output.
+    faulthandler.enable()
+    parent = os.getppid()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        _end(1)  # the parent died before it could say what to do
+    _die_with_parent(parent)
+    _go_first_when_memory_ends()
+    _end(_serve(line, EventWriter(descriptor)))
+
+
+def _serve(line: bytes, events: EventWriter) -> int:
+    """Carries out one job line; the exit code. Every exception ends here."""
+    try:
+        content = json.loads(line)
+        if not isinstance(content, dict):
+            raise JobRejected("the job is not a JSON object")
+        kind = content.get("kind")
+        if kind == "probe":
+            events.probe(probe.probe(content.get("runtime")))
+        elif kind == "run":
+            events.result(execute(Job.parse(content), events))
+        else:
+            raise JobRejected(f"there is no job of kind {kind!r}")
+    except BrokenPipeError:
+        return 1  # nobody listens any more
+    except Exception as error:
+        traceback.print_exc()
+        code, message = _explain(error)
+        with contextlib.suppress(BrokenPipeError):
+            events.error(code, message)
+        return 1
+    return 0
+
+
+def _explain(error: Exception) -> "tuple[str, str]":
+    """Code and message of the error event for an exception."""
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code, str(error)
+    if out_of_memory(error):
+        said = f" ({error})" if str(error) else ""
+        return "out_of_memory", f"memory ran out in the worker{said}: use a smaller model, batch or input"
+    if isinstance(error, ValueError) and isinstance(error, json.JSONDecodeError):
+        return "internal", f"the job is not JSON: {error}"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return "internal", f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno}): please report this"
+
+
+def _die_with_parent(parent: int) -> None:
+    """Sees to it that this process never outlives ``parent``."""
+    if sys.platform == "linux" and _ask_kernel_to_kill():
+        if os.getppid() != parent:  # it died before the kernel was asked
+            _end(1)
+        return
+    _watch_stdin(lambda: _end(1))
+
+
+def _ask_kernel_to_kill() -> bool:
+    try:
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+    except (OSError, AttributeError):
+        return False
+    return bool(prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) == 0)
+
+
+def _watch_stdin(on_end: Callable[[], None]) -> None:
+    """Calls ``on_end`` when stdin ends. The thread sleeps in read and holds no lock meanwhile."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        on_end()
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _go_first_when_memory_ends() -> None:
+    """Makes the kernel's out-of-memory killer choose this process and not the agent."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")
+
+
+def _end(code: int) -> NoReturn:
+    """Ends at once: an engine's exit handlers may hang or crash, and everything has been said."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

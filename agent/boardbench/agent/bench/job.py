@@ -1,0 +1,318 @@
+"""One run, stage by stage: a job becomes a measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
+
+from boardbench.agent.bench import doubts, inputs, measure, probe, runtimes, stats
+from boardbench.agent.bench.events import EventWriter
+from boardbench.agent.bench.memory import MemoryMeter
+from boardbench.agent.bench.runtime import (
+    InputsRejected,
+    LoadedModel,
+    ModelRejected,
+    OptionRejected,
+    RuntimeUnavailable,
+)
+from boardbench.agent.bench.shapes import by_name
+from boardbench.agent.domain import (
+    BenchmarkSpec,
+    Latency,
+    Measurement,
+    MemoryPhase,
+    RuntimeUsed,
+    Shape,
+    Stage,
+    TensorInfo,
+    WorkerEnvironment,
+)
+
+if TYPE_CHECKING:
+    from boardbench.agent.bench.runtime import Tensors
+
+MOST_RUNS = 100_000_000
+"""Eight bytes a sample: beyond it the samples alone would fill a board."""
+
+
+class InferenceFailed(Exception):
+    """The engine took the model, and then could not run it."""
+
+
+class JobRejected(Exception):
+    """The job itself makes no sense: a fault of the caller of this process."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the agent asks for; the fields of the job line."""
+
+    runtime: str
+    model_path: Path
+    format: str
+    device: str = "cpu"
+    threads: Optional[int] = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
+    inputs_path: Optional[Path] = None
+    seed: int = 0
+    duration_seconds: float = 5.0
+    min_runs: int = 10
+    max_runs: int = 1_000_000
+    warm_up_seconds: float = 0.5
+    warm_up_runs: int = 1
+    progress_seconds: float = 0.25
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> Job:
+        """The job in a decoded JSON object. Raises JobRejected, naming the field."""
+        known = {name for name in cls.__dataclass_fields__}
+        unknown = sorted(set(content) - known - {"kind"})
+        if unknown:
+            raise JobRejected(f"the job has unknown fields: {', '.join(unknown)}")
+        try:
+            job = cls(**{name: content[name] for name in known if name in content})
+            return replace(
+                job,
+                model_path=Path(job.model_path),
+                inputs_path=Path(job.inputs_path) if job.inputs_path else None,
+                shapes={str(name): tuple(int(size) for size in sizes) for name, sizes in job.shapes.items()},
+                options={str(name): str(value) for name, value in job.options.items()},
+                device=job.device or "cpu",
+            )._checked()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise JobRejected(f"the job can't be read: {error}") from error
+
+    def _checked(self) -> Job:
+        if not 1 <= self.min_runs <= self.max_runs <= MOST_RUNS:
+            raise OptionRejected(
+                f"min_runs ({self.min_runs}) is at least 1 and at most max_runs ({self.max_runs}), "
+                f"which is at most {MOST_RUNS}"
+            )
+        if self.warm_up_runs < 0:
+            raise OptionRejected(f"warm_up_runs is at least 0, not {self.warm_up_runs}")
+        for name in ("duration_seconds", "warm_up_seconds", "progress_seconds"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise OptionRejected(f"{name} is a number of seconds from 0 on, not {seconds}")
+        if self.threads is not None and self.threads < 1:
+            raise OptionRejected(f"threads is at least 1, not {self.threads}")
+        if not 0 <= self.seed < 2**64:
+            raise OptionRejected(f"seed is from 0 to 2^64-1, not {self.seed}")
+        return self
+
+
+def execute(job: Job, events: EventWriter) -> Measurement:
+    """Runs the job, telling stages, progress and doubts on the way.
+
+    Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, InferenceFailed, MemoryError.
+    """
+    meter = MemoryMeter()
+    events.stage(Stage.IMPORT)
+    runtime = runtimes.create(job.runtime)
+    version, import_seconds = _timed(runtime.version)
+    import numpy.random  # noqa: F401 - for the inputs: part of the baseline, not of what the model adds
+
+    if job.format not in runtime.formats:
+        raise ModelRejected(
+            f"{runtime.name} runs {', '.join(runtime.formats)} models, and {job.model_path.name} is "
+            f"{job.format or 'of no known format'}"
+        )
+    meter.end_phase(MemoryPhase.BASELINE)
+
+    events.stage(Stage.CREATE)
+    if job.device not in runtime.devices():
+        raise OptionRejected(
+            f"{runtime.name} has no device {job.device!r} here; it has {', '.join(runtime.devices())}"
+        )
+    shapes: Dict[str, Tuple[int, ...]] = dict(job.shapes)
+    if job.inputs_path is not None:
+        # The arrays settle what the caller left open.
+        shapes = {**inputs.shapes_in_file(job.inputs_path), **shapes}
+    model, create_seconds = _timed(
+        lambda: runtime.load(
+            job.model_path, device=job.device, threads=job.threads, options=job.options, shapes=shapes
+        )
+    )
+    try:
+        meter.end_phase(MemoryPhase.LOADED)
+        return _run(job, model, events, meter, (runtime.name, version, import_seconds, create_seconds))
+    finally:
+        model.close()
+
+
+def _run(
+    job: Job, model: LoadedModel, events: EventWriter, meter: MemoryMeter, known: Tuple[str, str, float, float]
+) -> Measurement:
+    name, version, import_seconds, create_seconds = known
+    events.stage(Stage.INPUTS)
+    if job.inputs_path is not None:
+        feeds = inputs.from_file(model.inputs, job.inputs_path)
+    else:
+        feeds = inputs.seeded(model.inputs, job.seed)
+    input_data = inputs.described(feeds, seed=job.seed if job.inputs_path is None else None)
+
+    events.stage(Stage.FIRST_INFERENCE)
+    with_engine = _Boundary(name)
+    call = with_engine(lambda: model.bind(feeds))
+    returned, first_inference_seconds = with_engine(lambda: _timed(call))
+    meter.end_phase(MemoryPhase.FIRST_INFERENCE)
+    outputs = with_engine(lambda: model.fetch(returned))
+    output_infos, output_sha256 = _describe_outputs(model, outputs)
+    if not _all_finite(outputs):
+        events.warning(doubts.warn("outputs_not_finite", "an output of the first inference is not finite"))
+    del returned, outputs
+
+    clock_read_seconds = measure.clock_read_seconds()
+    events.stage(Stage.WARM_UP)
+    progress = job.progress_seconds
+    bounds = measure.Bounds(seconds=job.warm_up_seconds, least_runs=job.warm_up_runs)
+    with_engine(lambda: measure.warm_up(call, bounds, events.progress, progress_seconds=progress))
+
+    events.stage(Stage.MEASURE)
+    counted = measure.Bounds(seconds=job.duration_seconds, least_runs=job.min_runs, most_runs=job.max_runs)
+    samples, window = with_engine(
+        lambda: measure.measure(call, counted, events.progress, progress_seconds=progress)
+    )
+
+    events.stage(Stage.REPORT)
+    meter.end_phase(MemoryPhase.STEADY)
+    latency = stats.latency(samples)
+    _doubt(events, model, latency, window, clock_read_seconds, meter)
+    return Measurement(
+        runtime=RuntimeUsed(
+            name=name,
+            version=version,
+            device=job.device,
+            options=model.options,
+            interpreter=probe.interpreter(),
+        ),
+        effective_spec=BenchmarkSpec(
+            runtime=name,
+            device=job.device,
+            options=model.options,
+            threads=model.threads,
+            shapes=_given_shapes(model.inputs, job.shapes),
+            seed=input_data.seed,
+            duration_seconds=job.duration_seconds,
+            min_runs=job.min_runs,
+            max_runs=job.max_runs,
+            warm_up_seconds=job.warm_up_seconds,
+            warm_up_runs=job.warm_up_runs,
+        ),
+        import_seconds=import_seconds,
+        create_seconds=create_seconds,
+        first_inference_seconds=first_inference_seconds,
+        latency=latency,
+        memory=meter.memory(),
+        placement=with_engine(model.placement),
+        environment=WorkerEnvironment(
+            clock_read_seconds=clock_read_seconds,
+            involuntary_context_switches=window.involuntary_context_switches,
+            cpu_seconds=window.cpu_seconds,
+            wall_seconds=window.wall_seconds,
+            page_size_bytes=os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None,
+            cpu_affinity=measure.processors(),
+        ),
+        inputs=model.inputs,
+        outputs=output_infos,
+        input_data=input_data,
+        output_sha256=output_sha256,
+    )
+
+
+def _given_shapes(
+    model_inputs: Tuple[TensorInfo, ...], given: Mapping[str, Tuple[int, ...]]
+) -> Dict[str, Shape]:
+    return {target: Shape(given[name]) for name, target in by_name(model_inputs, given).items()}
+
+
+def _doubt(
+    events: EventWriter,
+    model: LoadedModel,
+    latency: Latency,
+    window: measure.Window,
+    clock_read_seconds: float,
+    meter: MemoryMeter,
+) -> None:
+    for warning in doubts.of_latency(
+        latency,
+        clock_read_seconds=clock_read_seconds,
+        wall_seconds=window.wall_seconds,
+        involuntary_context_switches=window.involuntary_context_switches,
+    ):
+        events.warning(warning)
+    processors = len(measure.processors())
+    if model.threads is not None and processors and model.threads > processors:
+        events.warning(
+            doubts.warn(
+                "threads_exceed_processors",
+                f"{model.threads} threads were asked for and the worker may use {processors} processors",
+            )
+        )
+    if not meter.resettable:
+        events.warning(doubts.warn("peak_not_resettable", "/proc/self/clear_refs could not be written"))
+
+
+def _timed(call: Callable[[], Any]) -> Tuple[Any, float]:
+    start = time.perf_counter_ns()
+    returned = call()
+    return returned, (time.perf_counter_ns() - start) / 1e9
+
+
+def _describe_outputs(
+    model: LoadedModel, outputs: Tensors
+) -> Tuple[Tuple[TensorInfo, ...], Dict[str, str]]:
+    """The outputs as they came (shapes settled), and the digest of each one's bytes."""
+    infos = []
+    digests = {}
+    for tensor in model.outputs:
+        array = outputs.get(tensor.name)
+        if array is None:
+            infos.append(tensor)
+            continue
+        infos.append(replace(tensor, shape=tuple(array.shape)))
+        digests[tensor.name] = hashlib.sha256(inputs.content(array)).hexdigest()
+    return tuple(infos), digests
+
+
+def _all_finite(outputs: Tensors) -> bool:
+    import numpy as np
+
+    return all(bool(np.isfinite(array).all()) for array in outputs.values() if array.dtype.kind in "fc")
+
+
+class _Boundary:
+    """Where an engine's own exceptions become ours."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+
+    def __call__(self, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except (RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, BrokenPipeError, MemoryError):
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise MemoryError(f"{self._engine}: {error}") from error
+            raise InferenceFailed(f"{self._engine} failed to run the model: {error or type(error).__name__}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, also where an engine puts it into words of its own."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+# std::bad_alloc: C++ as it is. "Failed to allocate memory": ONNX Runtime's arenas (bfc_arena.cc) and
+# TensorFlow Lite's. "Cannot allocate memory": the C library's ENOMEM. CUDA spells it out.
+_OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|failed to allocate memory|cannot allocate memory|out of memory|available memory of \d+ is smaller",
+    re.IGNORECASE,
+)

@@ -1,0 +1,53 @@
+"""The engines: one line of the table each, loaded when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Mapping, Optional, Tuple, cast
+
+from boardbench.agent.bench.runtime import Runtime, RuntimeUnavailable
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A line of the table. ``environment`` names a variable that must be set for the engine to be offered."""
+
+    name: str
+    module: str
+    type: str
+    formats: Tuple[str, ...]
+    environment: str = ""
+
+
+# For a format that two engines take, the first of them is the default.
+_HERE = "boardbench.agent.bench.runtimes"
+ENGINES = (
+    Engine("tflite", f"{_HERE}.tflite", "TfliteRuntime", ("tflite",)),
+    Engine("onnxruntime", f"{_HERE}.onnx", "OnnxRuntime", ("onnx",)),
+    Engine("fake", f"{_HERE}.fake", "FakeRuntime", ("fake",), environment="BOARDBENCH_FAKE_RUNTIME"),
+)
+
+
+def offered(environ: Optional[Mapping[str, str]] = None) -> Tuple[Engine, ...]:
+    """Every engine that boardbench knows here, whether it is installed or not."""
+    variables = os.environ if environ is None else environ
+    return tuple(engine for engine in ENGINES if not engine.environment or variables.get(engine.environment))
+
+
+def default_for(model_format: str, environ: Optional[Mapping[str, str]] = None) -> str:
+    """Name of the engine that runs a format when none is asked for; empty where none takes it."""
+    for engine in offered(environ):
+        if model_format in engine.formats:
+            return engine.name
+    return ""
+
+
+def create(name: str, environ: Optional[Mapping[str, str]] = None) -> Runtime:
+    """The engine called ``name``; nothing heavy is imported yet. Raises RuntimeUnavailable."""
+    for engine in offered(environ):
+        if engine.name == name:
+            return cast(Runtime, getattr(importlib.import_module(engine.module), engine.type)())
+    names = ", ".join(engine.name for engine in offered(environ))
+    raise RuntimeUnavailable(f"there is no runtime {name!r}; boardbench knows {names}")

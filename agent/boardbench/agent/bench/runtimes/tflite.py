@@ -1,0 +1,414 @@
+"""TensorFlow Lite, by ai-edge-litert or the older tflite-runtime, whichever this Python has.
+
+Devices: ``cpu``; ``edgetpu`` where libedgetpu can be loaded. Any other delegate by
+``delegate=PATH`` with ``delegate.KEY=VALUE`` for its options.
+
+Placement. ``Interpreter._get_ops_details()`` and the wrapper underneath list every original node of
+the first subgraph and, after them, one node called DELEGATE for each part that a delegate took,
+under the same name for XNNPACK and for an Edge TPU. Which originals a DELEGATE stands for follows
+from the tensors: walking back from its outputs to its inputs meets exactly those. Which delegate
+it was follows from when the node appeared: an external delegate is applied while the interpreter is
+created, XNNPACK only when tensors are allocated (`Interpreter::ApplyLazyDelegateProviders`,
+tensorflow/lite/core/interpreter.cc).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+
+from boardbench.agent.bench import placement, shapes
+from boardbench.agent.bench.options import OptionReader
+from boardbench.agent.bench.runtime import (
+    InputsRejected,
+    ModelRejected,
+    OptionRejected,
+    RuntimeUnavailable,
+)
+from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
+
+if TYPE_CHECKING:
+    from boardbench.agent.bench.runtime import Tensors
+
+PACKAGES = (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime"))
+"""Module and distribution, the preferred first."""
+
+EDGETPU_LIBRARY = "libedgetpu.1.dylib" if sys.platform == "darwin" else "libedgetpu.so.1"
+EDGETPU_OP = "edgetpu-custom-op"
+DELEGATE_NODE = "DELEGATE"
+XNNPACK = "TfLiteXNNPackDelegate"
+"""What the delegate calls itself (tensorflow/lite/delegates/xnnpack/xnnpack_delegate.cc)."""
+
+
+class TfliteRuntime:
+    """The engine."""
+
+    name = "tflite"
+    formats: Tuple[str, ...] = ("tflite",)
+
+    def __init__(self) -> None:
+        """Imports nothing yet."""
+        self._module: Any = None
+        self._version = ""
+
+    def version(self) -> str:
+        """Imports the first of the packages that works."""
+        if self._module is None:
+            self._module, self._version = _import()
+        return self._version
+
+    def devices(self) -> Tuple[str, ...]:
+        """cpu, and edgetpu where its library can be loaded; whether a device is plugged in is not looked at."""
+        self.version()
+        return ("cpu", "edgetpu") if _loads(EDGETPU_LIBRARY) else ("cpu",)
+
+    def load(
+        self,
+        model: Path,
+        *,
+        device: str,
+        threads: Optional[int],
+        options: Mapping[str, str],
+        shapes: Mapping[str, Tuple[int, ...]],
+    ) -> TfliteModel:
+        """Creates the interpreter, resizes what is open, allocates."""
+        self.version()
+        reader = OptionReader(self.name, options)
+        xnnpack = reader.switch("xnnpack", default=True)
+        library = reader.text("delegate", "path of a delegate library")
+        delegate_options = reader.prefixed("delegate.", "an option of the delegate")
+        in_force = reader.finish()
+        if device == "edgetpu" and library is None:
+            library = EDGETPU_LIBRARY
+        if delegate_options and library is None:
+            raise OptionRejected("delegate.KEY options belong to a delegate: give delegate=PATH too")
+        delegate = None if library is None else self._delegate(library, delegate_options)
+        return TfliteModel(
+            self._module,
+            model,
+            delegate=delegate,
+            library="" if library is None else Path(library).name,
+            xnnpack=xnnpack,
+            threads=threads,
+            options=in_force,
+            given=shapes,
+        )
+
+    def _delegate(self, library: str, options: Mapping[str, str]) -> Any:
+        try:
+            return self._module.load_delegate(library, dict(options))
+        except OSError as error:
+            raise RuntimeUnavailable(
+                f"the delegate library {library} can't be loaded ({error}): install it, or give its path "
+                "with the option delegate=PATH"
+            ) from error
+        except (ValueError, RuntimeError, AttributeError) as error:
+            # ValueError with no reason is all that libedgetpu gives when it finds no free device.
+            raise RuntimeUnavailable(
+                f"the delegate {library} refused to start ({' '.join(str(error).split())}): is the device "
+                "plugged in, free, and may this user open it?"
+            ) from error
+
+
+def _import() -> Tuple[Any, str]:
+    """The interpreter module and "package version". Raises RuntimeUnavailable with every reason."""
+    reasons = []
+    for module, package in PACKAGES:
+        try:
+            found = importlib.import_module(f"{module}.interpreter")
+        except Exception as error:  # a broken installation raises anything: ImportError, AttributeError, OSError
+            reasons.append(f"{package}: {type(error).__name__}: {error}")
+            continue
+        return found, f"{package} {_package_version(module, package)}"
+    mend = "ai-edge-litert" if sys.version_info >= (3, 10) else "tflite-runtime 'numpy<2'"
+    raise RuntimeUnavailable(
+        f"no TensorFlow Lite in {sys.executable} ({'; '.join(reasons)}): "
+        f"{sys.executable} -m pip install {mend}"
+    )
+
+
+def _package_version(module: str, package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:  # built from source, or vendored by a distribution
+        return str(getattr(importlib.import_module(module), "__version__", "of unknown version"))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+class TfliteModel:
+    """A model in an interpreter. The first subgraph is what runs: the model's main one."""
+
+    def __init__(
+        self,
+        module: Any,
+        model: Path,
+        *,
+        delegate: Any,
+        library: str,
+        xnnpack: bool,
+        threads: Optional[int],
+        options: Mapping[str, str],
+        given: Mapping[str, Tuple[int, ...]],
+    ) -> None:
+        """Creates, resizes, allocates."""
+        self._library = library
+        self.options = options
+        self.threads = 1 if threads is None else threads  # the interpreter's own default
+        resolver = module.OpResolverType.AUTO if xnnpack else module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        try:
+            self._interpreter: Any = module.Interpreter(
+                model_path=str(model),
+                experimental_delegates=None if delegate is None else [delegate],
+                num_threads=threads,
+                experimental_op_resolver_type=resolver,
+            )
+            self._nodes_before_default_delegates = _node_count(self._interpreter)
+            declared = self._interpreter.get_input_details()
+            names = _unique([str(detail["name"]) for detail in declared], "input")
+            self.inputs = shapes.settle(
+                [_tensor(detail, name) for detail, name in zip(declared, names)], given
+            )
+            for detail, tensor in zip(declared, self.inputs):
+                if tuple(int(size) for size in detail["shape"]) != tensor.shape:
+                    self._interpreter.resize_tensor_input(detail["index"], list(tensor.shape), strict=True)
+            self._interpreter.allocate_tensors()
+        except MemoryError:
+            raise
+        except (InputsRejected, OptionRejected):
+            raise
+        except Exception as error:  # ValueError and RuntimeError by the interpreter, others by the package
+            raise _rejected(model, error, delegated=delegate is not None) from error
+        outputs = self._interpreter.get_output_details()
+        output_names = _unique([str(detail["name"]) for detail in outputs], "output")
+        self.outputs = tuple(_tensor(detail, name) for detail, name in zip(outputs, output_names))
+        self._input_indices = {tensor.name: detail["index"] for tensor, detail in zip(self.inputs, declared)}
+        self._output_indices = {name: detail["index"] for name, detail in zip(output_names, outputs)}
+
+    def bind(self, feeds: Tensors) -> Callable[[], object]:
+        """``Interpreter.invoke`` itself: inputs stay in the interpreter from one call to the next."""
+        for name, index in self._input_indices.items():
+            self._interpreter.set_tensor(index, feeds[name])
+        invoke: Callable[[], object] = self._interpreter.invoke
+        return invoke
+
+    def fetch(self, returned: object) -> Tensors:  # noqa: ARG002 - invoke returns nothing
+        """The output tensors, copied out of the interpreter."""
+        return {name: self._interpreter.get_tensor(index) for name, index in self._output_indices.items()}
+
+    def placement(self) -> Placement:
+        """Per original node, by the closure of each DELEGATE node."""
+        try:
+            nodes = _nodes(self._interpreter)
+        except AttributeError as error:
+            return placement.unknown(
+                f"this interpreter does not tell its nodes ({error}), so it is not known what its delegates took"
+            )
+        return _place(
+            nodes,
+            outputs=set(self._output_indices.values()),
+            external_before=self._nodes_before_default_delegates,
+            library=self._library,
+            other_subgraphs=_subgraph_count(self._interpreter) - 1,
+            tensor_name=self._tensor_name,
+        )
+
+    def _tensor_name(self, index: int) -> str:
+        return str(self._interpreter._interpreter.TensorName(index, 0))
+
+    def close(self) -> None:
+        """Drops the interpreter, and the delegate with it."""
+        self._interpreter = None
+
+
+def _unique(names: Sequence[str], kind: str) -> List[str]:
+    """The names, with ``input_N`` for an empty one and the position added to one that came before."""
+    found: List[str] = []
+    for position, name in enumerate(names):
+        candidate = name or f"{kind}_{position}"
+        while candidate in found:
+            candidate = f"{candidate}_{position}"
+        found.append(candidate)
+    return found
+
+
+def _tensor(detail: Mapping[str, Any], name: str) -> TensorInfo:
+    import numpy as np
+
+    dtype = np.dtype(detail["dtype"])
+    declared = [int(size) for size in detail.get("shape_signature", ())]
+    shape = [int(size) for size in detail["shape"]]
+    parameters = detail.get("quantization_parameters", {})
+    scales, zero_points = parameters.get("scales", ()), parameters.get("zero_points", ())
+    quantization = None
+    if len(scales) == 1 and len(zero_points) == 1 and scales[0] != 0:
+        quantization = Quantization(scale=float(scales[0]), zero_point=int(zero_points[0]))
+    return TensorInfo(
+        name=name,
+        dtype="str" if dtype.kind in "OSU" else dtype.name,
+        shape=tuple(declared if len(declared) == len(shape) else shape),
+        quantization=quantization,
+    )
+
+
+_UNRESOLVED = re.compile(r"unresolved custom op: ([^\s]+?)\.?(?:\s|$)")
+_NO_BUILTIN = re.compile(r"builtin opcode '?([A-Z0-9_]+)'?(?: version '?(\d+)'?)?")
+_FLEX = re.compile(r"Select TensorFlow op|Flex")
+
+
+def _rejected(model: Path, error: Exception, *, delegated: bool) -> ModelRejected:
+    """The interpreter's refusal with what to do about it."""
+    said = " ".join(str(error).split())
+    unresolved, builtin = _UNRESOLVED.search(said), _NO_BUILTIN.search(said)
+    if unresolved and unresolved.group(1) == EDGETPU_OP and not delegated:
+        todo = (
+            f"operation {EDGETPU_OP}: the model is compiled for the Edge TPU. Run it with --device edgetpu "
+            "on a board that has one, or run the model as it was before edgetpu_compiler"
+        )
+    elif _FLEX.search(said):
+        todo = "the model uses TensorFlow operations: convert it with builtin operations only"
+    elif unresolved:
+        todo = (
+            f"custom operation {unresolved.group(1)} is not in this engine: convert the model without it, "
+            "or load a delegate that has it with the option delegate=PATH"
+        )
+    elif builtin:
+        version = f" version {builtin.group(2)}" if builtin.group(2) else ""
+        todo = f"operation {builtin.group(1)}{version} is not in this engine: update it, or convert for an older one"
+    else:
+        todo = "is the file whole, and is it a TensorFlow Lite model?"
+    return ModelRejected(f"tflite refuses {model.name}: {todo} (it said: {said})")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the first subgraph; tensors by index, absent optional ones left out."""
+
+    name: str
+    inputs: Tuple[int, ...]
+    outputs: Tuple[int, ...]
+
+
+def _nodes(interpreter: Any) -> List[Node]:
+    # The wrapper and not _get_ops_details: that one fails at any tensor whose type NumPy lacks.
+    wrapper = interpreter._interpreter
+    return [
+        Node(
+            name=str(wrapper.NodeName(at)),
+            inputs=tuple(int(tensor) for tensor in wrapper.NodeInputs(at) if tensor >= 0),
+            outputs=tuple(int(tensor) for tensor in wrapper.NodeOutputs(at) if tensor >= 0),
+        )
+        for at in range(wrapper.NumNodes())
+    ]
+
+
+def _node_count(interpreter: Any) -> Optional[int]:
+    try:
+        return int(interpreter._interpreter.NumNodes())
+    except AttributeError:
+        return None
+
+
+def _subgraph_count(interpreter: Any) -> int:
+    try:
+        return int(interpreter._interpreter.NumSubgraphs())
+    except AttributeError:  # tflite-runtime before 2.8
+        return 1
+
+
+def _place(
+    nodes: Sequence[Node],
+    *,
+    outputs: Set[int],
+    external_before: Optional[int],
+    library: str,
+    other_subgraphs: int,
+    tensor_name: Callable[[int], str],
+) -> Placement:
+    """The placement that the nodes amount to; see the head of this file."""
+    originals = {at: node for at, node in enumerate(nodes) if node.name != DELEGATE_NODE}
+    delegates = {at: node for at, node in enumerate(nodes) if node.name == DELEGATE_NODE}
+    producer = {tensor: at for at, node in originals.items() for tensor in node.outputs}
+    unit_of: Dict[int, Tuple[Unit, str]] = {}
+    for at, delegate in delegates.items():
+        taken = _closure(delegate, originals, producer)
+        if not taken or not taken.isdisjoint(unit_of):
+            return placement.unknown(
+                f"the tensors of delegate node {at} do not tell which operations it took, so where they run "
+                "is not known"
+            )
+        external = bool(library) and (external_before is None or at < external_before)
+        if not external:
+            unit = (Unit.CPU_DELEGATE, XNNPACK)
+        elif any(originals[one].name == EDGETPU_OP for one in taken):
+            unit = (Unit.TPU, library)
+        else:
+            unit = (Unit.DELEGATE, library)
+        unit_of.update(dict.fromkeys(taken, unit))
+    # Nothing asks for the result of a dead end, so no closure reaches it: a delegate may have taken it.
+    unreached = _dead_ends(originals, producer, outputs) - set(unit_of) if delegates else set()
+    ops = [
+        OpPlacement(
+            index=position,
+            type=originals[at].name,
+            name=tensor_name(originals[at].outputs[0]) if originals[at].outputs else "",
+            unit=Unit.UNSPECIFIED if at in unreached else unit_of.get(at, (Unit.CPU, ""))[0],
+            delegate=unit_of.get(at, (Unit.CPU, ""))[1],
+        )
+        for position, at in enumerate(originals)
+    ]
+    return placement.known(ops, evidence=Evidence.PARTITION, detail=_detail(ops, len(delegates), other_subgraphs))
+
+
+def _closure(delegate: Node, originals: Mapping[int, Node], producer: Mapping[int, int]) -> Set[int]:
+    """Original nodes between a delegate's outputs and its inputs."""
+    stop = set(delegate.inputs)
+    taken: Set[int] = set()
+    pending = list(delegate.outputs)
+    while pending:
+        tensor = pending.pop()
+        at = producer.get(tensor)
+        if tensor in stop or at is None or at in taken:
+            continue
+        taken.add(at)
+        pending.extend(originals[at].inputs)
+    return taken
+
+
+def _dead_ends(originals: Mapping[int, Node], producer: Mapping[int, int], outputs: Set[int]) -> Set[int]:
+    """Original nodes from which no path leads to an output of the model."""
+    everything = Node(name="", inputs=(), outputs=tuple(outputs))
+    return set(originals) - _closure(everything, originals, producer)
+
+
+def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: int) -> str:
+    parts = []
+    for delegate in sorted({op.delegate for op in ops if op.delegate}):
+        taken = sum(op.delegate == delegate for op in ops)
+        parts.append(f"{taken} of {len(ops)} operations run in {delegate}")
+    plain = Counter(op.type for op in ops if op.unit is Unit.CPU)
+    if plain:
+        parts.append(f"{sum(plain.values())} in plain kernels on the CPU ({placement.listed(plain)})")
+    unsettled = Counter(op.type for op in ops if op.unit is Unit.UNSPECIFIED)
+    if unsettled:
+        parts.append(f"{sum(unsettled.values())} unknown, as nothing uses their results ({placement.listed(unsettled)})")
+    detail = "; ".join(parts) or "the model has no operation"
+    if delegate_nodes > 1:
+        detail += f"; the delegates' operations are in {delegate_nodes} parts"
+    if other_subgraphs > 0:
+        detail += f"; {other_subgraphs} further subgraphs (bodies of control flow, other signatures) are not listed"
+    return detail
