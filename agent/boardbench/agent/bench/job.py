@@ -127,10 +127,6 @@ def execute(job: Job, events: EventWriter) -> Measurement:
     meter.end_phase(MemoryPhase.BASELINE)
 
     events.stage(Stage.CREATE)
-    if job.device not in runtime.devices():
-        raise OptionRejected(
-            f"{runtime.name} has no device {job.device!r} here; it has {', '.join(runtime.devices())}"
-        )
     shapes: Dict[str, Tuple[int, ...]] = dict(job.shapes)
     if job.inputs_path is not None:
         # The arrays settle what the caller left open.

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, 
 
 from boardbench.agent.bench import placement, shapes
 from boardbench.agent.bench.options import OptionReader
-from boardbench.agent.bench.runtime import ModelRejected, RuntimeUnavailable
+from boardbench.agent.bench.runtime import ModelRejected, OptionRejected, RuntimeUnavailable
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
 
 if TYPE_CHECKING:
@@ -87,12 +87,14 @@ class FakeRuntime:
         self,
         model: Path,
         *,
-        device: str,  # noqa: ARG002 - both behave alike
+        device: str,
         threads: Optional[int],
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
     ) -> FakeModel:
         """Reads the file and carries out its ``create`` actions."""
+        if device not in self.devices():
+            raise OptionRejected(f"fake has no device {device!r}; it has {', '.join(self.devices())}")
         reader = OptionReader(self.name, options)
         noisy = reader.choice("mode", ("plain", "noisy"), default="plain") == "noisy"
         return FakeModel(_parse(model), noisy=noisy, options=reader.finish(), threads=threads, given=shapes)

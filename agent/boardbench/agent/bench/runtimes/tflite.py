@@ -79,6 +79,10 @@ class TfliteRuntime:
     ) -> TfliteModel:
         """Creates the interpreter, resizes what is open, allocates."""
         self.version()
+        if device not in ("cpu", "edgetpu"):
+            raise OptionRejected(
+                f"tflite has no device {device!r}; it has cpu and edgetpu, and any other by the option delegate=PATH"
+            )
         reader = OptionReader(self.name, options)
         xnnpack = reader.switch("xnnpack", default=True)
         library = reader.text("delegate", "path of a delegate library")
@@ -186,6 +190,10 @@ class TfliteModel:
             for detail, tensor in zip(declared, self.inputs):
                 if tuple(int(size) for size in detail["shape"]) != tensor.shape:
                     self._interpreter.resize_tensor_input(detail["index"], list(tensor.shape), strict=True)
+                    # Delegates are undone by this and done again later: the count says nothing any more.
+                    self._nodes_before_default_delegates = None
+            if not xnnpack:
+                self._nodes_before_default_delegates = sys.maxsize  # there are no default ones
             self._interpreter.allocate_tensors()
         except MemoryError:
             raise
@@ -291,7 +299,7 @@ def _rejected(model: Path, error: Exception, *, delegated: bool) -> ModelRejecte
         todo = f"operation {builtin.group(1)}{version} is not in this engine: update it, or convert for an older one"
     else:
         todo = "is the file whole, and is it a TensorFlow Lite model?"
-    return ModelRejected(f"tflite refuses {model.name}: {todo} (it said: {said})")
+    return ModelRejected(f"tflite refuses {model.name}: {todo} (it said: {said[:500]})")
 
 
 @dataclass(frozen=True)
@@ -339,7 +347,10 @@ def _place(
     other_subgraphs: int,
     tensor_name: Callable[[int], str],
 ) -> Placement:
-    """The placement that the nodes amount to; see the head of this file."""
+    """The placement that the nodes amount to; see the head of this file.
+
+    DELEGATE nodes before position ``external_before`` belong to ``library``; None: not known which.
+    """
     originals = {at: node for at, node in enumerate(nodes) if node.name != DELEGATE_NODE}
     delegates = {at: node for at, node in enumerate(nodes) if node.name == DELEGATE_NODE}
     producer = {tensor: at for at, node in originals.items() for tensor in node.outputs}
@@ -351,8 +362,12 @@ def _place(
                 f"the tensors of delegate node {at} do not tell which operations it took, so where they run "
                 "is not known"
             )
-        external = bool(library) and (external_before is None or at < external_before)
-        if not external:
+        if library and external_before is None:
+            return placement.unknown(
+                f"an input was resized, so it can't be told which operations {library} took and which XNNPACK "
+                "took: give the option xnnpack=off to know"
+            )
+        if not library or at >= (external_before or 0):
             unit = (Unit.CPU_DELEGATE, XNNPACK)
         elif any(originals[one].name == EDGETPU_OP for one in taken):
             unit = (Unit.TPU, library)

@@ -1,0 +1,400 @@
+"""ONNX Runtime. A device is an execution provider: ``cuda`` is CUDAExecutionProvider, and so on.
+
+ONNX Runtime runs on the CPU whatever a provider does not take, and with a missing provider everything,
+with no more than a line in its log. Here a device that takes nothing is an error, unless
+``allow_fallback=on``; with ``allow_fallback=off`` a single operation left on the CPU is one.
+
+Placement. From 1.24 on the session tells which provider took which node
+(`session.record_ep_graph_assignment_info`, InferenceSession.get_provider_graph_assignment_info): the
+nodes as they were when providers chose, after constant folding and the other basic optimisations
+and before nodes are fused. Older versions are asked by a profile of one more inference, which
+lists nodes as they ran, fused.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from boardbench.agent.bench import placement, shapes
+from boardbench.agent.bench.options import OptionReader
+from boardbench.agent.bench.runtime import (
+    InputsRejected,
+    ModelRejected,
+    OptionRejected,
+    RuntimeUnavailable,
+)
+from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo, Unit
+
+if TYPE_CHECKING:
+    from boardbench.agent.bench.runtime import Tensors
+
+SUFFIX = "ExecutionProvider"
+CPU = "CPU" + SUFFIX
+
+NOT_ENGINES = ("AzureExecutionProvider",)
+"""Sends the model to a service elsewhere: nothing runs on the board."""
+
+UNITS: Mapping[str, Unit] = {
+    "CPU": Unit.CPU,
+    "Xnnpack": Unit.CPU_DELEGATE,
+    "Dnnl": Unit.CPU_DELEGATE,
+    "ACL": Unit.CPU_DELEGATE,
+    "CUDA": Unit.GPU,
+    "Tensorrt": Unit.GPU,
+    "NvTensorRTRTX": Unit.GPU,
+    "ROCM": Unit.GPU,
+    "MIGraphX": Unit.GPU,
+    "Dml": Unit.GPU,
+    "WebGpu": Unit.GPU,
+    "VitisAI": Unit.NPU,
+    "Rknpu": Unit.NPU,
+    "CANN": Unit.NPU,
+}
+"""Providers with one kind of hardware behind them; every other one is UNIT_DELEGATE, see `unit_of`."""
+
+TYPES: Mapping[str, str] = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(string)": "str",
+    "tensor(bool)": "bool",
+    "tensor(complex64)": "complex64",
+    "tensor(complex128)": "complex128",
+    **{f"tensor({kind}{bits})": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+}
+
+LEVELS: Mapping[str, str] = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "off": "ORT_DISABLE_ALL",
+}
+
+MOST_THREADS = 1024
+
+
+class OnnxRuntime:
+    """The engine."""
+
+    name = "onnxruntime"
+    formats: Tuple[str, ...] = ("onnx",)
+
+    def __init__(self) -> None:
+        """Imports nothing yet."""
+        self._ort: Any = None
+
+    def version(self) -> str:
+        """Imports the engine; the distribution's name tells its flavour (onnxruntime-gpu, …)."""
+        if self._ort is None:
+            # 1.32 and later keep a database of usage in the home folder otherwise; read at import.
+            os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+            try:
+                import onnxruntime
+            except Exception as error:  # a broken installation raises anything
+                raise RuntimeUnavailable(
+                    f"no ONNX Runtime in {sys.executable} ({type(error).__name__}: {error}): "
+                    f"{sys.executable} -m pip install onnxruntime"
+                ) from error
+            self._ort = onnxruntime
+        package = getattr(self._ort, "package_name", None) or "onnxruntime"
+        return f"{package} {self._ort.__version__}"
+
+    def devices(self) -> Tuple[str, ...]:
+        """cpu, then the other providers of this build, the engine's preferred first."""
+        self.version()
+        others = [name for name in self._providers() if name != CPU]
+        return ("cpu", *(name[: -len(SUFFIX)].lower() for name in others))
+
+    def _providers(self) -> List[str]:
+        return [name for name in self._ort.get_available_providers() if name not in NOT_ENGINES]
+
+    def load(
+        self,
+        model: Path,
+        *,
+        device: str,
+        threads: Optional[int],
+        options: Mapping[str, str],
+        shapes: Mapping[str, Tuple[int, ...]],
+    ) -> OnnxModel:
+        """Creates the session and checks that the device took part."""
+        self.version()
+        ort = self._ort
+        reader = OptionReader(self.name, options)
+        settings = ort.SessionOptions()
+        level = reader.choice("graph_optimization", tuple(LEVELS), default="all")
+        settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+        if reader.choice("execution_mode", ("sequential", "parallel"), default="sequential") == "parallel":
+            settings.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+        threads = _threads(threads, reader.number("intra_op_threads", least=1, most=MOST_THREADS))
+        if threads is not None:
+            settings.intra_op_num_threads = threads
+        inter = reader.number("inter_op_threads", least=1, most=MOST_THREADS)
+        if inter is not None:
+            settings.inter_op_num_threads = inter
+        if not reader.switch("allow_spinning", default=True):
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        settings.enable_cpu_mem_arena = reader.switch("arena", default=True)
+        fallback = reader.choice("allow_fallback", ("partial", "on", "off"), default="partial")
+        provider_options = reader.prefixed("provider.", "an option of the execution provider")
+        in_force = reader.finish()
+
+        wanted = self._provider(device, fallback == "on")
+        if wanted == CPU and provider_options:
+            raise OptionRejected(f"provider.KEY options belong to a device other than {device}")
+        if wanted == f"OpenVINO{SUFFIX}" and "device_type" not in provider_options:
+            # Said and not left to the provider's build, so that it is known where operations run.
+            provider_options["device_type"] = in_force["provider.device_type"] = "CPU"
+        if wanted != CPU and fallback == "off":
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        return OnnxModel(
+            ort,
+            model,
+            settings=settings,
+            providers=self._order(wanted, provider_options),
+            device=device,
+            whole_fallback=fallback == "on",
+            threads=threads,
+            options=in_force,
+            given=shapes,
+        )
+
+    def _provider(self, device: str, may_be_missing: bool) -> str:
+        """The provider that a device stands for."""
+        for name in self._providers():
+            if name[: -len(SUFFIX)].lower() == device:
+                return name
+        if may_be_missing and any(
+            name[: -len(SUFFIX)].lower() == device for name in self._ort.get_all_providers()
+        ):
+            return CPU
+        raise OptionRejected(
+            f"this {self.version()} has no device {device!r}; it has {', '.join(self.devices())}. Another build "
+            "of ONNX Runtime may have it (onnxruntime-gpu, onnxruntime-openvino, …)"
+        )
+
+    def _order(self, wanted: str, options: Mapping[str, str]) -> List[Tuple[str, Dict[str, str]]]:
+        """The providers to name: the wanted one, and CUDA behind TensorRT, as its vendor has it."""
+        order = [(wanted, dict(options))]
+        if wanted == f"Tensorrt{SUFFIX}" and f"CUDA{SUFFIX}" in self._providers():
+            order.append((f"CUDA{SUFFIX}", {}))
+        return order
+
+
+def _threads(threads: Optional[int], option: Optional[int]) -> Optional[int]:
+    if threads is not None and option is not None and threads != option:
+        raise OptionRejected(f"threads says {threads} and the option intra_op_threads says {option}: give one")
+    return option if threads is None else threads
+
+
+class OnnxModel:
+    """A model in a session."""
+
+    def __init__(
+        self,
+        ort: Any,
+        model: Path,
+        *,
+        settings: Any,
+        providers: Sequence[Tuple[str, Mapping[str, str]]],
+        device: str,
+        whole_fallback: bool,
+        threads: Optional[int],
+        options: Mapping[str, str],
+        given: Mapping[str, Tuple[int, ...]],
+    ) -> None:
+        """Creates the session."""
+        self._ort = ort
+        self._model = model
+        self._settings = settings
+        self._providers = [(name, dict(entries)) for name, entries in providers]
+        self.options = options
+        self.threads = threads
+        self._feeds: Tensors = {}
+        # Costs nothing after the session is made; older versions pass over keys they don't know.
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        self._session: Any = self._create(settings)
+        self.inputs = shapes.settle([_input(node, model) for node in self._session.get_inputs()], given)
+        self.outputs = tuple(_output(node) for node in self._session.get_outputs())
+        self._output_names = [tensor.name for tensor in self.outputs]
+        if not whole_fallback:
+            self._check_device(device)
+
+    def _create(self, settings: Any) -> Any:
+        try:
+            session = self._ort.InferenceSession(
+                str(self._model), settings, providers=self._providers, enable_fallback=0
+            )
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _rejected(self._model, error) from error
+        session.disable_fallback()  # else a failing provider is replaced by the CPU in mid-run
+        return session
+
+    def _check_device(self, device: str) -> None:
+        wanted = self._providers[0][0]
+        if wanted == CPU:
+            return
+        taken = self._assigned()
+        if wanted not in self._session.get_providers():
+            fault = "could not be started, so that everything would run on the CPU"
+        elif taken is not None and not any(provider == wanted for provider, _, _ in taken):
+            fault = "takes none of its operations: all would run on the CPU"
+        else:
+            return
+        raise ModelRejected(
+            f"{self._model.name} on {device}: the provider {wanted} {fault}. Its log tells why; "
+            "to measure the fallback give the option allow_fallback=on"
+        )
+
+    def bind(self, feeds: Tensors) -> Callable[[], object]:
+        """``InferenceSession.run`` itself with its arguments: it returns with the outputs in host memory."""
+        self._feeds = feeds
+        return functools.partial(self._session.run, self._output_names, dict(feeds))
+
+    def fetch(self, returned: object) -> Tensors:
+        """The arrays that run returned; sequences and maps are left out."""
+        import numpy as np
+
+        assert isinstance(returned, list)  # noqa: S101 - for the type checker
+        pairs = zip(self._output_names, returned)
+        return {name: np.array(value, copy=True) for name, value in pairs if isinstance(value, np.ndarray)}
+
+    def placement(self) -> Placement:
+        """Per node, by the session's own record or by a profile of one inference."""
+        assigned = self._assigned()
+        if assigned is not None:
+            how = "nodes as providers chose them: after the basic optimisations, before fusion"
+            return self._place(assigned, Evidence.PARTITION, how)
+        try:
+            profiled = self._profile()
+        except MemoryError:
+            raise
+        except Exception as error:  # a session under a profiler needs memory and a place for its file
+            return placement.unknown(
+                f"this version of ONNX Runtime does not tell which provider took a node, and a profile "
+                f"could not be made: {error}"
+            )
+        how = "nodes as they ran under the profiler, fused"
+        return self._place(profiled, Evidence.PROFILED, how)
+
+    def _place(self, nodes: Sequence[Tuple[str, str, str]], evidence: Evidence, how: str) -> Placement:
+        options = {name: entries for name, entries in self._providers}
+        ops = []
+        for index, (provider, name, op_type) in enumerate(nodes):
+            unit = unit_of(provider, options.get(provider, {}))
+            ops.append(
+                OpPlacement(
+                    index=index,
+                    type=op_type,
+                    name=name,
+                    unit=unit,
+                    delegate="" if unit is Unit.CPU else provider,
+                )
+            )
+        counts = Counter(provider for provider, _, _ in nodes)
+        taken = "; ".join(f"{number} of {len(ops)} nodes on {provider}" for provider, number in counts.most_common())
+        return placement.known(ops, evidence=evidence, detail=f"{taken or 'no node is left to run'} ({how})")
+
+    def _assigned(self) -> Optional[List[Tuple[str, str, str]]]:
+        """(provider, node name, op type) of every node; None where this version does not tell."""
+        try:
+            parts = self._session.get_provider_graph_assignment_info()
+        except AttributeError:
+            return None
+        return [
+            (part.ep_name, node.name, f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
+            for part in parts
+            for node in part.get_nodes()
+        ]
+
+    def _profile(self) -> List[Tuple[str, str, str]]:
+        """The same from a profile of one inference in a session of its own."""
+        with tempfile.TemporaryDirectory(prefix="boardbench-profile-") as folder:
+            self._settings.enable_profiling = True
+            self._settings.profile_file_prefix = str(Path(folder) / "ort")
+            try:
+                session = self._create(self._settings)
+                session.run(self._output_names, dict(self._feeds))
+                events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            finally:
+                self._settings.enable_profiling = False
+        suffix = "_kernel_time"
+        return [
+            (event["args"]["provider"], event["name"][: -len(suffix)], event["args"]["op_name"])
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith(suffix) and event["args"].get("provider")
+        ]
+
+    def close(self) -> None:
+        """Drops the session."""
+        self._session = None
+        self._feeds = {}
+
+
+def unit_of(provider: str, options: Mapping[str, str]) -> Unit:
+    """Where a provider with these options runs its nodes; UNIT_DELEGATE where that is its own choice."""
+    name = provider[: -len(SUFFIX)] if provider.endswith(SUFFIX) else provider
+    if name == "OpenVINO":
+        # "AUTO:…", "HETERO:…" and "MULTI:…" choose by themselves.
+        family = options.get("device_type", "").upper().replace("_", ".").partition(".")[0]
+        return {"CPU": Unit.CPU_DELEGATE, "GPU": Unit.GPU, "NPU": Unit.NPU}.get(family, Unit.DELEGATE)
+    if name == "QNN":
+        backend = (options.get("backend_type") or Path(options.get("backend_path", "")).name).lower()
+        for word, unit in (("htp", Unit.NPU), ("gpu", Unit.GPU), ("cpu", Unit.CPU_DELEGATE)):
+            if word in backend:
+                return unit
+        return Unit.DELEGATE
+    if name == "Tensorrt" and options.get("trt_dla_enable", "").lower() in ("1", "true"):
+        return Unit.DELEGATE  # TensorRT splits between DLA and GPU inside a node
+    return UNITS.get(name, Unit.DELEGATE)
+
+
+def _input(node: Any, model: Path) -> TensorInfo:
+    dtype = TYPES.get(node.type)
+    if dtype is None:
+        raise InputsRejected(
+            f"input {node.name} of {model.name} is a {node.type}, for which no data can be given: export the "
+            "model with inputs of an ordinary tensor type"
+        )
+    return TensorInfo(name=node.name, dtype=dtype, shape=_shape(node.shape))
+
+
+def _output(node: Any) -> TensorInfo:
+    return TensorInfo(name=node.name, dtype=TYPES.get(node.type, str(node.type)), shape=_shape(node.shape or ()))
+
+
+def _shape(dimensions: Sequence[object]) -> Tuple[int, ...]:
+    """Numbers as they are; a name, or nothing, is an open size."""
+    return tuple(size if isinstance(size, int) and size >= 0 else -1 for size in dimensions)
+
+
+def _rejected(model: Path, error: Exception) -> ModelRejected:
+    """The session's refusal with what to do about it."""
+    said = " ".join(str(error).split())
+    lower = said.lower()
+    if "external data" in lower or "cannot get file size" in lower:
+        todo = (
+            "its weights are in files of their own, which were not pushed: save it in one file "
+            "(onnx.save with save_as_external_data=False)"
+        )
+    elif "no op registered for" in lower or "is not a registered function/op" in lower:
+        todo = "it uses an operation that this build does not have: update onnxruntime, or export without it"
+    elif "opset" in lower or "ir version" in lower:
+        todo = "it is newer than this engine: update onnxruntime, or export with an older opset or IR version"
+    elif "fallback to cpu ep has been explicitly disabled" in lower:
+        todo = "operations are left on the CPU, and the option allow_fallback=off forbids that"
+    elif "protobuf parsing failed" in lower or "modelproto does not have a graph" in lower:
+        todo = "is the file whole, and is it an ONNX model?"
+    else:
+        todo = "does it pass onnx.checker.check_model?"
+    return ModelRejected(f"onnxruntime refuses {model.name}: {todo} (it said: {said[:500]})")
