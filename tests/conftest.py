@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -17,3 +18,18 @@ def shared_models() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real models are not here: no folder {folder} (set BOARDBENCH_MODELS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def edgetpu_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Library in the place of libedgetpu.so.1 (see standin/README.md); skips without a C compiler."""
+    spec = importlib.util.spec_from_file_location(
+        "standin_build", REPOSITORY / "tests" / "standin" / "build.py"
+    )
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    try:
+        return build.build(tmp_path_factory.mktemp("standin"))
+    except build.NoCompiler as error:
+        pytest.skip(str(error))
