@@ -1,0 +1,182 @@
+"""``boardbench-collector``: serve | check. Heavy parts load when a command runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from boardbench.collector.config import (
+    ENVIRONMENT_PREFIX,
+    GRPC_PORT,
+    HTTP_PORT,
+    Address,
+    CollectorConfig,
+    default_data_dir,
+)
+from boardbench.collector.errors import CollectorError
+
+if TYPE_CHECKING:
+    from boardbench.collector.serve import Listening
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class _AddressType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+    name = "HOST[:PORT]"
+
+    def __init__(self, default_port: int) -> None:
+        self._default_port = default_port
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
+        if isinstance(value, Address):
+            return value
+        try:
+            return Address.parse(str(value), self._default_port)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _option(name: str, **more: Any) -> Callable[[_Command], _Command]:
+    """Returns a click option that can also be given in the environment."""
+    variable = ENVIRONMENT_PREFIX + name.removeprefix("--").replace("-", "_").upper()
+    return click.option(name, envvar=variable, show_envvar=True, **more)
+
+
+_data_dir = _option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"Folder of the store.  [default: {default_data_dir(user_id=0)} for root, else in the state folder]",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="boardbench", prog_name="boardbench-collector")
+def main() -> None:
+    """Takes results from boards, keeps them, and shows them to people and to Prometheus."""
+
+
+@main.command()
+@_option(
+    "--listen",
+    type=_AddressType(GRPC_PORT),
+    default=str(CollectorConfig.listen),
+    show_default=True,
+    help="Address for agents and clients (gRPC); port 0: any free one.",
+)
+@_option(
+    "--http",
+    type=_AddressType(HTTP_PORT),
+    default=str(CollectorConfig.http),
+    show_default=True,
+    help="Address for /metrics, /api/v1 and the page; port 0: any free one.",
+)
+@_data_dir
+@_option(
+    "--port-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='Write the ports in use here, as {"grpc": …, "http": …}, once both answer.',
+)
+@_option(
+    "--heartbeat",
+    type=click.FloatRange(min=0.1, max=3600),
+    default=CollectorConfig.heartbeat_seconds,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often boards must be heard of; after three times this a silent stream is ended.",
+)
+@_option(
+    "--series-ttl",
+    type=click.FloatRange(min=0),
+    default=CollectorConfig.series_ttl_seconds,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the series of a board that is gone stay in /metrics.",
+)
+@_option(
+    "--result-ttl",
+    type=click.FloatRange(min=1),
+    default=CollectorConfig.result_ttl_seconds,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the latest result of a model stays in /metrics.",
+)
+@_option(
+    "--series-per-device",
+    type=click.IntRange(min=1),
+    default=CollectorConfig.series_per_device,
+    show_default=True,
+    help="Series of results that one board may have in /metrics.",
+)
+@_option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What goes to stderr.",
+)
+def serve(
+    *,
+    listen: Address,
+    http: Address,
+    data_dir: Path | None,
+    port_file: Path | None,
+    heartbeat: float,
+    series_ttl: float,
+    result_ttl: float,
+    series_per_device: int,
+    log_level: str,
+) -> None:
+    """Run the collector until SIGTERM or Ctrl-C."""
+    config = CollectorConfig(
+        listen=listen,
+        http=http,
+        data_dir=data_dir or default_data_dir(),
+        port_file=port_file,
+        heartbeat_seconds=heartbeat,
+        series_ttl_seconds=series_ttl,
+        result_ttl_seconds=result_ttl,
+        series_per_device=series_per_device,
+    )
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    from boardbench.collector.serve import serve as run
+
+    def ready(listening: Listening) -> None:
+        click.echo(f"gRPC: {listening.grpc}")
+        click.echo(f"HTTP: http://{listening.http}/")
+        click.echo(f"Store: {config.store_path}")
+
+    _run(run(config, ready=ready))
+
+
+@main.command()
+@_data_dir
+def check(*, data_dir: Path | None) -> None:
+    """Read the whole store and say whether it is sound. Exit 1 when it is not."""
+    path = CollectorConfig(data_dir=data_dir or default_data_dir()).store_path
+    if not path.is_file():
+        raise click.ClickException(f"there is no store {path}; name its folder with --data-dir")
+    from boardbench.collector.stores.sqlite import SqliteResultStore
+
+    async def run() -> None:
+        store = await SqliteResultStore.open(path)
+        try:
+            await store.check()
+        finally:
+            await store.close()
+
+    _run(run())
+    click.echo(f"{path}: sound")
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        asyncio.run(work)
+    except CollectorError as error:
+        raise click.ClickException(str(error)) from error

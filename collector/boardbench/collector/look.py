@@ -1,0 +1,200 @@
+"""What people, programs and Prometheus see: the store and the open streams, joined.
+
+The gRPC queries, the HTTP API, the page and ``/metrics`` are all answered from here, so that they can't
+say different things, and so that none of them knows a table.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from boardbench.collector.errors import Ambiguous, InvalidRequest, NotFound
+from boardbench.collector.fleet import Fleet, Tally
+from boardbench.collector.store import LatestResults, Outcomes, Position, ResultFilter, ResultStore
+from boardbench.v1 import collector_pb2, result_pb2
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+
+_PAGE_BYTES = 3 * 1024 * 1024
+"""A page ends here even when it is short: gRPC clients take 4 MiB a message unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """A board as it looks now."""
+
+    hello: collector_pb2.Hello
+    up: bool
+    """Whether its stream is open."""
+    last_seen_at: float
+    first_seen_at: float
+    heartbeat: collector_pb2.Heartbeat | None
+
+    @property
+    def device_id(self) -> str:
+        """Identity of the board."""
+        return self.hello.board.device_id
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that one scrape shows."""
+
+    at: float
+    """Unix seconds."""
+    devices: tuple[DeviceView, ...]
+    latest: LatestResults
+    outcomes: tuple[Outcomes, ...]
+    tally: Tally
+    open_streams: int
+
+
+class ReadModel:
+    """Answers questions about boards and results."""
+
+    def __init__(
+        self,
+        store: ResultStore,
+        fleet: Fleet,
+        *,
+        result_ttl_seconds: float,
+        results_per_device: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._result_ttl_seconds = result_ttl_seconds
+        self._results_per_device = results_per_device
+        self._clock = clock
+
+    async def views(self) -> tuple[DeviceView, ...]:
+        """Returns every board that ever said hello, by its identity."""
+        views = []
+        for record in await self._store.devices():
+            session = self._fleet.session(record.device_id)
+            heartbeat, last_seen_at = record.heartbeat, record.last_seen_at
+            if session is not None:
+                heartbeat = session.heartbeat or heartbeat
+                last_seen_at = max(last_seen_at, session.last_seen_at)
+            views.append(
+                DeviceView(record.hello, session is not None, last_seen_at, record.first_seen_at, heartbeat)
+            )
+        return tuple(views)
+
+    async def devices(self) -> tuple[collector_pb2.Device, ...]:
+        """Returns every board as the wire has it."""
+        totals: dict[str, int] = {}
+        for outcomes in await self._store.outcomes():
+            totals[outcomes.device_id] = totals.get(outcomes.device_id, 0) + outcomes.total
+        devices = []
+        for view in await self.views():
+            device = collector_pb2.Device(
+                board=view.hello.board,
+                agent_version=view.hello.agent_version,
+                runtimes=view.hello.runtimes,
+                address=view.hello.address,
+                up=view.up,
+                heartbeat=view.heartbeat,
+                results=totals.get(view.device_id, 0),
+            )
+            device.last_seen_at.FromNanoseconds(int(view.last_seen_at * 1_000_000) * 1000)
+            device.first_seen_at.FromNanoseconds(int(view.first_seen_at * 1_000_000) * 1000)
+            devices.append(device)
+        return tuple(devices)
+
+    async def results(self, request: collector_pb2.ListResultsRequest) -> collector_pb2.ListResultsResponse:
+        """Returns a page of results, the latest end first; InvalidRequest when the question is wrong."""
+        since = None
+        if request.HasField("since"):
+            since = request.since.seconds * 1_000_000 + request.since.nanos // 1000
+            if abs(since) >= 2**63:
+                raise InvalidRequest(f"since is no time: {request.since.seconds} s")
+        wanted = ResultFilter(
+            device_id=request.device_id,
+            model=request.model,
+            runtime=request.runtime,
+            status=request.status,
+            since_microseconds=since,
+        )
+        page = await self._store.results(
+            wanted,
+            limit=min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE),
+            after=_read_token(request.page_token, wanted) if request.page_token else None,
+            summary=request.summary,
+            max_bytes=_PAGE_BYTES,
+        )
+        return collector_pb2.ListResultsResponse(
+            results=page.results, next_page_token=_write_token(page.next, wanted) if page.next else ""
+        )
+
+    async def result(self, run_id: str) -> result_pb2.RunResult:
+        """Returns one result, by its run's identity or the first digits of it.
+
+        NotFound when no run has it, Ambiguous when several begin so.
+        """
+        if not run_id:
+            raise InvalidRequest("run_id is missing")
+        found = await self._store.find(run_id)
+        if not found:
+            raise NotFound(f"no run is named {run_id!r}, nor does one begin so")
+        if len(found) > 1:
+            raise Ambiguous(
+                f"several runs begin with {run_id!r}, {found[0].run_id} and {found[1].run_id} among them;"
+                " give more digits"
+            )
+        return found[0]
+
+    async def snapshot(self) -> Snapshot:
+        """Returns what a scrape shows now."""
+        now = self._clock()
+        latest = await self._store.latest(
+            received_since=now - self._result_ttl_seconds, per_device=self._results_per_device
+        )
+        tally = replace(self._fleet.tally, refused=self._fleet.tally.refused.copy())
+        return Snapshot(
+            at=now,
+            devices=await self.views(),
+            latest=latest,
+            outcomes=await self._store.outcomes(),
+            tally=tally,
+            open_streams=len(self._fleet),
+        )
+
+    async def probe(self) -> None:
+        """Returns once the store has taken a write; StoreError when it can't."""
+        await self._store.probe()
+
+
+def _fingerprint(wanted: ResultFilter) -> str:
+    text = json.dumps(
+        [wanted.device_id, wanted.model, wanted.runtime, wanted.status, wanted.since_microseconds]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _write_token(position: Position, wanted: ResultFilter) -> str:
+    text = json.dumps([position.finished_microseconds, position.arrival, _fingerprint(wanted)])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _read_token(token: str, wanted: ResultFilter) -> Position:
+    complaint = "page_token is none that this collector gave out; ask again without it"
+    try:
+        text = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        finished, arrival, fingerprint = json.loads(text)
+    except (binascii.Error, UnicodeError, ValueError, TypeError) as error:
+        raise InvalidRequest(complaint) from error
+    if not all(isinstance(number, int) and abs(number) < 2**63 for number in (finished, arrival)):
+        raise InvalidRequest(complaint)
+    if fingerprint != _fingerprint(wanted):
+        raise InvalidRequest(
+            "page_token belongs to a query with other filters; keep them, or ask again without it"
+        )
+    return Position(finished, arrival)

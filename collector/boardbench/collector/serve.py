@@ -1,0 +1,208 @@
+"""The composition root: the only place where store, service and web meet, and where sockets are made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import grpc
+from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from boardbench.collector.config import Address, CollectorConfig
+from boardbench.collector.errors import StartError, StoreError
+from boardbench.collector.expose import MIN_SERIES_PER_RESULT
+from boardbench.collector.fleet import Fleet
+from boardbench.collector.look import ReadModel
+from boardbench.collector.service import SERVICE_NAME, CollectorService
+from boardbench.collector.store import ResultStore
+from boardbench.collector.stores.sqlite import SqliteResultStore
+from boardbench.collector.web.app import create_app
+from boardbench.v1 import collector_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+_RECEIVE_FACTOR = 4
+"""A record that is too large must still arrive to be refused, or it would block its spool for ever."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the collector is reached, once it is."""
+
+    grpc: Address
+    http: Address
+
+
+def version() -> str:
+    """Returns the version of the installed distribution."""
+    return metadata.version("boardbench")
+
+
+async def serve(
+    config: CollectorConfig,
+    *,
+    ready: Callable[[Listening], None] = lambda _: None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Runs the collector until SIGTERM, SIGINT or ``stop``; then lets open streams end and returns.
+
+    ``ready`` is called once, when both addresses answer. StartError and StoreError when it can't start.
+    """
+    stop = stop or asyncio.Event()
+    with _signals(stop):
+        store = await SqliteResultStore.open(
+            config.store_path,
+            max_result_bytes=config.max_result_bytes,
+            commit_window_seconds=config.commit_window_seconds,
+        )
+        try:
+            async with running(config, store) as listening:
+                with _port_file(config.port_file, listening):
+                    ready(listening)
+                    await stop.wait()
+                    _log.info("stopping")
+        finally:
+            await store.close()
+
+
+@contextlib.asynccontextmanager
+async def running(config: CollectorConfig, store: ResultStore) -> AsyncIterator[Listening]:
+    """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
+    fleet = Fleet(store, silence_seconds=config.silence_seconds)
+    look = ReadModel(
+        store,
+        fleet,
+        result_ttl_seconds=config.result_ttl_seconds,
+        results_per_device=max(1, config.series_per_device // MIN_SERIES_PER_RESULT),
+    )
+    for address in (config.listen, config.http):
+        if not address.is_loopback:
+            _log.warning("%s is open to the network, and whoever reaches it may read and report", address)
+    async with contextlib.AsyncExitStack() as stack:
+        grpc_address = await _start_grpc(config, store, fleet, look, stack)
+        http_address = await _start_http(config, look, stack)
+        watch = asyncio.create_task(fleet.watch())
+        try:
+            yield Listening(grpc_address, http_address)
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            await stack.aclose()
+            try:
+                await fleet.flush()
+            except StoreError as error:
+                _log.warning("when boards were last seen could not be stored: %s", error)
+
+
+async def _start_grpc(
+    config: CollectorConfig,
+    store: ResultStore,
+    fleet: Fleet,
+    look: ReadModel,
+    stack: contextlib.AsyncExitStack,
+) -> Address:
+    limit = config.max_result_bytes * _RECEIVE_FACTOR
+    server = grpc.aio.server(
+        options=(
+            # Two collectors on one port would share the boards between them, silently.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            # Agents behind a NAT keep their way open; a ping a minute is fine even without a call.
+            ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        )
+    )
+    service = CollectorService(config, store, fleet, look, version=version())
+    collector_pb2_grpc.add_CollectorServiceServicer_to_server(service, server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+        server,
+    )
+    try:
+        port = server.add_insecure_port(str(config.listen))
+    except RuntimeError as error:
+        raise _cannot_listen(config.listen, "--listen", "") from error
+    if not port:
+        raise _cannot_listen(config.listen, "--listen", "")
+    await server.start()
+    for name in ("", SERVICE_NAME):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop() -> None:
+        await health.enter_graceful_shutdown()
+        await fleet.close(config.drain_seconds)
+        await server.stop(config.drain_seconds)
+
+    stack.push_async_callback(stop)
+    return Address(config.listen.host, port)
+
+
+async def _start_http(config: CollectorConfig, look: ReadModel, stack: contextlib.AsyncExitStack) -> Address:
+    runner = web.AppRunner(
+        create_app(config, look, version=version()),
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=config.drain_seconds,
+    )
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, config.http.host, config.http.port, reuse_port=False)
+    try:
+        await site.start()
+    except OSError as error:
+        raise _cannot_listen(config.http, "--http", error.strerror or str(error)) from error
+    # With a name that has several addresses there are several sockets; the first one's port is told.
+    port: int = runner.addresses[0][1]
+    return Address(config.http.host, port)
+
+
+def _cannot_listen(address: Address, option: str, reason: str) -> StartError:
+    why = f": {reason}" if reason else "; another program may have it"
+    return StartError(f"can't listen on {address}{why}; choose another address with {option}")
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set ``stop`` inside the context, instead of ending the process."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _port_file(path: Path | None, listening: Listening) -> Iterator[None]:
+    """The ports as JSON in a file while they are open; renamed into place, so never seen half written."""
+    if path is None:
+        yield
+        return
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps({"grpc": listening.grpc.port, "http": listening.http.port}) + "\n")
+        fresh.replace(path)
+    except OSError as error:
+        raise StartError(
+            f"can't write {path}: {error.strerror}; choose another file with --port-file"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

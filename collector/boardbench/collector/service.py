@@ -1,0 +1,324 @@
+"""The gRPC face of the collector: wire in, call, wire out.
+
+A result is acknowledged only after the store has committed it. Results of a stream are handed to the
+store in their order and acknowledged in their order, a bounded number at a time, so that a fast sender
+waits in its own memory and not in ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from boardbench.collector.config import CollectorConfig
+from boardbench.collector.errors import (
+    Ambiguous,
+    CollectorError,
+    InvalidRequest,
+    NotFound,
+    OutOfOrder,
+    ResultRefused,
+    ShuttingDown,
+    SilentAgent,
+    StoreDamaged,
+    StoreError,
+    Superseded,
+)
+from boardbench.collector.fleet import Fleet, Session
+from boardbench.collector.look import ReadModel
+from boardbench.collector.store import MAX_SEQUENCE, ResultStore, check_identity
+from boardbench.v1 import collector_pb2, collector_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+SERVICE_NAME = collector_pb2.DESCRIPTOR.services_by_name["CollectorService"].full_name
+
+_MAX_HELLO_BYTES = 256 * 1024
+"""A hello is kept for every board and read at every scrape: real ones have 2 KiB."""
+
+_STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotFound, grpc.StatusCode.NOT_FOUND),
+    (Ambiguous, grpc.StatusCode.INVALID_ARGUMENT),
+    (Superseded, grpc.StatusCode.ABORTED),
+    (SilentAgent, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (ShuttingDown, grpc.StatusCode.UNAVAILABLE),
+    (OutOfOrder, grpc.StatusCode.ABORTED),
+    (StoreDamaged, grpc.StatusCode.DATA_LOSS),
+    (StoreError, grpc.StatusCode.UNAVAILABLE),
+)
+"""What a caller is told, the first match counts. UNAVAILABLE and ABORTED mean: connect again and go on."""
+
+
+@contextlib.asynccontextmanager
+async def _answering(context: _Context) -> AsyncIterator[None]:
+    """Turns the collector's errors into a status; the one place where that is done."""
+    try:
+        yield
+    except CollectorError as error:
+        code = next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+        await context.abort(code, str(error))
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception:
+        _log.exception("a call from %s failed", context.peer())
+        await context.abort(grpc.StatusCode.INTERNAL, "the collector failed; its log says how")
+
+
+class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
+    """``boardbench.v1.CollectorService``."""
+
+    def __init__(
+        self, config: CollectorConfig, store: ResultStore, fleet: Fleet, look: ReadModel, *, version: str
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._fleet = fleet
+        self._look = look
+        self._version = version
+
+    # grpc.aio also takes a coroutine that reads and writes through the context; the stub does not know.
+    async def Report(  # type: ignore[override]
+        self, _requests: object, context: _Context
+    ) -> None:
+        """Takes a board's results; see collector.proto."""
+        async with _answering(context):
+            hello = await self._hello(context)
+            session = self._fleet.join(hello.board.device_id, context.peer())
+            try:
+                await self._store.greet(hello, session.last_seen_at)
+                welcome = collector_pb2.Welcome(
+                    collector_version=self._version,
+                    acknowledged_sequence=await self._store.acknowledged(
+                        hello.board.device_id, hello.spool_id
+                    ),
+                    heartbeat_seconds=self._config.heartbeat_seconds,
+                )
+                await context.write(collector_pb2.ReportResponse(welcome=welcome))
+                await _Conversation(self._config, self._store, self._fleet, session, context).run()
+            finally:
+                self._fleet.leave(session)
+
+    async def ListDevices(
+        self, _request: collector_pb2.ListDevicesRequest, context: _Context
+    ) -> collector_pb2.ListDevicesResponse:
+        """Boards that have reported."""
+        async with _answering(context):
+            return collector_pb2.ListDevicesResponse(devices=await self._look.devices())
+
+    async def ListResults(
+        self, request: collector_pb2.ListResultsRequest, context: _Context
+    ) -> collector_pb2.ListResultsResponse:
+        """Results, the latest first."""
+        async with _answering(context):
+            return await self._look.results(request)
+
+    async def GetResult(
+        self, request: collector_pb2.GetResultRequest, context: _Context
+    ) -> collector_pb2.GetResultResponse:
+        """One result, whole."""
+        async with _answering(context):
+            return collector_pb2.GetResultResponse(result=await self._look.result(request.run_id))
+
+    async def _hello(self, context: _Context) -> collector_pb2.Hello:
+        """Returns the hello that the stream begins with; InvalidRequest when it does not."""
+        try:
+            request = await asyncio.wait_for(_receive(context), self._config.silence_seconds)
+        except asyncio.TimeoutError:
+            raise SilentAgent(f"no hello came within {self._config.silence_seconds:.0f} s") from None
+        if request is None or request.WhichOneof("request") != "hello":
+            raise InvalidRequest("the first message of a report must be a hello")
+        hello = request.hello
+        try:
+            check_identity("the hello's board.device_id", hello.board.device_id)
+            check_identity("the hello's spool_id", hello.spool_id)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        if hello.ByteSize() > _MAX_HELLO_BYTES:
+            raise InvalidRequest(
+                f"the hello of device {hello.board.device_id} has {hello.ByteSize():,} bytes;"
+                f" at most {_MAX_HELLO_BYTES:,} are taken"
+            )
+        return hello
+
+
+@dataclass
+class _Waiting:
+    """A result that was handed over and is not answered yet."""
+
+    spool_id: str
+    sequence: int
+    size_bytes: int
+    outcome: asyncio.Future[bool]
+
+
+class _Conversation:
+    """A stream after its hello: one task reads, one answers, both bounded by the same window."""
+
+    def __init__(
+        self, config: CollectorConfig, store: ResultStore, fleet: Fleet, session: Session, context: _Context
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._fleet = fleet
+        self._session = session
+        self._context = context
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
+        self._came = asyncio.Event()
+        self._went = asyncio.Event()
+        self._no_more = False
+        self._handed_over: dict[str, int] = {}
+
+    async def run(self) -> None:
+        """Returns when the agent has ended the stream and has every answer; raises why it ended otherwise."""
+        reader = asyncio.create_task(self._read())
+        answerer = asyncio.create_task(self._answer())
+        ended = self._session.ended
+        try:
+            await asyncio.wait((reader, answerer, ended), return_when=asyncio.FIRST_COMPLETED)
+            # What was handed over will be committed: the agent should know, as far as it still listens.
+            reader.cancel()
+            self._no_more = True
+            self._came.set()
+            await asyncio.wait((answerer, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                await asyncio.wait((answerer,), timeout=self._config.drain_seconds)
+            if answerer.done():
+                answerer.result()
+            if ended.done():
+                raise ended.result()
+            await reader
+        finally:
+            for task in (reader, answerer):
+                task.cancel()
+            await asyncio.gather(reader, answerer, return_exceptions=True)
+            for entry in self._waiting:
+                # Cancelled, the store tells nobody; done, its error has been looked at.
+                if not entry.outcome.cancel() and not entry.outcome.cancelled():
+                    entry.outcome.exception()
+
+    async def _read(self) -> None:
+        """Hands results to the store in their order, until the agent ends the stream."""
+        while (request := await _receive(self._context)) is not None:
+            kind = request.WhichOneof("request")
+            if kind == "result":
+                self._fleet.heard(self._session)
+                await self._take(request.result)
+            elif kind == "heartbeat":
+                self._fleet.heard(self._session, request.heartbeat)
+            elif kind == "hello":
+                raise InvalidRequest("a report has one hello, at its beginning")
+            # Anything else is from a newer agent: what it means can't be known, that it lives can.
+            else:
+                self._fleet.heard(self._session)
+
+    async def _take(self, spooled: collector_pb2.SpooledResult) -> None:
+        spool_id, sequence = spooled.spool_id, spooled.sequence
+        size = spooled.ByteSize()
+        while len(self._waiting) >= self._config.in_flight_results or (
+            self._waiting and self._waiting_bytes + size > self._config.in_flight_bytes
+        ):
+            # Meanwhile nothing is read, which is not the board's silence.
+            self._session.held_up = True
+            self._went.clear()
+            await self._went.wait()
+            self._session.held_up = False
+            self._fleet.heard(self._session)
+        try:
+            _check_place(spool_id, sequence)
+            outcome = self._store.append(
+                self._session.device_id,
+                spool_id,
+                sequence,
+                spooled.result,
+                after=self._handed_over.get(spool_id, 0),
+            )
+            self._handed_over[spool_id] = sequence
+        except ResultRefused as refusal:
+            outcome = asyncio.get_running_loop().create_future()
+            outcome.set_exception(refusal)
+        self._waiting.append(_Waiting(spool_id, sequence, size, outcome))
+        self._waiting_bytes += size
+        self._came.set()
+
+    async def _answer(self) -> None:
+        """Acknowledges in order what was committed; one message may answer for many results."""
+        while True:
+            if not self._waiting:
+                if self._no_more:
+                    return
+                self._came.clear()
+                await self._came.wait()
+                continue
+            await asyncio.wait((self._waiting[0].outcome,))
+            acknowledged: _Waiting | None = None
+            while self._waiting and self._waiting[0].outcome.done():
+                entry = self._waiting[0]
+                if acknowledged is not None and acknowledged.spool_id != entry.spool_id:
+                    await self._acknowledge(acknowledged)
+                    acknowledged = None
+                try:
+                    if entry.outcome.result():
+                        self._fleet.tally.stored += 1
+                    else:
+                        self._fleet.tally.duplicates += 1
+                    acknowledged = entry
+                except ResultRefused as refusal:
+                    if acknowledged is not None:
+                        await self._acknowledge(acknowledged)
+                        acknowledged = None
+                    await self._refuse(entry, refusal)
+                except StoreError:
+                    if acknowledged is not None:
+                        await self._acknowledge(acknowledged)
+                    self._fleet.tally.store_failures += len(self._waiting)
+                    raise
+                self._waiting.popleft()
+                self._waiting_bytes -= entry.size_bytes
+                self._went.set()
+            if acknowledged is not None:
+                await self._acknowledge(acknowledged)
+
+    async def _acknowledge(self, entry: _Waiting) -> None:
+        acknowledgement = collector_pb2.Acknowledgement(spool_id=entry.spool_id, sequence=entry.sequence)
+        await self._context.write(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
+
+    async def _refuse(self, entry: _Waiting, refusal: ResultRefused) -> None:
+        self._fleet.tally.refused[refusal.code] += 1
+        _log.warning(
+            "device %s, spool %s, sequence %d: refused: %s",
+            self._session.device_id,
+            entry.spool_id,
+            entry.sequence,
+            refusal,
+        )
+        rejection = collector_pb2.Rejection(
+            spool_id=entry.spool_id, sequence=entry.sequence, reason=str(refusal)
+        )
+        await self._context.write(collector_pb2.ReportResponse(rejection=rejection))
+
+
+async def _receive(context: _Context) -> collector_pb2.ReportRequest | None:
+    """Returns the agent's next message, None at the end of the stream."""
+    request: Any = await context.read()
+    return None if request is grpc.aio.EOF else request
+
+
+def _check_place(spool_id: str, sequence: int) -> None:
+    try:
+        check_identity("spool_id", spool_id)
+    except ValueError as error:
+        raise ResultRefused("place", str(error)) from error
+    if not 1 <= sequence <= MAX_SEQUENCE:
+        raise ResultRefused("place", f"{sequence} is no place in a spool; they count from 1")
+
+
+_Context = grpc.aio.ServicerContext[collector_pb2.ReportRequest, collector_pb2.ReportResponse]

@@ -1,0 +1,285 @@
+"""The contract of a place where results live; implementations are in ``stores/``, one file each.
+
+A store is used from one event loop. Writing returns once the data survive a power cut; reading never
+waits for a writer. Every implementation passes the same suite (``tests/collector/test_store.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from boardbench.collector.errors import InvalidRequest, ResultRefused
+from boardbench.v1 import collector_pb2, result_pb2
+
+MAX_ID_LENGTH = 128
+"""Longest run, device and spool identity in characters: a UUID has 36, a host name at most 64."""
+
+MAX_SEQUENCE = 2**63 - 1
+"""Highest position in a spool: SQL's integers are signed."""
+
+_EARLIEST_SECOND = -62135596800
+_LATEST_SECOND = 253402300799  # year 1 to year 9999: what a Timestamp may hold
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """A board as it is stored."""
+
+    hello: collector_pb2.Hello
+    """What it last said about itself."""
+    first_seen_at: float
+    """Unix seconds, by the collector's clock."""
+    last_seen_at: float
+    """Unix seconds, by the collector's clock."""
+    heartbeat: collector_pb2.Heartbeat | None
+    """The last one; None before the first."""
+
+    @property
+    def device_id(self) -> str:
+        """Identity of the board."""
+        return self.hello.board.device_id
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A board was heard of."""
+
+    device_id: str
+    at: float
+    """Unix seconds, by the collector's clock."""
+    heartbeat: collector_pb2.Heartbeat | None = None
+    """What it said; None: it said something else, and the stored heartbeat stays."""
+
+
+@dataclass(frozen=True)
+class ResultFilter:
+    """Which results are wanted; an empty field takes any."""
+
+    device_id: str = ""
+    model: str = ""
+    """Name of the model, or the first digits of its SHA-256."""
+    runtime: str = ""
+    status: int = result_pb2.RUN_STATUS_UNSPECIFIED
+    since_microseconds: int | None = None
+    """Only runs that ended then or later, Unix microseconds."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the order of results: latest end first, latest arrival first among equals."""
+
+    finished_microseconds: int
+    arrival: int
+
+
+@dataclass(frozen=True)
+class ResultPage:
+    """Some results and where the next ones begin."""
+
+    results: tuple[result_pb2.RunResult, ...]
+    next: Position | None
+    """None: there are no more."""
+
+
+@dataclass(frozen=True)
+class LatestResult:
+    """The last finished measurement of one series (:func:`series_of`) on one board."""
+
+    device_id: str
+    received_at: float
+    """Unix seconds, by the collector's clock."""
+    result: result_pb2.RunResult
+    """Without raw samples and per-op list."""
+
+
+@dataclass(frozen=True)
+class LatestResults:
+    """The last finished measurement of every series, the latest first within a board."""
+
+    results: tuple[LatestResult, ...]
+    left_out: Mapping[str, int]
+    """How many series each board has beyond the bound; boards without any are not in it."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How many runs of a board ended how, over all time."""
+
+    device_id: str
+    status: int
+    """A ``RunStatus``."""
+    total: int
+
+
+@dataclass(frozen=True)
+class Series:
+    """What two runs must share for the later one to take the place of the earlier one in a graph."""
+
+    model_name: str
+    model_sha256: str
+    runtime: str
+    target: str
+    """Device that was asked of the runtime: "cpu", "edgetpu", …."""
+    threads: str
+    """Number of threads; empty: the engine's own default."""
+    variant: str
+    """Options, shapes and inputs that were asked for, readable; empty: none."""
+
+
+class ResultStore(Protocol):
+    """Results and the boards they come from."""
+
+    def append(
+        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
+    ) -> asyncio.Future[bool]:
+        """Stores a result; the future is done once it would survive a power cut.
+
+        Calls take effect in their order. True: stored now. False: (device, spool, sequence), or the very
+        same run, was there before. ``after`` is the sequence that the caller handed over just before
+        (0: none): when that one turns out not to be stored, this one fails with OutOfOrder instead of
+        leaving a gap that the high-water mark would hide. ResultRefused is raised at once when the
+        record is unfit (:func:`check_result`); it comes through the future when another result has the
+        run's identity, and then counts as dealt with: the mark moves on. StoreError comes through the future.
+        """
+
+    async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
+        """Stores what a board says about itself."""
+
+    async def saw(self, sightings: Sequence[Sighting]) -> None:
+        """Stores when boards were last heard of; boards that never said hello are passed over."""
+
+    async def acknowledged(self, device_id: str, spool_id: str) -> int:
+        """Returns the highest sequence of the spool that was dealt with; 0: none."""
+
+    async def devices(self) -> tuple[DeviceRecord, ...]:
+        """Returns every board by its identity."""
+
+    async def outcomes(self) -> tuple[Outcomes, ...]:
+        """Returns how the runs of every board ended."""
+
+    async def results(
+        self,
+        wanted: ResultFilter,
+        *,
+        limit: int,
+        after: Position | None = None,
+        summary: bool = False,
+        max_bytes: int | None = None,
+    ) -> ResultPage:
+        """Returns at most ``limit`` results behind ``after``, fewer when they would exceed ``max_bytes``.
+
+        A page is never empty while there is a result. With ``summary``, raw samples and per-op lists are
+        left out.
+        """
+
+    async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
+        """Returns the result of this run, or else up to two whose run's identity begins so."""
+
+    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+        """Returns each series' last SUCCEEDED result that arrived since then, at most so many a board."""
+
+    async def probe(self) -> None:
+        """Returns once something was written and committed; StoreError when that can't be done."""
+
+    async def check(self) -> None:
+        """Returns when everything that is kept was read and is sound; StoreDamaged tells what is not."""
+
+    async def close(self) -> None:
+        """Ends what was begun and lets go of everything; idempotent."""
+
+
+def check_identity(what: str, text: str) -> None:
+    """Returns when the text can name a run, a board or a spool; ValueError says why it can't."""
+    if not text:
+        raise ValueError(f"{what} is missing")
+    if len(text) > MAX_ID_LENGTH:
+        raise ValueError(f"{what} has {len(text)} characters; at most {MAX_ID_LENGTH} are taken")
+    if not text.isprintable():
+        raise ValueError(f"{what} {text!r} has characters that can't be printed")
+
+
+def check_result(result: result_pb2.RunResult, max_bytes: int) -> None:
+    """Returns when the record can be stored and read back; ResultRefused says why it can never be."""
+    try:
+        check_identity("run_id", result.run_id)
+    except ValueError as error:
+        raise ResultRefused("run_id", str(error)) from None
+    size = result.ByteSize()
+    if size > max_bytes:
+        raise ResultRefused(
+            "too_large",
+            f"run {result.run_id}: the record has {size:,} bytes; at most {max_bytes:,} are taken",
+        )
+    for name in ("created_at", "started_at", "finished_at"):
+        if result.HasField(name):
+            time = getattr(result, name)
+            if not (_EARLIEST_SECOND <= time.seconds <= _LATEST_SECOND and 0 <= time.nanos < 1_000_000_000):
+                raise ResultRefused(
+                    "time", f"run {result.run_id}: {name} is no time ({time.seconds} s, {time.nanos} ns)"
+                )
+
+
+def finished_microseconds(result: result_pb2.RunResult, received_at: float) -> int:
+    """Returns when the run ended, in Unix microseconds; a run that does not say so ended when it arrived."""
+    if result.HasField("finished_at"):
+        return result.finished_at.seconds * 1_000_000 + result.finished_at.nanos // 1000
+    return int(received_at * 1_000_000)
+
+
+def split(result: result_pb2.RunResult) -> tuple[bytes, bytes]:
+    """Returns the record as (summary, detail), whose concatenation is the whole.
+
+    Protobuf merges messages whose bytes are joined: the detail holds only the two long lists (raw samples,
+    per-op list), so that everything that reads many results reads kilobytes and not megabytes.
+    https://protobuf.dev/programming-guides/encoding/#last-one-wins
+    """
+    has_samples = bool(result.latency.samples_nanoseconds)
+    has_ops = bool(result.placement.ops)
+    if not (has_samples or has_ops):
+        return result.SerializeToString(deterministic=True), b""
+    summary, detail = result_pb2.RunResult(), result_pb2.RunResult()
+    summary.CopyFrom(result)
+    if has_samples:
+        detail.latency.samples_nanoseconds.MergeFrom(result.latency.samples_nanoseconds)
+        del summary.latency.samples_nanoseconds[:]
+    if has_ops:
+        detail.placement.ops.MergeFrom(result.placement.ops)
+        del summary.placement.ops[:]
+    return summary.SerializeToString(deterministic=True), detail.SerializeToString(deterministic=True)
+
+
+def series_of(result: result_pb2.RunResult) -> Series:
+    """Returns the series that the result continues.
+
+    Options, shapes and inputs count as they were asked for, not as filled in, so that a default that
+    a later version spells out does not break the series.
+    """
+    threads = ""
+    if result.effective_spec.HasField("threads"):
+        threads = str(result.effective_spec.threads)
+    elif result.spec.HasField("threads"):
+        threads = str(result.spec.threads)
+    parts = [f"{name}={value}" for name, value in sorted(result.spec.options.items())]
+    parts += [
+        f"{name}={'x'.join(str(size) for size in shape.dimensions)}"
+        for name, shape in sorted(result.spec.shapes.items())
+    ]
+    if result.spec.inputs_sha256:
+        parts.append(f"inputs={result.spec.inputs_sha256[:12]}")
+    return Series(
+        model_name=result.model.name,
+        model_sha256=result.model.sha256,
+        runtime=result.runtime.name or result.effective_spec.runtime or result.spec.runtime,
+        target=result.runtime.device or result.effective_spec.device or result.spec.device,
+        threads=threads,
+        variant=",".join(parts),
+    )
+
+
+def check_limit(limit: int) -> None:
+    """Returns when a page can be that long."""
+    if limit < 1:
+        raise InvalidRequest(f"a page has at least one result, not {limit}")

@@ -1,0 +1,235 @@
+"""A store that forgets when the process ends: for tests, and for a look without leaving traces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from boardbench.collector.config import CollectorConfig
+from boardbench.collector.errors import OutOfOrder, ResultRefused, StoreUnavailable
+from boardbench.collector.store import (
+    DeviceRecord,
+    LatestResult,
+    LatestResults,
+    Outcomes,
+    Position,
+    ResultFilter,
+    ResultPage,
+    Series,
+    Sighting,
+    check_limit,
+    check_result,
+    finished_microseconds,
+    series_of,
+    split,
+)
+from boardbench.v1 import collector_pb2, result_pb2
+
+
+@dataclass(frozen=True)
+class _Stored:
+    position: Position
+    device_id: str
+    received_at: float
+    runtime: str
+    summary: bytes
+    detail: bytes
+
+    def read(self, *, summary: bool = False) -> result_pb2.RunResult:
+        return result_pb2.RunResult.FromString(self.summary if summary else self.summary + self.detail)
+
+
+class MemoryResultStore:
+    """A ``ResultStore`` in memory; everything it does is done when the call returns."""
+
+    def __init__(
+        self,
+        *,
+        max_result_bytes: int = CollectorConfig.max_result_bytes,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._max_result_bytes = max_result_bytes
+        self._clock = clock
+        self._closed = False
+        self._devices: dict[str, DeviceRecord] = {}
+        self._marks: dict[tuple[str, str], int] = {}
+        self._results: dict[str, _Stored] = {}
+        self._outcomes: Counter[tuple[str, int]] = Counter()
+        self._latest: dict[tuple[str, Series], _Stored] = {}
+
+    def append(
+        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
+    ) -> asyncio.Future[bool]:
+        """See ``ResultStore.append``."""
+        check_result(result, self._max_result_bytes)
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        try:
+            future.set_result(self._append(device_id, spool_id, sequence, result, after))
+        except (ResultRefused, OutOfOrder, StoreUnavailable) as error:
+            future.set_exception(error)
+        return future
+
+    def _append(
+        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, after: int
+    ) -> bool:
+        self._check_open()
+        mark = self._marks.get((device_id, spool_id), 0)
+        if sequence <= mark:
+            return False
+        if after > mark:
+            raise OutOfOrder(
+                f"device {device_id}, spool {spool_id}: {after} is not stored, so {sequence} can't be;"
+                f" send {after} again"
+            )
+        self._marks[(device_id, spool_id)] = sequence
+        summary, detail = split(result)
+        known = self._results.get(result.run_id)
+        if known is not None:
+            if (known.device_id, known.summary, known.detail) == (device_id, summary, detail):
+                return False
+            raise ResultRefused(
+                "conflict",
+                f"run {result.run_id} is stored already, from device {known.device_id}, with other contents",
+            )
+        now = self._clock()
+        position = Position(finished_microseconds(result, now), len(self._results) + 1)
+        series = series_of(result)
+        stored = _Stored(position, device_id, now, series.runtime, summary, detail)
+        self._results[result.run_id] = stored
+        self._outcomes[(device_id, result.status)] += 1
+        if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
+            self._latest[(device_id, series)] = stored
+        return True
+
+    async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
+        """See ``ResultStore.greet``."""
+        self._check_open()
+        copy = collector_pb2.Hello()
+        copy.CopyFrom(hello)
+        known = self._devices.get(hello.board.device_id)
+        self._devices[hello.board.device_id] = (
+            DeviceRecord(copy, at, at, None)
+            if known is None
+            else replace(known, hello=copy, last_seen_at=max(at, known.last_seen_at))
+        )
+
+    async def saw(self, sightings: Sequence[Sighting]) -> None:
+        """See ``ResultStore.saw``."""
+        self._check_open()
+        for sighting in sightings:
+            known = self._devices.get(sighting.device_id)
+            if known is not None:
+                self._devices[sighting.device_id] = replace(
+                    known,
+                    last_seen_at=max(sighting.at, known.last_seen_at),
+                    heartbeat=sighting.heartbeat or known.heartbeat,
+                )
+
+    async def acknowledged(self, device_id: str, spool_id: str) -> int:
+        """See ``ResultStore.acknowledged``."""
+        self._check_open()
+        return self._marks.get((device_id, spool_id), 0)
+
+    async def devices(self) -> tuple[DeviceRecord, ...]:
+        """See ``ResultStore.devices``."""
+        self._check_open()
+        return tuple(self._devices[name] for name in sorted(self._devices))
+
+    async def outcomes(self) -> tuple[Outcomes, ...]:
+        """See ``ResultStore.outcomes``."""
+        self._check_open()
+        return tuple(Outcomes(*key, total) for key, total in sorted(self._outcomes.items()))
+
+    async def results(
+        self,
+        wanted: ResultFilter,
+        *,
+        limit: int,
+        after: Position | None = None,
+        summary: bool = False,
+        max_bytes: int | None = None,
+    ) -> ResultPage:
+        """See ``ResultStore.results``."""
+        self._check_open()
+        check_limit(limit)
+        ordered = sorted(
+            self._results.values(),
+            key=lambda stored: (stored.position.finished_microseconds, stored.position.arrival),
+            reverse=True,
+        )
+        page: list[result_pb2.RunResult] = []
+        size, last = 0, None
+        for stored in ordered:
+            if after is not None and (stored.position.finished_microseconds, stored.position.arrival) >= (
+                after.finished_microseconds,
+                after.arrival,
+            ):
+                continue
+            if not _matches(stored, wanted):
+                continue
+            size += len(stored.summary) + (0 if summary else len(stored.detail))
+            if len(page) == limit or (page and max_bytes is not None and size > max_bytes):
+                return ResultPage(tuple(page), last)
+            page.append(stored.read(summary=summary))
+            last = stored.position
+        return ResultPage(tuple(page), None)
+
+    async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
+        """See ``ResultStore.find``."""
+        self._check_open()
+        whole = self._results.get(run_id)
+        if whole is not None:
+            return (whole.read(),)
+        names = sorted(name for name in self._results if name.startswith(run_id))
+        return tuple(self._results[name].read() for name in names[:2])
+
+    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+        """See ``ResultStore.latest``."""
+        self._check_open()
+        kept: list[LatestResult] = []
+        counts: Counter[str] = Counter()
+        for (device_id, _), stored in sorted(
+            self._latest.items(), key=lambda item: (item[0][0], -item[1].position.arrival)
+        ):
+            if stored.received_at < received_since:
+                continue
+            counts[device_id] += 1
+            if counts[device_id] <= per_device:
+                kept.append(LatestResult(device_id, stored.received_at, stored.read(summary=True)))
+        return LatestResults(
+            tuple(kept), {name: count - per_device for name, count in counts.items() if count > per_device}
+        )
+
+    async def probe(self) -> None:
+        """See ``ResultStore.probe``."""
+        self._check_open()
+
+    async def check(self) -> None:
+        """See ``ResultStore.check``."""
+        self._check_open()
+
+    async def close(self) -> None:
+        """See ``ResultStore.close``."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+
+
+def _matches(stored: _Stored, wanted: ResultFilter) -> bool:
+    result = stored.read(summary=True)
+    model = wanted.model
+    return (
+        (not wanted.device_id or stored.device_id == wanted.device_id)
+        and (not model or result.model.name == model or result.model.sha256.startswith(model.lower()))
+        and (not wanted.runtime or stored.runtime == wanted.runtime)
+        and (not wanted.status or result.status == wanted.status)
+        and (
+            wanted.since_microseconds is None
+            or stored.position.finished_microseconds >= wanted.since_microseconds
+        )
+    )

@@ -1,0 +1,641 @@
+"""The default store: one SQLite file, nothing to install.
+
+One thread writes. It gathers what arrives within a short window into one transaction, because a
+commit costs an fsync however much is in it: on an SD card that is the whole price. WAL lets scrapes
+and queries read meanwhile, each on a read-only connection of its own; ``synchronous=FULL`` makes a
+commit survive a power cut, not only a crash (https://www.sqlite.org/pragma.html#pragma_synchronous).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from boardbench.collector.config import CollectorConfig
+from boardbench.collector.errors import (
+    CollectorError,
+    OutOfOrder,
+    ResultRefused,
+    StoreDamaged,
+    StoreError,
+    StoreForeign,
+    StoreUnavailable,
+)
+from boardbench.collector.store import (
+    DeviceRecord,
+    LatestResult,
+    LatestResults,
+    Outcomes,
+    Position,
+    ResultFilter,
+    ResultPage,
+    Sighting,
+    check_limit,
+    check_result,
+    finished_microseconds,
+    series_of,
+    split,
+)
+from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, SET_SERIES, migrate, series_text
+from boardbench.v1 import collector_pb2, result_pb2
+
+_T = TypeVar("_T")
+
+_READERS = 4
+"""Connections for reading: a scrape, a page and two queries at once; the rest wait their turn."""
+
+_BATCH_ENTRIES = 4096
+"""A commit takes no more than this, so that the first record in it is not kept waiting by the last."""
+
+_BUSY_SECONDS = 10.0
+"""How long a write waits for another process (a backup, a shell) that holds the file."""
+
+_BEYOND = "\U0010ffff"
+"""Sorts behind every text that begins alike: the highest code point, and SQLite compares UTF-8 bytes."""
+
+_INSERT = (
+    "INSERT INTO results (run_id, device_id, spool_id, sequence, status, runtime, model_name, model_sha256,"
+    " finished, received, summary, detail) VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (run_id) DO NOTHING"
+)
+
+
+@dataclass(frozen=True)
+class _Append:
+    """A result on its way to the writer."""
+
+    future: asyncio.Future[bool]
+    device_id: str
+    spool_id: str
+    sequence: int
+    after: int
+    row: tuple[Any, ...]
+    series: str | None
+    """None: not a measurement that a graph could show."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Anything else that writes."""
+
+    future: asyncio.Future[Any]
+    function: Callable[[sqlite3.Connection], Any]
+
+
+_Entry = _Append | _Call
+
+
+class SqliteResultStore:
+    """A ``ResultStore`` in one SQLite file. Made by :meth:`open`; belongs to the loop that opened it."""
+
+    def __init__(
+        self,
+        path: Path,
+        lock: int,
+        writer: sqlite3.Connection,
+        *,
+        max_result_bytes: int,
+        commit_window_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._path = path
+        self._lock = lock
+        self._db = writer
+        self._max_result_bytes = max_result_bytes
+        self._window_seconds = commit_window_seconds
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._closed = False
+        self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
+        self._thread = threading.Thread(target=self._write_forever, name="store-write", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    async def open(
+        cls,
+        path: Path,
+        *,
+        max_result_bytes: int = CollectorConfig.max_result_bytes,
+        commit_window_seconds: float = CollectorConfig.commit_window_seconds,
+        clock: Callable[[], float] = time.time,
+    ) -> SqliteResultStore:
+        """Returns the store in this file, made or migrated when need be.
+
+        StoreForeign when the file is something else; StoreUnavailable when the folder can't be written or
+        another collector has the store open.
+        """
+        lock, writer = await asyncio.to_thread(_open_writer, path, clock)
+        return cls(
+            path,
+            lock,
+            writer,
+            max_result_bytes=max_result_bytes,
+            commit_window_seconds=commit_window_seconds,
+            clock=clock,
+        )
+
+    # Writing.
+
+    def append(
+        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
+    ) -> asyncio.Future[bool]:
+        """See ``ResultStore.append``."""
+        check_result(result, self._max_result_bytes)
+        received = self._clock()
+        series = series_of(result)
+        row = (
+            result.run_id,
+            device_id,
+            spool_id,
+            sequence,
+            result.status,
+            series.runtime,
+            series.model_name,
+            series.model_sha256,
+            finished_microseconds(result, received),
+            received,
+            *split(result),
+        )
+        measured = result.status == result_pb2.RUN_STATUS_SUCCEEDED
+        future: asyncio.Future[bool] = self._loop.create_future()
+        self._put(
+            _Append(
+                future, device_id, spool_id, sequence, after, row, series_text(series) if measured else None
+            )
+        )
+        return future
+
+    async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
+        """See ``ResultStore.greet``."""
+        values = (hello.board.device_id, hello.SerializeToString(deterministic=True), at, at)
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT INTO devices (device_id, hello, first_seen, last_seen) VALUES (?,?,?,?)"
+                " ON CONFLICT (device_id) DO UPDATE"
+                " SET hello = excluded.hello, last_seen = MAX(last_seen, excluded.last_seen)",
+                values,
+            )
+
+        await self._write(write)
+
+    async def saw(self, sightings: Sequence[Sighting]) -> None:
+        """See ``ResultStore.saw``."""
+        rows = [
+            (
+                sighting.at,
+                sighting.heartbeat.SerializeToString(deterministic=True) if sighting.heartbeat else None,
+                sighting.device_id,
+            )
+            for sighting in sightings
+        ]
+
+        def write(db: sqlite3.Connection) -> None:
+            db.executemany(
+                "UPDATE devices SET last_seen = MAX(last_seen, ?), heartbeat = COALESCE(?, heartbeat)"
+                " WHERE device_id = ?",
+                rows,
+            )
+
+        await self._write(write)
+
+    async def probe(self) -> None:
+        """See ``ResultStore.probe``."""
+        now = self._clock()
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT INTO probe (id, written) VALUES (1, ?)"
+                " ON CONFLICT (id) DO UPDATE SET written = excluded.written",
+                (now,),
+            )
+
+        await self._write(write)
+
+    async def _write(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+        future: asyncio.Future[_T] = self._loop.create_future()
+        self._put(_Call(future, function))
+        return await future
+
+    def _put(self, entry: _Entry) -> None:
+        if self._closed:
+            entry.future.set_exception(StoreUnavailable(f"the store {self._path} is closed"))
+        else:
+            self._entries.put(entry)
+
+    def _write_forever(self) -> None:
+        """The writer's thread: takes a batch, commits it, tells the loop; ends at the None in the queue."""
+        while True:
+            batch, last = self._gather()
+            if batch:
+                outcomes: list[Any]
+                try:
+                    outcomes = self._commit(batch)
+                except BaseException as error:
+                    outcomes = [_told(error, self._path)] * len(batch)
+                # The loop may be gone when the process is ending: then nobody waits for the answer.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(_tell, batch, outcomes)
+            if last:
+                return
+
+    def _gather(self) -> tuple[list[_Entry], bool]:
+        """Returns the next batch in the order of arrival, and whether it is the last one."""
+        first = self._entries.get()
+        if first is None:
+            return [], True
+        batch = [first]
+        if self._window_seconds > 0:
+            time.sleep(self._window_seconds)
+        while len(batch) < _BATCH_ENTRIES:
+            try:
+                entry = self._entries.get_nowait()
+            except queue.Empty:
+                break
+            if entry is None:
+                return batch, True
+            batch.append(entry)
+        return batch, False
+
+    def _commit(self, batch: list[_Entry]) -> list[Any]:
+        """Returns what to tell each entry, once the batch is committed; raises when nothing was."""
+        db = self._db
+        outcomes: list[Any] = []
+        marks: dict[tuple[str, str], int] = {}
+        moved: set[tuple[str, str]] = set()
+        counts: Counter[tuple[str, int]] = Counter()
+        latest: dict[tuple[str, str], int] = {}
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for entry in batch:
+                if isinstance(entry, _Append):
+                    outcomes.append(self._insert(entry, marks, moved, counts, latest))
+                else:
+                    outcomes.append(_call(db, entry.function))
+            if moved:
+                db.executemany(
+                    "INSERT INTO spools (device_id, spool_id, sequence) VALUES (?,?,?)"
+                    " ON CONFLICT (device_id, spool_id) DO UPDATE SET sequence = excluded.sequence",
+                    [(*key, marks[key]) for key in moved],
+                )
+            if counts:
+                db.executemany(ADD_OUTCOMES, [(*key, total) for key, total in counts.items()])
+            if latest:
+                db.executemany(SET_SERIES, [(*key, arrival) for key, arrival in latest.items()])
+            db.execute("COMMIT")
+        except BaseException:
+            # SQLite has rolled back by itself after some errors, a full disk among them.
+            if db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+            raise
+        return outcomes
+
+    def _insert(
+        self,
+        entry: _Append,
+        marks: dict[tuple[str, str], int],
+        moved: set[tuple[str, str]],
+        counts: Counter[tuple[str, int]],
+        latest: dict[tuple[str, str], int],
+    ) -> bool | CollectorError:
+        """Returns what to tell about one result; a record that SQLite refuses does not touch the others."""
+        db = self._db
+        spool = (entry.device_id, entry.spool_id)
+        mark = marks.get(spool)
+        if mark is None:
+            found = db.execute(
+                "SELECT sequence FROM spools WHERE device_id = ? AND spool_id = ?", spool
+            ).fetchone()
+            mark = marks[spool] = found[0] if found else 0
+        if entry.sequence <= mark:
+            return False
+        if entry.after > mark:
+            return OutOfOrder(
+                f"device {entry.device_id}, spool {entry.spool_id}: {entry.after} is not stored,"
+                f" so {entry.sequence} can't be; send {entry.after} again"
+            )
+        run_id, status = entry.row[0], entry.row[4]
+        try:
+            cursor = db.execute(_INSERT, entry.row)
+        except (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError) as error:
+            marks[spool] = entry.sequence
+            moved.add(spool)
+            return ResultRefused("unfit", f"run {run_id}: the record does not fit the store: {error}")
+        marks[spool] = entry.sequence
+        moved.add(spool)
+        if cursor.rowcount == 0:
+            device_id, summary, detail = db.execute(
+                "SELECT device_id, summary, detail FROM results WHERE run_id = ?", (run_id,)
+            ).fetchone()
+            if (device_id, summary, detail) == (entry.device_id, entry.row[10], entry.row[11]):
+                return False
+            return ResultRefused(
+                "conflict", f"run {run_id} is stored already, from device {device_id}, with other contents"
+            )
+        counts[(entry.device_id, status)] += 1
+        if entry.series is not None:
+            assert cursor.lastrowid is not None
+            latest[(entry.device_id, entry.series)] = cursor.lastrowid
+        return True
+
+    # Reading.
+
+    async def acknowledged(self, device_id: str, spool_id: str) -> int:
+        """See ``ResultStore.acknowledged``."""
+
+        def read(db: sqlite3.Connection) -> int:
+            found = db.execute(
+                "SELECT sequence FROM spools WHERE device_id = ? AND spool_id = ?", (device_id, spool_id)
+            ).fetchone()
+            return int(found[0]) if found else 0
+
+        return await self._read(read)
+
+    async def devices(self) -> tuple[DeviceRecord, ...]:
+        """See ``ResultStore.devices``."""
+
+        def read(db: sqlite3.Connection) -> tuple[DeviceRecord, ...]:
+            return tuple(
+                DeviceRecord(
+                    collector_pb2.Hello.FromString(hello),
+                    first_seen,
+                    last_seen,
+                    None if heartbeat is None else collector_pb2.Heartbeat.FromString(heartbeat),
+                )
+                for hello, first_seen, last_seen, heartbeat in db.execute(
+                    "SELECT hello, first_seen, last_seen, heartbeat FROM devices ORDER BY device_id"
+                )
+            )
+
+        return await self._read(read)
+
+    async def outcomes(self) -> tuple[Outcomes, ...]:
+        """See ``ResultStore.outcomes``."""
+
+        def read(db: sqlite3.Connection) -> tuple[Outcomes, ...]:
+            return tuple(
+                Outcomes(*row)
+                for row in db.execute(
+                    "SELECT device_id, status, total FROM outcomes ORDER BY device_id, status"
+                )
+            )
+
+        return await self._read(read)
+
+    async def results(
+        self,
+        wanted: ResultFilter,
+        *,
+        limit: int,
+        after: Position | None = None,
+        summary: bool = False,
+        max_bytes: int | None = None,
+    ) -> ResultPage:
+        """See ``ResultStore.results``."""
+        check_limit(limit)
+        conditions: list[str] = []
+        values: list[Any] = []
+
+        def add(condition: str, *more: Any) -> None:
+            conditions.append(condition)
+            values.extend(more)
+
+        if wanted.device_id:
+            add("device_id = ?", wanted.device_id)
+        if wanted.model:
+            digits = wanted.model.lower()
+            add(
+                "(model_name = ? OR (model_sha256 >= ? AND model_sha256 < ?))",
+                wanted.model,
+                digits,
+                digits + _BEYOND,
+            )
+        if wanted.runtime:
+            add("runtime = ?", wanted.runtime)
+        if wanted.status:
+            add("status = ?", wanted.status)
+        if wanted.since_microseconds is not None:
+            add("finished >= ?", wanted.since_microseconds)
+        if after is not None:
+            add("(finished, arrival) < (?, ?)", after.finished_microseconds, after.arrival)
+        record = "summary, x''" if summary else "summary, detail"
+        query = (
+            f"SELECT finished, arrival, {record} FROM results"
+            + (" WHERE " + " AND ".join(conditions) if conditions else "")
+            + " ORDER BY finished DESC, arrival DESC LIMIT ?"
+        )
+
+        def read(db: sqlite3.Connection) -> ResultPage:
+            page: list[result_pb2.RunResult] = []
+            size, last = 0, None
+            with contextlib.closing(db.execute(query, (*values, limit + 1))) as cursor:
+                for finished, arrival, head, tail in cursor:
+                    size += len(head) + len(tail)
+                    if len(page) == limit or (page and max_bytes is not None and size > max_bytes):
+                        return ResultPage(tuple(page), last)
+                    page.append(result_pb2.RunResult.FromString(head + tail))
+                    last = Position(finished, arrival)
+            return ResultPage(tuple(page), None)
+
+        return await self._read(read)
+
+    async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
+        """See ``ResultStore.find``."""
+
+        def read(db: sqlite3.Connection) -> tuple[result_pb2.RunResult, ...]:
+            select = "SELECT summary, detail FROM results WHERE "
+            rows = db.execute(select + "run_id = ?", (run_id,)).fetchall()
+            if not rows:
+                rows = db.execute(
+                    select + "run_id >= ? AND run_id < ? ORDER BY run_id LIMIT 2", (run_id, run_id + _BEYOND)
+                ).fetchall()
+            return tuple(result_pb2.RunResult.FromString(head + tail) for head, tail in rows)
+
+        return await self._read(read)
+
+    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+        """See ``ResultStore.latest``."""
+
+        def read(db: sqlite3.Connection) -> LatestResults:
+            kept: list[LatestResult] = []
+            left_out: dict[str, int] = {}
+            for device_id, received, summary, place, count in db.execute(
+                "SELECT s.device_id, r.received, r.summary, s.place, s.count FROM ("
+                " SELECT n.device_id, n.arrival,"
+                " ROW_NUMBER() OVER (PARTITION BY n.device_id ORDER BY n.arrival DESC) AS place,"
+                " COUNT(*) OVER (PARTITION BY n.device_id) AS count"
+                " FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= ?"
+                ") s JOIN results r ON r.arrival = s.arrival WHERE s.place <= ?"
+                " ORDER BY s.device_id, s.place",
+                (received_since, per_device),
+            ):
+                if place == 1 and count > per_device:
+                    left_out[device_id] = count - per_device
+                kept.append(LatestResult(device_id, received, result_pb2.RunResult.FromString(summary)))
+            return LatestResults(tuple(kept), left_out)
+
+        return await self._read(read)
+
+    async def check(self) -> None:
+        """See ``ResultStore.check``."""
+
+        def read(db: sqlite3.Connection) -> None:
+            complaints = [text for (text,) in db.execute("PRAGMA integrity_check(10)")]
+            if complaints != ["ok"]:
+                raise StoreDamaged(f"{self._path}: " + "; ".join(complaints))
+            for run_id, device_id, status, summary, detail in db.execute(
+                "SELECT run_id, device_id, status, summary, detail FROM results"
+            ):
+                try:
+                    result = result_pb2.RunResult.FromString(summary + detail)
+                except Exception as error:
+                    raise StoreDamaged(
+                        f"{self._path}: the record of run {run_id} ({device_id}) is unreadable: {error}"
+                    ) from error
+                if (result.run_id, result.status) != (run_id, status):
+                    raise StoreDamaged(
+                        f"{self._path}: the record of run {run_id} ({device_id}) says {result.run_id!r}"
+                    )
+
+        await self._read(read)
+
+    async def _read(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+        def work() -> _T:
+            with self._reader() as db:
+                return function(db)
+
+        if self._closed:
+            raise StoreUnavailable(f"the store {self._path} is closed")
+        return await self._loop.run_in_executor(self._readers, work)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        try:
+            try:
+                db = self._idle_readers.get_nowait()
+            except queue.Empty:
+                db = _connect(self._path, "ro")
+            try:
+                yield db
+            finally:
+                self._idle_readers.put(db)
+        except (sqlite3.Error, OSError) as error:
+            raise _told(error, self._path) from error
+
+    async def close(self) -> None:
+        """See ``ResultStore.close``."""
+        if self._closed:
+            return
+        self._closed = True
+        self._entries.put(None)
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._thread.join()
+        self._readers.shutdown()
+        while not self._idle_readers.empty():
+            self._idle_readers.get_nowait().close()
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.close()
+        os.close(self._lock)
+
+
+def _tell(batch: list[_Entry], outcomes: list[Any]) -> None:
+    """Completes the futures of a batch; runs in the loop. Whoever has gone away is not told."""
+    for entry, outcome in zip(batch, outcomes, strict=True):
+        if entry.future.done():
+            continue
+        if isinstance(outcome, BaseException):
+            entry.future.set_exception(outcome)
+        else:
+            entry.future.set_result(outcome)
+
+
+def _call(db: sqlite3.Connection, function: Callable[[sqlite3.Connection], Any]) -> Any:
+    """Returns what the function returns, or the error that it met, its own writes undone then."""
+    db.execute("SAVEPOINT call")
+    try:
+        outcome = function(db)
+    except (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError) as error:
+        db.execute("ROLLBACK TO call")
+        outcome = StoreError(f"the store refused it: {error}")
+    db.execute("RELEASE call")
+    return outcome
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """Returns a connection in autocommit mode, for one thread at a time."""
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=_BUSY_SECONDS,
+    )
+
+
+def _open_writer(path: Path, clock: Callable[[], float]) -> tuple[int, sqlite3.Connection]:
+    """Returns the lock that keeps other collectors out, and the one connection that writes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"can't use the folder {path.parent}: {error.strerror}; choose another with --data-dir"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"another boardbench-collector has {path} open; stop it, or choose another --data-dir"
+            ) from error
+        try:
+            db = _connect(path, "rwc")
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                migrate(db, now=clock())
+            except BaseException:
+                db.close()
+                raise
+        except StoreForeign as error:
+            raise StoreForeign(f"can't use {path}: {error}") from error
+        except (sqlite3.Error, OSError) as error:
+            raise _told(error, path) from error
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock, db
+
+
+def _told(error: BaseException, path: Path) -> StoreError:
+    """Returns the error in the collector's words."""
+    if isinstance(error, StoreError):
+        return error
+    text = str(error)
+    if "file is not a database" in text:
+        return StoreForeign(f"{path} is not an SQLite file")
+    if "malformed" in text or "corrupt" in text:
+        return StoreDamaged(
+            f"{path} is damaged ({text}); stop the collector, keep a copy, and restore a backup"
+            " or start with a new folder"
+        )
+    if "disk is full" in text:
+        return StoreUnavailable(f"no space left for {path}; free some, agents keep their results meanwhile")
+    return StoreUnavailable(f"{path}: {text}")

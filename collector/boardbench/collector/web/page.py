@@ -1,0 +1,172 @@
+"""The page at ``/``: which boards there are and what they measured last. Plain HTML, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html import escape
+from urllib.parse import quote
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
+
+STYLE = """\
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid #8884; }
+th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.good { color: #1a7f37; } .bad { color: #c0392b; } .doubt { color: #9a6700; }
+code { font-family: ui-monospace, monospace; font-size: .92em; }
+@media (prefers-color-scheme: dark) {
+  .good { color: #57c785; } .bad { color: #ff7b72; } .doubt { color: #e3b341; }
+}
+"""
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>boardbench collector</title>
+<link rel="stylesheet" href="/style.css">
+</head>
+<body>
+<h1>boardbench collector</h1>
+<p>Version {version}.
+For Prometheus: <a href="/metrics"><code>/metrics</code></a>.
+For programs: <a href="/api/v1/devices"><code>/api/v1/devices</code></a>,
+<a href="/api/v1/results?summary=true"><code>/api/v1/results</code></a>.
+Health: <a href="/healthz"><code>/healthz</code></a>.</p>
+<h2>Boards</h2>
+{devices}
+<h2>Latest results</h2>
+{results}
+</body>
+</html>
+"""
+
+
+def index_page(
+    devices: Sequence[collector_pb2.Device],
+    results: Sequence[result_pb2.RunResult],
+    *,
+    version: str,
+    now: float,
+) -> str:
+    """Returns the page as HTML; every text from outside is escaped."""
+    return _PAGE.format(
+        version=escape(version), devices=_devices_table(devices, now), results=_results_table(results)
+    )
+
+
+def _devices_table(devices: Sequence[collector_pb2.Device], now: float) -> str:
+    if not devices:
+        return (
+            "<p>None has reported yet. On a board: "
+            "<code>boardbench-agent serve --collector THIS_MACHINE:7342</code></p>"
+        )
+    rows = [
+        (
+            f"<code>{escape(device.board.device_id)}</code>",
+            escape(device.board.model or device.board.hostname),
+            '<span class="good">connected</span>' if device.up else '<span class="bad">gone</span>',
+            f"{_ago(now - device.last_seen_at.ToNanoseconds() / 1e9)}",
+            escape(", ".join(runtime.name for runtime in device.runtimes if runtime.available) or "none"),
+            f"{device.results:,}",
+        )
+        for device in devices
+    ]
+    return _table(("board", "what it is", "stream", "last heard of", "runtimes", "#results"), rows)
+
+
+def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
+    if not results:
+        return "<p>None yet. <code>boardbench push MODEL --to BOARD</code> makes one.</p>"
+    rows = []
+    for result in results:
+        link = f"/api/v1/results/{quote(result.run_id, safe='')}"
+        rows.append(
+            (
+                f'<a href="{escape(link)}"><code>{escape(result.run_id[:8])}</code></a>',
+                escape(_when(result.finished_at)),
+                f"<code>{escape(result.board.device_id)}</code>",
+                escape(result.model.name),
+                escape(" ".join(part for part in (result.runtime.name, result.runtime.device) if part)),
+                _ending(result),
+                _percentile(result, 50),
+                _percentile(result, 99),
+                _placement(result.placement),
+            )
+        )
+    return _table(
+        ("run", "ended (UTC)", "board", "model", "runtime", "ending", "#p50", "#p99", "operations"), rows
+    )
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table; a heading that begins with # is of numbers. Cells are HTML already."""
+    classes = [' class="number"' if heading.startswith("#") else "" for heading in headings]
+    head = "".join(
+        f"<th{kind}>{escape(heading.lstrip('#'))}</th>"
+        for heading, kind in zip(headings, classes, strict=True)
+    )
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, classes, strict=True)) + "</tr>"
+        for row in rows
+    )
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _ending(result: result_pb2.RunResult) -> str:
+    if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
+        doubts = [escape(warning.code) for warning in result.warnings]
+        doubts += [f"stand-in {escape(name)}" for name in result.standins]
+        if doubts:
+            return f'succeeded, <span class="doubt">but {", ".join(doubts)}</span>'
+        return '<span class="good">succeeded</span>'
+    if result.status == result_pb2.RUN_STATUS_FAILED:
+        return f'<span class="bad">failed</span>: {escape(result.error.code)}'
+    if result.status == result_pb2.RUN_STATUS_CANCELLED:
+        return "cancelled"
+    return '<span class="doubt">not known</span>'
+
+
+def _percentile(result: result_pb2.RunResult, which: float) -> str:
+    if result.status != result_pb2.RUN_STATUS_SUCCEEDED:
+        return "–"
+    for percentile in result.latency.percentiles:
+        if percentile.percentile == which:
+            return f"{percentile.seconds * 1e3:,.3f} ms"
+    return "–"
+
+
+def _placement(placement: placement_pb2.Placement) -> str:
+    counts = []
+    for count in placement.units:
+        known = count.unit in placement_pb2.Unit.values() and count.unit
+        name = placement_pb2.Unit.Name(count.unit).removeprefix("UNIT_").lower() if known else "unknown"
+        counts.append(f"{count.ops} {name.replace('_', ' ')}")
+    if placement.evidence == placement_pb2.EVIDENCE_UNSPECIFIED or not counts:
+        return '<span class="doubt">not known</span>'
+    return escape(", ".join(counts))
+
+
+def _when(time: Timestamp) -> str:
+    moment = datetime.fromtimestamp(time.seconds, timezone.utc)
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(0.0, seconds):.0f} s ago"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min ago"
+    if seconds < 172800:
+        return f"{seconds / 3600:.0f} h ago"
+    return f"{seconds / 86400:.0f} days ago"
