@@ -20,7 +20,8 @@ What makes it safe:
   they were written with.
 - The count of what is done is only a hint: what is sent again is stored once.
 
-A full disk, or one that fails, sends results to a bounded ring in memory; they go to the disk when it is back.
+While the disk is full or fails, results go to a bounded ring in memory, and from there to the disk when
+it is back.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boardbench.agent import folder
+from boardbench.agent.errors import ConfigurationError, StorageError, Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -189,6 +191,7 @@ class Spool:
         self._reserved = self._unsent_from = 1
         self._dropped = 0
         self._saved_done_through = 0
+        self._unsaved = False
         self._trouble = ""
         self._closed = False
         self._claim = -1
@@ -215,15 +218,15 @@ class Spool:
 
     def status(self) -> SpoolStatus:
         """How full it is."""
-        with self._lock:
-            return SpoolStatus(
-                spool_id=self._spool_id,
-                pending=len(self._waiting),
-                used_bytes=self._used_bytes() + self._ring_bytes,
-                limit_bytes=self._limit_bytes,
-                dropped=self._dropped,
-                trouble=self._trouble,
-            )
+        # Without the lock, which is held while the disk works: this is called from the event loop.
+        return SpoolStatus(
+            spool_id=self._spool_id,
+            pending=len(self._waiting),
+            used_bytes=self._used_bytes() + self._ring_bytes,
+            limit_bytes=self._limit_bytes,
+            dropped=self._dropped,
+            trouble=self._trouble,
+        )
 
     def pending(self) -> Iterator[Record]:
         """Results that wait for the collector, oldest first; read one by one, so some may go meanwhile."""
@@ -259,8 +262,13 @@ class Spool:
     # What comes.
 
     def append(self, run_id: str, payload: bytes) -> int:
-        """The result's sequence; it survives a power cut from now on, unless ``status().trouble`` is set."""
+        """The result's sequence; it survives a power cut from now on, unless ``status().trouble`` is set.
+
+        Raises Unavailable when the spool is closed.
+        """
         with self._lock:
+            if self._closed:
+                raise Unavailable(f"the agent is stopping; the result of run {run_id} was not kept")
             if self._next >= self._reserved:
                 self._reserve()
             entry = _Entry(self._next, run_id, self._spool_id, payload=payload)
@@ -315,11 +323,17 @@ class Spool:
         """Takes in what the collector has of an identity, as it says when it welcomes the agent.
 
         Less than it once acknowledged: what is still here is sent again. More than was ever sent: this
-        spool is a copy; what was not sent gets a new identity.
+        spool is a copy; what was not sent gets a new identity. Raises StorageError when the disk does not
+        let it: then nothing may be sent.
         """
         with self._lock:
             if spool_id == self._spool_id and acknowledged >= self._unsent_from:
-                self._renew()
+                try:
+                    self._renew()
+                except OSError as error:
+                    raise StorageError(
+                        f"{self._root}: the spool can't take a new identity: {error}"
+                    ) from error
             again = [
                 entry.sequence
                 for entry in self._entries.values()
@@ -356,9 +370,7 @@ class Spool:
             if entry is None or entry.done or entry.spool_id != spool_id:
                 return
             _log.error("the collector refuses the result of run %s for good: %s", entry.run_id, reason)
-            self._finish(entry)
-            self._dropped += 1
-            self._save()
+            self._lose(entry)
             self._reap()
 
     def close(self) -> None:
@@ -366,8 +378,8 @@ class Spool:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
             self._flush_ring()
+            self._closed = True
             if self._done_through() != self._saved_done_through and self._entries:
                 self._save()
             self._seal()
@@ -391,8 +403,15 @@ class Spool:
             self._ring_bytes -= len(entry.payload or b"")
             self._forget(entry)
 
+    def _lose(self, entry: _Entry) -> None:
+        """The entry will never reach the collector."""
+        self._finish(entry)
+        self._forget(entry)
+        self._dropped += 1
+        self._save()
+
     def _forget(self, entry: _Entry) -> None:
-        del self._entries[entry.sequence]
+        self._entries.pop(entry.sequence, None)
         if self._runs.get(entry.run_id) == entry.sequence:
             del self._runs[entry.run_id]
 
@@ -424,13 +443,14 @@ class Spool:
 
     def _drop_oldest_segment(self) -> bool:
         """Makes room by dropping the oldest results; whether there were any."""
-        if not self._segments:
+        # A disk that takes no state gives up no segment either.
+        if not self._segments or not self._save():
             return False
         segment = self._segments[0]
         if segment is self._active:
             self._seal()
-        lost = [self._entries[sequence] for sequence in segment.sequences]
-        lost = [entry for entry in lost if entry.segment is segment and not entry.done]
+        entries = [self._entries.get(sequence) for sequence in segment.sequences]
+        lost = [entry for entry in entries if entry and entry.segment is segment and not entry.done]
         for entry in lost:
             self._finish(entry)
         if lost:
@@ -445,9 +465,7 @@ class Spool:
     def _drop_from_ring(self) -> None:
         entry = self._entries[self._ring[0]]
         _log.error("no room for results on disk or in memory: that of run %s is dropped", entry.run_id)
-        self._finish(entry)
-        self._dropped += 1
-        self._save()
+        self._lose(entry)
 
     # Reading.
 
@@ -467,12 +485,10 @@ class Spool:
         if found is not None and found[0] == entry.sequence:
             return Record(entry.spool_id, entry.sequence, entry.run_id, found[2])
         _log.error("%s: the disk has lost the result of run %s", segment.path, entry.run_id)
-        if not entry.done:
-            self._finish(entry)
-            self._dropped += 1
-            self._save()
-        if self._runs.get(entry.run_id) == entry.sequence:
-            del self._runs[entry.run_id]
+        if entry.done:
+            self._forget(entry)
+        else:
+            self._lose(entry)
         return None
 
     def _read_segments(self) -> None:
@@ -536,25 +552,29 @@ class Spool:
         """Brings results from memory to the disk, oldest first, as far as that goes."""
         while self._ring:
             entry = self._entries[self._ring[0]]
+            payload = entry.payload
+            assert payload is not None
             try:
-                self._write(entry)
-            except OSError as error:
+                if self._claim < 0:
+                    self._claim = folder.claim(self._root)
+                self._write(entry, payload)
+            except (OSError, ConfigurationError) as error:
                 self._be_troubled(error)
                 return
+            entry.payload = None
             del self._ring[0]
-        if self._trouble:
+            self._ring_bytes -= len(payload)
+        if self._trouble and self._save():
             _log.warning("%s: results are on the disk again", self._root)
             self._trouble = ""
 
-    def _be_troubled(self, error: OSError) -> None:
+    def _be_troubled(self, error: Exception) -> None:
         if not self._trouble:
             _log.warning("%s: results stay in memory for now: %s", self._root, error)
         self._trouble = f"results stay in memory: {error}"
 
-    def _write(self, entry: _Entry) -> None:
+    def _write(self, entry: _Entry, payload: bytes) -> None:
         """The entry is on the disk. Raises OSError; then it is as if nothing had been written."""
-        payload = entry.payload
-        assert payload is not None
         run_id = entry.run_id.encode()
         size_bytes = _RECORD.size + len(run_id) + len(payload)
         active = self._active
@@ -586,10 +606,8 @@ class Spool:
             raise
         active.size_bytes = offset + len(record)
         active.sequences.append(entry.sequence)
-        entry.segment, entry.offset, entry.length = active, offset, len(record)
-        entry.payload = None
-        self._ring_bytes -= len(payload)
         active.waiting += 1
+        entry.segment, entry.offset, entry.length = active, offset, len(record)
 
     def _make_room(self, size_bytes: int) -> None:
         """Room for so many bytes, dropping the oldest. Raises OSError when there is none to be had."""
@@ -638,34 +656,38 @@ class Spool:
     def _reserve(self) -> None:
         self._reserved = self._next + _RESERVED_AT_ONCE
         if not self._save():
-            # The next start will not know that these numbers were used; under this name nobody else uses them.
+            # The next start will not know that these numbers were used, but it will not know this name.
             self._spool_id = self._new_id()
             self._unsent_from = self._next
 
     def _renew(self) -> None:
-        """Gives a new identity to this spool and to what was never sent."""
-        old_id, self._spool_id = self._spool_id, self._new_id()
+        """Gives a new identity to this spool and to what was never sent. Raises OSError."""
+        new_id = self._new_id()
         _log.warning(
-            "the collector has results of spool %s that were not sent from here: this is a copy of it; "
+            "the collector has results of spool %s that were never sent from here, so this is a copy of it; "
             "from now on it is spool %s",
-            old_id,
             self._spool_id,
+            new_id,
         )
-        moving = [self._entries[sequence] for sequence in self._waiting if sequence >= self._unsent_from]
-        for entry in moving:
-            record = self._read(entry)
-            if record is None:
+        unsent = [self._entries[sequence] for sequence in self._waiting if sequence >= self._unsent_from]
+        for entry in unsent:
+            record = None if entry.done else self._read(entry)
+            old_id, entry.spool_id = entry.spool_id, new_id
+            old_segment, entry.segment = entry.segment, None
+            if record is None or old_segment is None:
                 continue
-            entry.spool_id = self._spool_id
-            if entry.segment is None:
-                continue
-            entry.segment.waiting -= 1
-            entry.segment, entry.payload = None, record.payload
-            bisect.insort(self._ring, entry.sequence)
-            self._ring_bytes += len(record.payload)
-            self._flush_ring()
-        # After the copies: a power cut before it brings the spool back here.
-        self._save()
+            # Apart from its old segment, which may be dropped to make room for the copy.
+            old_segment.waiting -= 1
+            try:
+                self._write(entry, record.payload)
+            except OSError:
+                entry.spool_id, entry.segment = old_id, old_segment
+                old_segment.waiting += 1
+                raise
+        # After the copies: a power cut before this line brings the spool back here.
+        self._spool_id = new_id
+        if not self._save():
+            raise OSError("the state can't be written")
         self._reap()
 
     def _save(self) -> bool:
@@ -692,8 +714,15 @@ class Spool:
                 self._disk.sync_folder(self._root)
         except OSError as error:
             self._generation -= 1
-            _log.warning("%s: the spool's state can't be written: %s", self._root, error)
+            _log.log(
+                logging.DEBUG if self._unsaved else logging.WARNING,
+                "%s: the spool's state can't be written: %s",
+                self._root,
+                error,
+            )
+            self._unsaved = True
             return False
+        self._unsaved = False
         self._saved_done_through = done_through
         return True
 
