@@ -168,7 +168,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Warning:  # noqa: A001 - the word of the wire
+class Warning:
     """A doubt about the figures: a stable code, and what was seen and what to do."""
 
     code: str

@@ -108,7 +108,10 @@ def _explain(error: Exception) -> "tuple[str, str]":
     if isinstance(error, ValueError) and isinstance(error, json.JSONDecodeError):
         return "internal", f"the job is not JSON: {error}"
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return "internal", f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno}): please report this"
+    return (
+        "internal",
+        f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno}): please report this",
+    )
 
 
 def _die_with_parent(parent: int) -> None:

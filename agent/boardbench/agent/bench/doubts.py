@@ -116,7 +116,8 @@ def of_latency(
         tenth = latency.count // 10
         first = _excess(samples[:tenth], samples[tenth:])
         if first is not None:
-            yield warn("slow_first_runs", f"the first {tenth} inferences were {first:.0%} slower than the rest")
+            seen = f"the first {tenth} inferences were {first:.0%} slower than the rest"
+            yield warn("slow_first_runs", seen)
         last = _excess(samples[-tenth:], samples[:-tenth])
         if last is not None:
             yield warn("slowing_down", f"the last {tenth} inferences were {last:.0%} slower than the rest")

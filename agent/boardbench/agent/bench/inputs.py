@@ -53,15 +53,15 @@ def _seeded(tensor: TensorInfo, seed: int, position: int) -> Array:
     count = math.prod(tensor.shape)
     if tensor.dtype == "str":
         letters = source.random_raw(count)
-        words = ["".join(chr(97 + (int(word) >> 8 * at & 0xFF) % 26) for at in range(8)) for word in letters]
-        return np.array(words, dtype=object).reshape(tensor.shape)
+        text = ["".join(chr(97 + (int(word) >> 8 * at & 0xFF) % 26) for at in range(8)) for word in letters]
+        return np.array(text, dtype=object).reshape(tensor.shape)
     if tensor.dtype not in WHOLE_RANGE + SMALL_INTEGERS + FLOATS + ("bool",):
         raise InputsRejected(
             f"input {tensor.name} is of type {tensor.dtype}, for which no data can be made: "
             "export the model with inputs of an ordinary type"
         )
     dtype = np.dtype(tensor.dtype)
-    values = np.empty(count, dtype=dtype)
+    values: Array = np.empty(count, dtype=dtype)
     # Complex numbers are filled as twice as many real ones.
     flat = values.view(f"float{dtype.itemsize * 4}") if dtype.kind == "c" else values
     in_a_word = 8 // flat.itemsize if tensor.dtype in WHOLE_RANGE else 1
@@ -97,7 +97,9 @@ def from_file(inputs: Sequence[TensorInfo], path: Path) -> Dict[str, Array]:
         names = {target: name for name, target in shapes.by_name(inputs, headers).items()}
         wrong = [tensor for tensor in inputs if not _matches(tensor, headers.get(names.get(tensor.name, "")))]
         if wrong:
-            found = ", ".join(f"{name} {dtype.name} {list(shape)}" for name, (shape, dtype) in headers.items())
+            found = ", ".join(
+                f"{name} {dtype.name} {list(shape)}" for name, (shape, dtype) in headers.items()
+            )
             raise InputsRejected(
                 f"the .npz does not fit the model's inputs: expected {shapes.describe(inputs)}; "
                 f"found {found or 'no array'}; at fault: {', '.join(tensor.name for tensor in wrong)}"
@@ -125,10 +127,13 @@ def _text(tensor: TensorInfo, array: Array) -> Array:
     import numpy as np
 
     try:
-        words = [word.decode("utf-8") if isinstance(word, bytes) else str(word) for word in array.ravel().tolist()]
+        words = [
+            word.decode("utf-8") if isinstance(word, bytes) else str(word) for word in array.ravel().tolist()
+        ]
     except UnicodeDecodeError as error:
         raise InputsRejected(f"input {tensor.name} in the .npz is text that is not UTF-8: {error}") from error
-    return np.array(words, dtype=object).reshape(array.shape)
+    text: Array = np.array(words, dtype=object).reshape(array.shape)
+    return text
 
 
 class _Archive:

@@ -72,7 +72,7 @@ class Job:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Job:
         """The job in a decoded JSON object. Raises JobRejected, naming the field."""
-        known = {name for name in cls.__dataclass_fields__}
+        known = set(cls.__dataclass_fields__)
         unknown = sorted(set(content) - known - {"kind"})
         if unknown:
             raise JobRejected(f"the job has unknown fields: {', '.join(unknown)}")
@@ -144,7 +144,11 @@ def execute(job: Job, events: EventWriter) -> Measurement:
 
 
 def _run(
-    job: Job, model: LoadedModel, events: EventWriter, meter: MemoryMeter, known: Tuple[str, str, float, float]
+    job: Job,
+    model: LoadedModel,
+    events: EventWriter,
+    meter: MemoryMeter,
+    known: Tuple[str, str, float, float],
 ) -> Measurement:
     name, version, import_seconds, create_seconds = known
     events.stage(Stage.INPUTS)
@@ -157,13 +161,9 @@ def _run(
     events.stage(Stage.FIRST_INFERENCE)
     with_engine = _Boundary(name)
     call = with_engine(lambda: model.bind(feeds))
-    returned, first_inference_seconds = with_engine(lambda: _timed(call))
-    meter.end_phase(MemoryPhase.FIRST_INFERENCE)
-    outputs = with_engine(lambda: model.fetch(returned))
-    output_infos, output_sha256 = _describe_outputs(model, outputs)
-    if not _all_finite(outputs):
+    first = with_engine(lambda: _first_inference(call, model, meter))
+    if not first.all_finite:
         events.warning(doubts.warn("outputs_not_finite", "an output of the first inference is not finite"))
-    del returned, outputs
 
     clock_read_seconds = measure.clock_read_seconds()
     events.stage(Stage.WARM_UP)
@@ -204,7 +204,7 @@ def _run(
         ),
         import_seconds=import_seconds,
         create_seconds=create_seconds,
-        first_inference_seconds=first_inference_seconds,
+        first_inference_seconds=first.seconds,
         latency=latency,
         memory=meter.memory(),
         placement=with_engine(model.placement),
@@ -217,9 +217,29 @@ def _run(
             cpu_affinity=measure.processors(),
         ),
         inputs=model.inputs,
-        outputs=output_infos,
+        outputs=first.outputs,
         input_data=input_data,
-        output_sha256=output_sha256,
+        output_sha256=first.output_sha256,
+    )
+
+
+@dataclass(frozen=True)
+class _FirstInference:
+    """What is kept of the first inference; not the outputs, which may be large."""
+
+    seconds: float
+    outputs: Tuple[TensorInfo, ...]
+    output_sha256: Mapping[str, str]
+    all_finite: bool
+
+
+def _first_inference(call: Callable[[], object], model: LoadedModel, meter: MemoryMeter) -> _FirstInference:
+    returned, seconds = _timed(call)
+    meter.end_phase(MemoryPhase.FIRST_INFERENCE)
+    outputs = model.fetch(returned)
+    infos, digests = _describe_outputs(model, outputs)
+    return _FirstInference(
+        seconds=seconds, outputs=infos, output_sha256=digests, all_finite=_all_finite(outputs)
     )
 
 
@@ -262,9 +282,7 @@ def _timed(call: Callable[[], Any]) -> Tuple[Any, float]:
     return returned, (time.perf_counter_ns() - start) / 1e9
 
 
-def _describe_outputs(
-    model: LoadedModel, outputs: Tensors
-) -> Tuple[Tuple[TensorInfo, ...], Dict[str, str]]:
+def _describe_outputs(model: LoadedModel, outputs: Tensors) -> Tuple[Tuple[TensorInfo, ...], Dict[str, str]]:
     """The outputs as they came (shapes settled), and the digest of each one's bytes."""
     infos = []
     digests = {}
@@ -293,12 +311,21 @@ class _Boundary:
     def __call__(self, step: Callable[[], Any]) -> Any:
         try:
             return step()
-        except (RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, BrokenPipeError, MemoryError):
+        except (
+            RuntimeUnavailable,
+            ModelRejected,
+            OptionRejected,
+            InputsRejected,
+            BrokenPipeError,
+            MemoryError,
+        ):
             raise
         except Exception as error:
             if out_of_memory(error):
                 raise MemoryError(f"{self._engine}: {error}") from error
-            raise InferenceFailed(f"{self._engine} failed to run the model: {error or type(error).__name__}") from error
+            raise InferenceFailed(
+                f"{self._engine} failed to run the model: {error or type(error).__name__}"
+            ) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -309,6 +336,6 @@ def out_of_memory(error: BaseException) -> bool:
 # std::bad_alloc: C++ as it is. "Failed to allocate memory": ONNX Runtime's arenas (bfc_arena.cc) and
 # TensorFlow Lite's. "Cannot allocate memory": the C library's ENOMEM. CUDA spells it out.
 _OUT_OF_MEMORY = re.compile(
-    r"bad_alloc|failed to allocate memory|cannot allocate memory|out of memory|available memory of \d+ is smaller",
+    r"bad_alloc|failed to allocate memory|cannot allocate memory|out of memory",
     re.IGNORECASE,
 )

@@ -166,7 +166,7 @@ def _collector_at_rest() -> Iterator[None]:
 
 
 def involuntary_context_switches() -> Optional[int]:
-    """Times the kernel has taken the processor away from any thread of this process; None where it can't say."""
+    """Times the kernel took the processor away from any thread of this process; None where it can't say."""
     try:
         import resource
     except ImportError:  # Windows

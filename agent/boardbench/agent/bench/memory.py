@@ -110,7 +110,9 @@ def _portable_peak() -> Optional[int]:
     return int(peak) if sys.platform == "darwin" else int(peak) * _KIB
 
 
-def available_bytes(proc: Path = Path("/proc"), control_groups: Path = Path("/sys/fs/cgroup")) -> Optional[int]:
+def available_bytes(
+    proc: Path = Path("/proc"), control_groups: Path = Path("/sys/fs/cgroup")
+) -> Optional[int]:
     """Memory that this process can still take: the kernel's estimate, and its control group's room.
 
     None where the system does not say.

@@ -23,7 +23,8 @@ class OptionReader:
         value = self._left.pop(name, default)
         if value not in choices:
             raise OptionRejected(
-                f"option {name} of {self._engine} is {' or '.join(choices)} (default {default}), not {value!r}"
+                f"option {name} of {self._engine} is {' or '.join(choices)} (default {default}), "
+                f"not {value!r}"
             )
         self._in_force[name] = value
         return value
@@ -40,7 +41,9 @@ class OptionReader:
             return None
         # isdecimal alone also takes digits of other scripts, and int a sign or underscores.
         if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
-            raise OptionRejected(f"option {name} of {self._engine} is a number from {least} to {most}, not {text!r}")
+            raise OptionRejected(
+                f"option {name} of {self._engine} is a number from {least} to {most}, not {text!r}"
+            )
         self._in_force[name] = text
         return int(text)
 
@@ -61,7 +64,9 @@ class OptionReader:
         found = {name[len(prefix) :]: value for name, value in self._left.items() if name.startswith(prefix)}
         for key, value in found.items():
             if not key or "\0" in key + value:
-                raise OptionRejected(f"option {prefix}{key} of {self._engine}: {meaning} has a key and no NUL")
+                raise OptionRejected(
+                    f"option {prefix}{key} of {self._engine}: {meaning} has a key and no NUL"
+                )
             self._in_force[prefix + key] = self._left.pop(prefix + key)
         return found
 

@@ -95,23 +95,23 @@ def settle(
 def _check(tensor: TensorInfo, shape: Sequence[int]) -> None:
     declared = tensor.shape
     fits = len(shape) == len(declared) and all(
-        size == own or (own < 0 and size > 0) or (own < 0 and size == own)
-        for size, own in zip(shape, declared)
+        size == own or (own < 0 and size > 0) for size, own in zip(shape, declared)
     )
     if not fits:
         raise InputsRejected(
             f"input {tensor.name} is {tensor.dtype} {_dimensions(declared)} in the model"
-            f"{' (? is open)' if any(size < 0 for size in declared) else ''}; {_dimensions(shape)} does not fit it"
+            f"{' (? is open)' if any(size < 0 for size in declared) else ''}; "
+            f"{_dimensions(shape)} does not fit it"
         )
     if any(size > LARGEST_DIMENSION for size in shape):
-        raise InputsRejected(f"input {tensor.name}: a size in {_dimensions(shape)} is above {LARGEST_DIMENSION}")
+        raise InputsRejected(
+            f"input {tensor.name}: a size in {_dimensions(shape)} is above {LARGEST_DIMENSION}"
+        )
 
 
 def _example(shape: Sequence[int]) -> str:
     # A batch of one, and the size of a common picture elsewhere: an example that can be run as it is.
-    return ",".join(
-        str(size) if size >= 0 else ("1" if at == 0 else "224") for at, size in enumerate(shape)
-    )
+    return ",".join(str(size) if size >= 0 else ("1" if at == 0 else "224") for at, size in enumerate(shape))
 
 
 def _fits(inputs: Sequence[TensorInfo], available: Optional[int]) -> None:

@@ -177,8 +177,8 @@ class OnnxRuntime:
         ):
             return CPU
         raise OptionRejected(
-            f"this {self.version()} has no device {device!r}; it has {', '.join(self.devices())}. Another build "
-            "of ONNX Runtime may have it (onnxruntime-gpu, onnxruntime-openvino, …)"
+            f"this {self.version()} has no device {device!r}; it has {', '.join(self.devices())}. "
+            "Another build of ONNX Runtime may have it (onnxruntime-gpu, onnxruntime-openvino, …)"
         )
 
     def _order(self, wanted: str, options: Mapping[str, str]) -> List[Tuple[str, Dict[str, str]]]:
@@ -191,7 +191,9 @@ class OnnxRuntime:
 
 def _threads(threads: Optional[int], option: Optional[int]) -> Optional[int]:
     if threads is not None and option is not None and threads != option:
-        raise OptionRejected(f"threads says {threads} and the option intra_op_threads says {option}: give one")
+        raise OptionRejected(
+            f"threads says {threads} and the option intra_op_threads says {option}: give one"
+        )
     return option if threads is None else threads
 
 
@@ -265,7 +267,7 @@ class OnnxModel:
         """The arrays that run returned; sequences and maps are left out."""
         import numpy as np
 
-        assert isinstance(returned, list)  # noqa: S101 - for the type checker
+        assert isinstance(returned, list)
         pairs = zip(self._output_names, returned)
         return {name: np.array(value, copy=True) for name, value in pairs if isinstance(value, np.ndarray)}
 
@@ -288,7 +290,7 @@ class OnnxModel:
         return self._place(profiled, Evidence.PROFILED, how)
 
     def _place(self, nodes: Sequence[Tuple[str, str, str]], evidence: Evidence, how: str) -> Placement:
-        options = {name: entries for name, entries in self._providers}
+        options = dict(self._providers)
         ops = []
         for index, (provider, name, op_type) in enumerate(nodes):
             unit = unit_of(provider, options.get(provider, {}))
@@ -302,8 +304,12 @@ class OnnxModel:
                 )
             )
         counts = Counter(provider for provider, _, _ in nodes)
-        taken = "; ".join(f"{number} of {len(ops)} nodes on {provider}" for provider, number in counts.most_common())
-        return placement.known(ops, evidence=evidence, detail=f"{taken or 'no node is left to run'} ({how})")
+        taken = "; ".join(
+            f"{number} of {len(ops)} nodes on {provider}" for provider, number in counts.most_common()
+        )
+        order = ", listed provider by provider" if len(counts) > 1 and evidence is Evidence.PARTITION else ""
+        detail = f"{taken or 'no node is left to run'} ({how}{order})"
+        return placement.known(ops, evidence=evidence, detail=detail)
 
     def _assigned(self) -> Optional[List[Tuple[str, str, str]]]:
         """(provider, node name, op type) of every node; None where this version does not tell."""
@@ -370,7 +376,9 @@ def _input(node: Any, model: Path) -> TensorInfo:
 
 
 def _output(node: Any) -> TensorInfo:
-    return TensorInfo(name=node.name, dtype=TYPES.get(node.type, str(node.type)), shape=_shape(node.shape or ()))
+    return TensorInfo(
+        name=node.name, dtype=TYPES.get(node.type, str(node.type)), shape=_shape(node.shape or ())
+    )
 
 
 def _shape(dimensions: Sequence[object]) -> Tuple[int, ...]:

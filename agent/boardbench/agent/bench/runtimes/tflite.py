@@ -45,6 +45,9 @@ DELEGATE_NODE = "DELEGATE"
 XNNPACK = "TfLiteXNNPackDelegate"
 """What the delegate calls itself (tensorflow/lite/delegates/xnnpack/xnnpack_delegate.cc)."""
 
+STANDIN_SYMBOL = "boardbench_standin"
+"""Exported by delegates that stand in for hardware in tests; no real one has it."""
+
 
 class TfliteRuntime:
     """The engine."""
@@ -64,7 +67,7 @@ class TfliteRuntime:
         return self._version
 
     def devices(self) -> Tuple[str, ...]:
-        """cpu, and edgetpu where its library can be loaded; whether a device is plugged in is not looked at."""
+        """cpu, and edgetpu where its library can be loaded; no look is taken at what is plugged in."""
         self.version()
         return ("cpu", "edgetpu") if _loads(EDGETPU_LIBRARY) else ("cpu",)
 
@@ -81,7 +84,8 @@ class TfliteRuntime:
         self.version()
         if device not in ("cpu", "edgetpu"):
             raise OptionRejected(
-                f"tflite has no device {device!r}; it has cpu and edgetpu, and any other by the option delegate=PATH"
+                f"tflite has no device {device!r}; it has cpu and edgetpu, and any other by the option "
+                "delegate=PATH"
             )
         reader = OptionReader(self.name, options)
         xnnpack = reader.switch("xnnpack", default=True)
@@ -98,6 +102,7 @@ class TfliteRuntime:
             model,
             delegate=delegate,
             library="" if library is None else Path(library).name,
+            standin=library is not None and hasattr(ctypes.CDLL(library), STANDIN_SYMBOL),
             xnnpack=xnnpack,
             threads=threads,
             options=in_force,
@@ -126,7 +131,7 @@ def _import() -> Tuple[Any, str]:
     for module, package in PACKAGES:
         try:
             found = importlib.import_module(f"{module}.interpreter")
-        except Exception as error:  # a broken installation raises anything: ImportError, AttributeError, OSError
+        except Exception as error:  # a broken installation raises anything
             reasons.append(f"{package}: {type(error).__name__}: {error}")
             continue
         return found, f"{package} {_package_version(module, package)}"
@@ -164,6 +169,7 @@ class TfliteModel:
         *,
         delegate: Any,
         library: str,
+        standin: bool,
         xnnpack: bool,
         threads: Optional[int],
         options: Mapping[str, str],
@@ -171,9 +177,12 @@ class TfliteModel:
     ) -> None:
         """Creates, resizes, allocates."""
         self._library = library
+        self._standin = standin
         self.options = options
         self.threads = 1 if threads is None else threads  # the interpreter's own default
-        resolver = module.OpResolverType.AUTO if xnnpack else module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        resolver = (
+            module.OpResolverType.AUTO if xnnpack else module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        )
         try:
             self._interpreter: Any = module.Interpreter(
                 model_path=str(model),
@@ -224,13 +233,15 @@ class TfliteModel:
             nodes = _nodes(self._interpreter)
         except AttributeError as error:
             return placement.unknown(
-                f"this interpreter does not tell its nodes ({error}), so it is not known what its delegates took"
+                f"this interpreter does not tell its nodes ({error}), so it is not known what its "
+                "delegates took"
             )
         return _place(
             nodes,
             outputs=set(self._output_indices.values()),
             external_before=self._nodes_before_default_delegates,
             library=self._library,
+            standin=self._standin,
             other_subgraphs=_subgraph_count(self._interpreter) - 1,
             tensor_name=self._tensor_name,
         )
@@ -296,7 +307,8 @@ def _rejected(model: Path, error: Exception, *, delegated: bool) -> ModelRejecte
         )
     elif builtin:
         version = f" version {builtin.group(2)}" if builtin.group(2) else ""
-        todo = f"operation {builtin.group(1)}{version} is not in this engine: update it, or convert for an older one"
+        named = f"{builtin.group(1)}{version}"
+        todo = f"operation {named} is not in this engine: update it, or convert for an older one"
     else:
         todo = "is the file whole, and is it a TensorFlow Lite model?"
     return ModelRejected(f"tflite refuses {model.name}: {todo} (it said: {said[:500]})")
@@ -344,6 +356,7 @@ def _place(
     outputs: Set[int],
     external_before: Optional[int],
     library: str,
+    standin: bool,
     other_subgraphs: int,
     tensor_name: Callable[[int], str],
 ) -> Placement:
@@ -364,8 +377,8 @@ def _place(
             )
         if library and external_before is None:
             return placement.unknown(
-                f"an input was resized, so it can't be told which operations {library} took and which XNNPACK "
-                "took: give the option xnnpack=off to know"
+                f"an input was resized, so it can't be told which operations {library} took and which "
+                "XNNPACK took: give the option xnnpack=off to know"
             )
         if not library or at >= (external_before or 0):
             unit = (Unit.CPU_DELEGATE, XNNPACK)
@@ -386,7 +399,8 @@ def _place(
         )
         for position, at in enumerate(originals)
     ]
-    return placement.known(ops, evidence=Evidence.PARTITION, detail=_detail(ops, len(delegates), other_subgraphs))
+    detail = _detail(ops, len(delegates), other_subgraphs)
+    return placement.known(ops, evidence=Evidence.PARTITION, detail=detail, standin=standin)
 
 
 def _closure(delegate: Node, originals: Mapping[int, Node], producer: Mapping[int, int]) -> Set[int]:
@@ -420,10 +434,12 @@ def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: in
         parts.append(f"{sum(plain.values())} in plain kernels on the CPU ({placement.listed(plain)})")
     unsettled = Counter(op.type for op in ops if op.unit is Unit.UNSPECIFIED)
     if unsettled:
-        parts.append(f"{sum(unsettled.values())} unknown, as nothing uses their results ({placement.listed(unsettled)})")
+        named = placement.listed(unsettled)
+        parts.append(f"{sum(unsettled.values())} unknown, as nothing uses their results ({named})")
     detail = "; ".join(parts) or "the model has no operation"
     if delegate_nodes > 1:
         detail += f"; the delegates' operations are in {delegate_nodes} parts"
     if other_subgraphs > 0:
-        detail += f"; {other_subgraphs} further subgraphs (bodies of control flow, other signatures) are not listed"
+        which = "bodies of control flow, other signatures"
+        detail += f"; {other_subgraphs} further subgraphs ({which}) are not listed"
     return detail
