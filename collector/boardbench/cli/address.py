@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -103,7 +103,13 @@ def _ipv6(host: str, text: str) -> str:
         ) from None
 
 
-class AddressType(click.ParamType):
+if TYPE_CHECKING:
+    _AddressParameter = click.ParamType[Address]
+else:
+    _AddressParameter = click.ParamType  # generic only from click 8.2 on
+
+
+class AddressType(_AddressParameter):
     """Reads ``HOST[:PORT]``; a wrong one is a usage error."""
 
     name = "HOST[:PORT]"
@@ -112,11 +118,11 @@ class AddressType(click.ParamType):
         """``default_port`` is taken when none is written."""
         self.default_port = default_port
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Address:
         """The address; fails with a usage error."""
         if isinstance(value, Address):
             return value
         try:
-            return parse_address(value, self.default_port)
+            return parse_address(str(value), self.default_port)
         except ValueError as error:
             self.fail(str(error), param, ctx)

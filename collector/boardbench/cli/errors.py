@@ -3,6 +3,7 @@
     CliError                       1   something was tried and did not work
     ├── Refused                    1   a board or collector answered, and said no
     ├── RunLost                    1   a run was started and nobody knows its end
+    ├── BadFile                    2   a file that was named can't be used; nothing was started
     ├── Unreachable                3   nobody answered, or nobody who speaks boardbench
     └── Interrupted              130   Ctrl-C
 
@@ -30,7 +31,7 @@ class ExitCode(enum.IntEnum):
 EXIT_CODES: dict[ExitCode, str] = {
     ExitCode.DONE: "done",
     ExitCode.FAILED: "a run failed, was refused or was cancelled, or a check did not hold",
-    ExitCode.USAGE: "the command line is wrong; nothing was started",
+    ExitCode.USAGE: "the command line, or a file that it names, is wrong; nothing was started",
     ExitCode.UNREACHABLE: "a board or the collector can't be reached",
     ExitCode.DEFECT: "a defect in boardbench itself",
     ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
@@ -52,6 +53,12 @@ class RunLost(CliError):
     """A run was started, and the board no longer knows it."""
 
 
+class BadFile(CliError):
+    """A file that was named on the command line can't be used."""
+
+    exit_code = ExitCode.USAGE
+
+
 class Unreachable(CliError):
     """Nobody answered, or nobody who speaks boardbench."""
 
@@ -65,8 +72,8 @@ class Interrupted(CliError):
 
 
 def worst(codes: list[ExitCode]) -> ExitCode:
-    """The exit code that stands for several: interrupted, unreachable, failed, done, in this order."""
-    for code in (ExitCode.INTERRUPTED, ExitCode.UNREACHABLE, ExitCode.FAILED):
+    """The exit code that stands for several: the first of these that is among them, else that of success."""
+    for code in (ExitCode.INTERRUPTED, ExitCode.DEFECT, ExitCode.UNREACHABLE, ExitCode.FAILED):
         if code in codes:
             return code
     return ExitCode.DONE

@@ -25,9 +25,13 @@ class Command(NamedTuple):
 
 # The help lines stand here so that `boardbench --help` loads none of the modules.
 COMMANDS: dict[str, Command] = {
-    "push": Command("boardbench.cli.push", "push", "Send models to boards, run them there and show the results."),
+    "push": Command(
+        "boardbench.cli.push", "push", "Send models to boards, run them there and show the results."
+    ),
     "run": Command("boardbench.cli.run", "run", "Run models on this machine, without an agent."),
-    "inspect": Command("boardbench.cli.inspect", "inspect", "Say what is in a model file, without running it."),
+    "inspect": Command(
+        "boardbench.cli.inspect", "inspect", "Say what is in a model file, without running it."
+    ),
     "results": Command("boardbench.cli.results", "results", "List the results that the collector keeps."),
     "show": Command("boardbench.cli.results", "show", "Show one result of the collector, whole."),
     "devices": Command("boardbench.cli.devices", "devices", "List boards and what they can run."),
@@ -35,12 +39,20 @@ COMMANDS: dict[str, Command] = {
     "runs": Command("boardbench.cli.runs", "runs", "List the runs of a board."),
     "watch": Command("boardbench.cli.runs", "watch", "Follow a run on a board to its result."),
     "cancel": Command("boardbench.cli.runs", "cancel", "End a run on a board."),
-    "demo": Command("boardbench.cli.demo", "demo", "Try everything on this machine, with models built on the spot."),
-    "completion": Command("boardbench.cli.completion", "completion", "Print the completion script of a shell."),
+    "demo": Command(
+        "boardbench.cli.demo", "demo", "Try everything on this machine, with models built on the spot."
+    ),
+    "completion": Command(
+        "boardbench.cli.completion", "completion", "Print the completion script of a shell."
+    ),
 }
 
 EPILOG = (
-    "\b\nExit codes:\n"
+    "\b\nExamples:\n"
+    "  boardbench push model.tflite --to raspberrypi.local\n"
+    "  boardbench run model.onnx --threads 2\n"
+    "  boardbench demo\n"
+    "\n\b\nExit codes:\n"
     + "\n".join(f"  {code.value:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     + """
 
@@ -59,6 +71,7 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands, in the order of a user's day."""
+        del ctx
         return [name for name, command in COMMANDS.items() if importlib.util.find_spec(command.module)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -67,7 +80,9 @@ class LazyGroup(click.Group):
             return None
         command = COMMANDS[cmd_name]
         found = getattr(importlib.import_module(command.module), command.attribute)
-        assert isinstance(found, click.Command), f"{command.module}.{command.attribute} is not a click command"
+        assert isinstance(found, click.Command), (
+            f"{command.module}.{command.attribute} is not a click command"
+        )
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -85,9 +100,9 @@ class LazyGroup(click.Group):
             import difflib
 
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if near and "Did you mean" not in error.message:
-                error.message += f" Did you mean {near[0]!r}?"
-            raise
+            if not near or "Did you mean" in error.message:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Completes the names of commands from the table, importing none."""
@@ -109,7 +124,9 @@ def print_version(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     try:
         click.echo(f"boardbench {version('boardbench')}")
     except PackageNotFoundError:
-        raise CliError("the version is not known: boardbench runs from a folder and is not installed") from None
+        raise CliError(
+            "the version is not known: boardbench runs from a folder and is not installed"
+        ) from None
     ctx.exit()
 
 
@@ -119,16 +136,17 @@ def print_version(ctx: click.Context, _parameter: click.Parameter, value: bool) 
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Print the version.",
 )
 def boardbench() -> None:
-    """Benchmark ML models on edge boards: does it fit, how fast is it really, and does it truly run on
-    the accelerator?
+    """Benchmark ML models on edge boards.
 
-    \b
-    boardbench push model.tflite --to raspberrypi.local
-    boardbench run model.onnx --threads 2
-    boardbench demo
+    Does it fit, how fast is it really, and does it truly run on the accelerator?
     """
 
 
@@ -174,7 +192,8 @@ def told(error: Exception) -> ExitCode:
         return error.exit_code
     if isinstance(error, ModuleNotFoundError) and error.name:
         click.echo(
-            f"boardbench: the module {error.name!r} is missing: install boardbench again with `pip install boardbench`",
+            f"boardbench: the module {error.name!r} is missing: install boardbench again "
+            "with `pip install boardbench`",
             err=True,
         )
         return ExitCode.DEFECT

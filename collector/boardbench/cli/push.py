@@ -1,0 +1,347 @@
+"""``boardbench push``: a file goes to boards, runs there, and comes back as a result."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from boardbench.cli.address import AGENT_PORT, Address, AddressType
+from boardbench.cli.errors import CliError, ExitCode, Interrupted, worst
+from boardbench.cli.spec import Seconds, Spec, spec_from, spec_options
+from boardbench.cli.terminal import Output, output_from, output_options
+
+if TYPE_CHECKING:
+    from boardbench.cli.client import AgentClient
+    from boardbench.cli.progress import Watched
+    from boardbench.cli.source import Source
+    from boardbench.v1 import agent_pb2, model_pb2, result_pb2
+
+
+_EXAMPLES = """\b
+Examples:
+  boardbench push model.tflite --to raspberrypi.local
+  boardbench push *.onnx --to pi4 --to pi5 --threads 4 --duration 10
+  boardbench push model.onnx --to 192.168.1.7:7341 --shape input=1,3,224,224
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument(
+    "paths",
+    metavar="MODEL...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+)
+@click.option(
+    "--to",
+    "boards",
+    multiple=True,
+    required=True,
+    envvar="BOARDBENCH_AGENT",
+    type=AddressType(AGENT_PORT),
+    help=f"Board to run on; port {AGENT_PORT} when none is given. Repeatable: boards work at the same time.",
+)
+@spec_options
+@click.option("--detach", is_flag=True, help="Leave once the runs are queued, and print their ids.")
+@click.option("--no-run", is_flag=True, help="Only send the files.")
+@click.option(
+    "--retry-for",
+    type=Seconds(zero=True),
+    default=60.0,
+    show_default=True,
+    help="Go on trying this long when the connection to a board is lost.",
+)
+@output_options
+def push(
+    paths: tuple[Path, ...],
+    boards: tuple[Address, ...],
+    detach: bool,
+    no_run: bool,
+    retry_for: float,
+    **values: Any,
+) -> ExitCode:
+    """Send models to boards, run them there and show the results.
+
+    A file is known by its SHA-256: one that the board has is not sent again, and a broken upload goes on
+    where it stopped. Models run one after the other on each board. Ctrl-C cancels the run on the board;
+    a second Ctrl-C leaves at once.
+
+    With --format json, stdout holds one JSON document: the RunResult for one model on one board, an array of
+    them for several, in the order of the models and, for each, of the boards.
+    """
+    output = output_from(values)
+    spec = spec_from(values)
+    if detach and no_run:
+        raise click.UsageError("--detach and --no-run exclude one another: nothing would be queued")
+    if no_run and spec != Spec():
+        raise click.UsageError("--no-run sends files only: leave out the options of the run")
+    from boardbench.cli.progress import progress_for
+    from boardbench.cli.source import Source
+
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(Source(path)) for path in paths]
+        inputs = stack.enter_context(Source(spec.inputs)) if spec.inputs else None
+        order = Order(sources, inputs, spec, detach=detach, no_run=no_run, retry_seconds=retry_for)
+        addresses = list(dict.fromkeys(boards))
+        with progress_for(output) as progress:
+            outcomes = _collect(order, addresses, progress, output)
+    return _conclude(outcomes, order, addresses, output)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every board has to do."""
+
+    sources: list[Source]
+    inputs: Source | None
+    spec: Spec
+    detach: bool
+    no_run: bool
+    retry_seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model on one board; exactly one of the last four is set."""
+
+    address: Address
+    index: int
+    error: CliError | None = None
+    result: result_pb2.RunResult | None = None
+    queued: agent_pb2.RunSummary | None = None
+    stored: model_pb2.Model | None = None
+
+
+class Board(threading.Thread):
+    """Works through the order on one board; an Outcome for each model goes to ``inbox``, then None."""
+
+    def __init__(
+        self,
+        address: Address,
+        order: Order,
+        inbox: queue.SimpleQueue[Outcome | None],
+        progress: Watched,
+        *,
+        alone: bool,
+    ) -> None:
+        super().__init__(name=f"board {address}", daemon=True)
+        from boardbench.cli.client import AgentClient
+
+        self._address = address
+        self._order = order
+        self._inbox = inbox
+        self._progress = progress
+        self._alone = alone
+        self._client: AgentClient = AgentClient(
+            address, retry_seconds=order.retry_seconds, notice=progress.note
+        )
+        self._interrupted = threading.Event()
+        self._run_id = ""
+
+    def run(self) -> None:
+        """The work of the thread."""
+        try:
+            inputs_sha256 = ""
+            for index, source in enumerate(self._order.sources):
+                try:
+                    if self._interrupted.is_set():
+                        raise Interrupted("interrupted")
+                    if self._order.inputs is not None and not inputs_sha256:
+                        inputs_sha256 = self._send(self._order.inputs, inputs=True).sha256
+                    outcome = self._do(index, source, inputs_sha256)
+                except CliError as error:
+                    outcome = Outcome(self._address, index, error=error)
+                finally:
+                    self._progress.ended(self._label(source))
+                self._inbox.put(outcome)
+        except BaseException as error:
+            # Never leave the main thread waiting: a defect here is told like any other.
+            self._inbox.put(Outcome(self._address, len(self._order.sources), error=_Defect.of(error)))
+        finally:
+            self._client.close()
+            self._inbox.put(None)
+
+    def interrupt(self) -> None:
+        """Ends an upload now and a run soon: the board is asked to cancel it. Called from another thread."""
+        self._interrupted.set()
+        if not self._run_id:
+            self._client.stop()
+            return
+        self._progress.note("Cancelling the run on the board; Ctrl-C again leaves at once")
+        try:
+            self._client.cancel(self._run_id)
+        except CliError as error:
+            error = CliError(f"the run could not be cancelled and goes on: {error}")
+            self._inbox.put(Outcome(self._address, len(self._order.sources), error=error))
+            self._client.stop()
+
+    def leave(self) -> None:
+        """Ends everything now; a run on the board goes on."""
+        self._client.stop()
+
+    def _label(self, source: Source) -> str:
+        return source.name if self._alone else f"{source.name} → {self._address}"
+
+    def _do(self, index: int, source: Source, inputs_sha256: str) -> Outcome:
+        from boardbench.v1 import agent_pb2
+
+        model = self._send(source)
+        if self._order.no_run:
+            return Outcome(self._address, index, stored=model)
+        run_id = uuid.uuid4().hex
+        request = agent_pb2.RunBenchmarkRequest(
+            model_sha256=model.sha256, spec=self._order.spec.message(inputs_sha256), run_id=run_id
+        )
+        self._run_id = run_id
+        if self._interrupted.is_set():
+            raise Interrupted("interrupted")
+        try:
+            with contextlib.closing(self._client.run(request)) as events:
+                return self._follow(index, source, run_id, events)
+        finally:
+            self._run_id = ""
+
+    def _follow(
+        self, index: int, source: Source, run_id: str, events: Iterable[agent_pb2.RunEvent]
+    ) -> Outcome:
+        from boardbench.v1.agent_pb2 import RunSummary
+
+        for event in events:
+            self._progress.happened(self._label(source), event)
+            if event.HasField("result"):
+                return Outcome(self._address, index, result=event.result)
+            if self._order.detach:
+                known = (run for run in self._client.list_runs() if run.run_id == run_id)
+                return Outcome(self._address, index, queued=next(known, RunSummary(run_id=run_id)))
+        raise CliError(f"{self._address} told no end of run {run_id}")
+
+    def _send(self, source: Source, *, inputs: bool = False) -> model_pb2.Model:
+        from boardbench.v1 import agent_pb2
+
+        label = self._label(source)
+        kind = agent_pb2.FILE_KIND_INPUTS if inputs else agent_pb2.FILE_KIND_MODEL
+        try:
+            return self._client.push(
+                source, kind, lambda sent: self._progress.sending(label, sent, source.size_bytes)
+            ).model
+        finally:
+            if inputs:
+                self._progress.ended(label)
+
+
+class _Defect(CliError):
+    """A defect of boardbench in a thread."""
+
+    exit_code = ExitCode.DEFECT
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Defect:
+        """The defect, with its cause for the traceback."""
+        defect = cls(f"a defect in boardbench: {type(error).__name__}: {error}")
+        defect.__cause__ = error
+        return defect
+
+
+def _collect(order: Order, addresses: list[Address], progress: Watched, output: Output) -> list[Outcome]:
+    """All outcomes; results are shown as they come."""
+    from boardbench.cli.interrupt import Interrupt
+
+    inbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+    boards = [Board(address, order, inbox, progress, alone=len(addresses) == 1) for address in addresses]
+
+    def politely() -> None:
+        for board in boards:
+            threading.Thread(target=board.interrupt, daemon=True).start()
+
+    outcomes: list[Outcome] = []
+    working = len(boards)
+    with Interrupt(politely) as interrupt:
+        for board in boards:
+            board.start()
+        try:
+            while working:
+                try:
+                    # With a time limit, since on Windows a wait without one keeps Ctrl-C from being seen.
+                    outcome = inbox.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if outcome is None:
+                    working -= 1
+                    continue
+                outcomes.append(outcome)
+                with progress.paused():
+                    _tell(outcome, order, output)
+        except KeyboardInterrupt:
+            for board in boards:
+                board.leave()
+    if interrupt.happened:
+        outcomes.append(Outcome(addresses[0], len(order.sources), error=Interrupted("interrupted")))
+    return outcomes
+
+
+def _tell(outcome: Outcome, order: Order, output: Output) -> None:
+    """Shows one outcome to a person."""
+    if outcome.error is not None:
+        if isinstance(outcome.error, Interrupted):
+            return  # said once, at the end
+        model = order.sources[outcome.index].name if outcome.index < len(order.sources) else ""
+        about = f"{model}: " if len(order.sources) > 1 and model else ""
+        output.complain(f"{about}{outcome.error}")
+        return
+    if output.json:
+        return
+    name = order.sources[outcome.index].name
+    if outcome.result is not None:
+        from boardbench.cli.report import result_page
+
+        output.show(result_page(outcome.result))
+    elif outcome.queued is not None:
+        click.echo(outcome.queued.run_id)
+        output.note(
+            f"{name} is queued on {outcome.address}; follow it with: "
+            f"boardbench watch {outcome.queued.run_id[:8]} --to {outcome.address}"
+        )
+    elif outcome.stored is not None:
+        click.echo(f"{outcome.stored.sha256}  {name}")
+
+
+def _conclude(outcomes: list[Outcome], order: Order, addresses: list[Address], output: Output) -> ExitCode:
+    """The exit code, after writing the JSON document or, for several results, the comparison."""
+    place = {address: position for position, address in enumerate(addresses)}
+    outcomes = sorted(outcomes, key=lambda outcome: (outcome.index, place[outcome.address]))
+    answers = [
+        answer for outcome in outcomes if (answer := outcome.result or outcome.queued or outcome.stored)
+    ]
+    results = [outcome.result for outcome in outcomes if outcome.result is not None]
+    if output.json:
+        if len(order.sources) * len(addresses) > 1:
+            output.show_json(answers)
+        elif answers:
+            output.show_json(answers[0])
+    elif len(results) > 1:
+        from boardbench.cli.tables import comparison_table
+
+        output.show(comparison_table(results))
+    code = worst([_exit_code(outcome) for outcome in outcomes])
+    if code == ExitCode.INTERRUPTED:
+        output.complain("interrupted")
+    return code
+
+
+def _exit_code(outcome: Outcome) -> ExitCode:
+    from boardbench.v1 import result_pb2
+
+    if outcome.error is not None:
+        return outcome.error.exit_code
+    if outcome.result is not None and outcome.result.status != result_pb2.RUN_STATUS_SUCCEEDED:
+        return ExitCode.FAILED
+    return ExitCode.DONE

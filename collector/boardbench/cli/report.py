@@ -1,0 +1,343 @@
+"""A result as a page of text: what a person looks at after a run."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+
+from google.protobuf.message import Message
+from rich.console import Group, RenderableType  # noqa: TID253 - this file owns the page
+from rich.padding import Padding  # noqa: TID253
+from rich.table import Table  # noqa: TID253
+from rich.text import Text  # noqa: TID253
+
+from boardbench.cli import figures
+from boardbench.cli.placement import placement_block
+from boardbench.cli.plain import printable
+from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
+from boardbench.v1 import board_pb2, model_pb2, result_pb2
+
+_SECTION_WIDTH = 10
+
+STAGES: dict[int, str] = {
+    result_pb2.STAGE_UNSPECIFIED: "an unknown step",
+    result_pb2.STAGE_START: "starting the worker",
+    result_pb2.STAGE_IMPORT: "importing the engine",
+    result_pb2.STAGE_CREATE: "loading the model",
+    result_pb2.STAGE_INPUTS: "preparing the inputs",
+    result_pb2.STAGE_FIRST_INFERENCE: "first inference",
+    result_pb2.STAGE_WARM_UP: "warming up",
+    result_pb2.STAGE_MEASURE: "measuring",
+    result_pb2.STAGE_REPORT: "reading placement and memory",
+}
+
+_PHASES: dict[int, str] = {
+    result_pb2.MEMORY_PHASE_UNSPECIFIED: "unknown phase",
+    result_pb2.MEMORY_PHASE_BASELINE: "engine imported",
+    result_pb2.MEMORY_PHASE_LOADED: "model loaded",
+    result_pb2.MEMORY_PHASE_FIRST_INFERENCE: "first inference",
+    result_pb2.MEMORY_PHASE_STEADY: "steady",
+}
+
+
+def result_page(result: result_pb2.RunResult, *, whole: bool = False) -> RenderableType:
+    """A result as a page; ``whole`` adds every op, tensor and circumstance."""
+    grid = Table.grid(padding=(0, 2), expand=False)
+    grid.add_column(width=_SECTION_WIDTH, style=STRONG, no_wrap=True)
+    grid.add_column(overflow="fold")
+    for title, body in _sections(result, whole):
+        grid.add_row(title, body)
+    return Group(
+        _headline(result),
+        *_banners(result),
+        Padding(_setting(result), (0, 0, 0, 2)),
+        Padding(grid, (0, 0, 1, 2)),
+    )
+
+
+def _sections(result: result_pb2.RunResult, whole: bool) -> Iterator[tuple[str, RenderableType]]:
+    if result.HasField("error"):
+        yield "Error", _error(result.error)
+    for index, warning in enumerate(result.warnings):
+        yield "" if index else "Warnings", _warning(warning.code, warning.message)
+    if result.HasField("latency") and result.latency.count:
+        yield "Latency", _latency(result.latency)
+    before = _before(result)
+    if before:
+        yield "Before", Text(before)
+    if result.memory.phases:
+        yield "Memory", _memory(result.memory)
+    if result.HasField("placement"):
+        asked = result.runtime.device or result.spec.device or "cpu"
+        more = f"boardbench show {result.run_id}"
+        yield "Placement", placement_block(result.placement, asked=asked, whole=whole, more=more)
+    if result.status == result_pb2.RUN_STATUS_SUCCEEDED and not result.HasField("placement"):
+        yield "Placement", Text("unknown: the run tells nothing about it", DOUBTFUL)
+    if whole and (result.inputs or result.outputs):
+        yield "Tensors", _tensors(result)
+    around = _around(result.environment, whole)
+    if around:
+        yield "Around it", Text(around)
+    yield "Run", _run(result, whole)
+
+
+def _headline(result: result_pb2.RunResult) -> Text:
+    text = Text()
+    name = printable(result.model.name) or result.model.sha256[:12]
+    board = board_name(result.board)
+    if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
+        text.append("✓ ", GOOD)
+        text.append(name, STRONG)
+    elif result.status == result_pb2.RUN_STATUS_CANCELLED:
+        text.append("– ", DOUBTFUL)
+        text.append(name, STRONG)
+    else:
+        text.append("✗ ", BAD)
+        text.append(name, STRONG)
+    if board:
+        text.append(" on ").append(board, STRONG)
+    if result.status == result_pb2.RUN_STATUS_CANCELLED:
+        text.append(": ").append("cancelled", DOUBTFUL)
+    elif result.status == result_pb2.RUN_STATUS_FAILED:
+        text.append(": ").append("FAILED", BAD).append(_where_failed(result.error))
+    elif result.status == result_pb2.RUN_STATUS_UNSPECIFIED:
+        text.append(": ").append("it is not known how it ended", BAD)
+    return text
+
+
+def _where_failed(error: result_pb2.RunError) -> str:
+    where = "" if error.stage == result_pb2.STAGE_UNSPECIFIED else f" while {_while(error.stage)}"
+    if error.signal:
+        return f"{where}, the worker was ended by {printable(error.signal)}"
+    if error.HasField("exit_code"):
+        return f"{where}, the worker ended with exit code {error.exit_code}"
+    return where
+
+
+def _while(stage: int) -> str:
+    return (
+        "running the first inference" if stage == result_pb2.STAGE_FIRST_INFERENCE else STAGES.get(stage, "")
+    )
+
+
+def _banners(result: result_pb2.RunResult) -> list[RenderableType]:
+    banners: list[RenderableType] = []
+    if result.board.emulator:
+        banners.append(
+            _banner(
+                f"EMULATED ({printable(result.board.emulator)}): "
+                "these timings are not the performance of any board"
+            )
+        )
+    standins = sorted({printable(name) for name in result.standins})
+    if standins or result.placement.standin:
+        names = f" ({', '.join(standins)})" if standins else ""
+        banners.append(
+            _banner(
+                f"STAND-IN{names}: no accelerator had a part in this; it says nothing about real hardware"
+            )
+        )
+    return banners
+
+
+def _banner(text: str) -> RenderableType:
+    return Padding(Text(f"! {text}", "bold red"), (0, 0, 0, 2))
+
+
+def _setting(result: result_pb2.RunResult) -> Text:
+    runtime = result.runtime
+    parts: list[str] = []
+    name = runtime.name or result.spec.runtime
+    if name:
+        parts.append(f"{name} ({runtime.version})" if runtime.version else name)
+    device = runtime.device or result.spec.device
+    if device:
+        parts.append(f"device {device}")
+    spec = result.effective_spec if result.HasField("effective_spec") else result.spec
+    if spec.HasField("threads"):
+        parts.append(figures.plural(spec.threads, "thread"))
+    parts.extend(f"{key}={value}" for key, value in sorted((runtime.options or spec.options).items()))
+    if result.board.model and result.board.model != result.board.hostname:
+        parts.append(result.board.model)
+    if result.board.architecture:
+        parts.append(result.board.architecture)
+    return Text(" · ".join(printable(part) for part in parts), QUIET)
+
+
+def _error(error: result_pb2.RunError) -> RenderableType:
+    parts: list[RenderableType] = [_warning(error.code or "unknown", error.message, BAD)]
+    tail = printable(error.output_tail, keep_lines=True).strip("\n")
+    if tail:
+        parts.append(Text("the last output of the worker:", QUIET))
+        parts.extend(Text("│ " + line, overflow="fold") for line in tail.split("\n"))
+    return Group(*parts)
+
+
+def _warning(code: str, message: str, style: str = DOUBTFUL) -> RenderableType:
+    return Text.assemble((printable(code), style), "  ", printable(message, keep_lines=True))
+
+
+def _latency(latency: result_pb2.Latency) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
+    median = next((p.seconds for p in latency.percentiles if p.percentile == 50), latency.mean_seconds)
+    length, sign = figures.seconds_unit(median)
+
+    def shown(seconds: float) -> str:
+        return figures.digits(seconds / length)
+
+    for index, percentile in enumerate(latency.percentiles):
+        table.add_row(
+            Text(figures.percentile_name(percentile.percentile), STRONG),
+            Text(f"{shown(percentile.seconds)} {sign}", STRONG),
+            f"{shown(percentile.low_seconds)} … {shown(percentile.high_seconds)}",
+            Text("95 % bounds" if index == 0 else "", QUIET),
+        )
+    line = (
+        f"{figures.plural(latency.count, 'inference')} · mean {shown(latency.mean_seconds)}"
+        f" · fastest {shown(latency.min_seconds)} · slowest {shown(latency.max_seconds)}"
+    )
+    if latency.HasField("stdev_seconds"):
+        line += f" · standard deviation {shown(latency.stdev_seconds)}"
+    line += f" {sign}"
+    if not latency.percentiles:
+        return Group(Text("too few inferences for any percentile", DOUBTFUL), Text(line))
+    return Group(table, Text(line))
+
+
+def _before(result: result_pb2.RunResult) -> str:
+    parts = []
+    for name, label in (
+        ("import_seconds", "import"),
+        ("create_seconds", "create"),
+        ("first_inference_seconds", "first inference"),
+    ):
+        value = _optional(result, name)
+        if value is not None:
+            parts.append(f"{label} {figures.seconds(value)}")
+    return " · ".join(parts)
+
+
+def _memory(memory: result_pb2.Memory) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    columns = [
+        (label, name)
+        for label, name in (
+            ("resident", "rss_bytes"),
+            ("proportional", "pss_bytes"),
+            ("peak in phase", "peak_rss_bytes"),
+        )
+        if any(_optional(phase, name) is not None for phase in memory.phases)
+    ]
+    for _ in columns:
+        table.add_column(justify="right", no_wrap=True)
+    table.add_row("", *(Text(label, QUIET) for label, _ in columns))
+    for phase in memory.phases:
+        values = [_optional(phase, name) for _, name in columns]
+        cells = ["–" if value is None else figures.count_bytes(int(value)) for value in values]
+        table.add_row(_PHASES.get(phase.phase, "unknown phase"), *cells)
+    parts = []
+    if memory.HasField("model_rss_bytes"):
+        parts.append(f"the model adds {figures.count_bytes(memory.model_rss_bytes)}")
+    if memory.HasField("peak_rss_bytes"):
+        parts.append(f"highest peak {figures.count_bytes(memory.peak_rss_bytes)}")
+    return Group(table, Text(" · ".join(parts))) if parts else table
+
+
+def _tensors(result: result_pb2.RunResult) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style=QUIET)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for kind, tensors in (("in", result.inputs), ("out", result.outputs)):
+        for tensor in tensors:
+            table.add_row(kind, printable(tensor.name) or "–", _tensor(tensor))
+    return table
+
+
+def _tensor(tensor: model_pb2.TensorInfo) -> str:
+    text = f"{printable(tensor.dtype)}[{', '.join('?' if size < 0 else str(size) for size in tensor.shape)}]"
+    if tensor.HasField("quantization"):
+        quantization = tensor.quantization
+        text += f"  scale {figures.digits(quantization.scale)}, zero point {quantization.zero_point}"
+    return text
+
+
+def _around(environment: board_pb2.Environment, whole: bool) -> str:
+    parts = []
+    temperatures = _change(environment, "temperature_before_celsius", "temperature_after_celsius", "{:.0f}")
+    if temperatures:
+        parts.append(f"{temperatures} °C")
+    if environment.cpu_governor:
+        parts.append(f"governor {printable(environment.cpu_governor)}")
+    if environment.HasField("cpu_frequency_hertz"):
+        parts.append(f"{environment.cpu_frequency_hertz / 1e9:.2f} GHz")
+    load = _change(environment, "load_average_before", "load_average_after", "{:.2f}")
+    if load:
+        parts.append(f"load {load}")
+    if environment.HasField("involuntary_context_switches"):
+        parts.append(f"preempted {figures.plural(environment.involuntary_context_switches, 'time')}")
+    if (
+        environment.HasField("cpu_seconds")
+        and environment.HasField("wall_seconds")
+        and environment.wall_seconds > 0
+    ):
+        parts.append(f"{environment.cpu_seconds / environment.wall_seconds:.2f} CPUs busy")
+    if whole and environment.HasField("memory_available_least_bytes"):
+        parts.append(
+            f"at least {figures.count_bytes(environment.memory_available_least_bytes)} of memory free"
+        )
+    if whole and environment.cpu_affinity:
+        parts.append(f"allowed on CPUs {', '.join(map(str, environment.cpu_affinity))}")
+    if whole and environment.HasField("clock_read_seconds"):
+        parts.append(f"clock read costs {figures.seconds(environment.clock_read_seconds)}")
+    if whole and environment.boardbench_version:
+        parts.append(f"boardbench {printable(environment.boardbench_version)}")
+    return " · ".join(parts)
+
+
+def _change(environment: board_pb2.Environment, before: str, after: str, form: str) -> str:
+    values = [_optional(environment, name) for name in (before, after)]
+    shown = [form.format(value) for value in values if value is not None]
+    return " → ".join(shown if len(set(shown)) > 1 else shown[:1])
+
+
+def _optional(message: Message, name: str) -> float | None:
+    """The number in an optional field; None when it is absent."""
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _run(result: result_pb2.RunResult, whole: bool) -> RenderableType:
+    parts = [result.run_id]
+    if result.HasField("finished_at"):
+        parts.append(f"ended {figures.moment(result.finished_at.ToDatetime(datetime.timezone.utc))}")
+    data = result.input_data
+    if data.source == "file":
+        parts.append(f"inputs from a file ({data.sha256[:12]})")
+    elif data.HasField("seed"):
+        parts.append(f"inputs from seed {data.seed}")
+    lines: list[RenderableType] = [Text(" · ".join(printable(part) for part in parts), QUIET)]
+    if whole:
+        model = result.model
+        lines.append(
+            Text(
+                f"{printable(model.format) or 'unknown format'}, {figures.whole(model.size_bytes)} bytes, "
+                f"sha256 {model.sha256}",
+                QUIET,
+            )
+        )
+        lines.extend(
+            Text(f"output {printable(name)}: sha256 {digest}", QUIET)
+            for name, digest in sorted(result.output_sha256.items())
+        )
+    return Group(*lines)
+
+
+def board_name(board: board_pb2.Board) -> str:
+    """What to call a board: its host name, and its identity where that is something else."""
+    if board.hostname and board.device_id and board.hostname != board.device_id:
+        return f"{printable(board.hostname)} ({printable(board.device_id)})"
+    return printable(board.hostname or board.device_id)

@@ -1,0 +1,211 @@
+"""``boardbench run``: the same measurement on this machine, by the agent's own code in its own process."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from boardbench.cli.errors import CliError, ExitCode, worst
+from boardbench.cli.spec import Spec, spec_from, spec_options
+from boardbench.cli.terminal import Output, output_from, output_options
+
+if TYPE_CHECKING:
+    from boardbench.cli.progress import Watched
+    from boardbench.v1 import agent_pb2, result_pb2
+
+_STDERR_LINES = 40  # of a child that breaks: a traceback and what led to it
+_END_SECONDS = 10.0  # from the last event to the end of the process; then it is killed
+
+
+_EXAMPLES = """\b
+Examples:
+  boardbench run model.tflite
+  boardbench run model.onnx --threads 1 --duration 10
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument(
+    "paths",
+    metavar="MODEL...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+)
+@spec_options
+@output_options
+def run(paths: tuple[Path, ...], **values: Any) -> ExitCode:
+    """Run models on this machine, without an agent.
+
+    What is measured, and how, is the same as on a board. Needs the agent's part and an engine:
+    pip install 'boardbench[agent,tflite,onnx]'. Ctrl-C cancels the run.
+
+    With --format json, stdout holds one JSON document: the RunResult for one model, an array of them for
+    several.
+    """
+    output = output_from(values)
+    spec = spec_from(values)
+    from boardbench.cli.answer import answer, exit_code
+    from boardbench.cli.progress import progress_for
+    from boardbench.cli.tables import comparison_table
+
+    results: list[result_pb2.RunResult] = []
+    codes: list[ExitCode] = []
+    with progress_for(output) as progress:
+        for path in paths:
+            local = LocalRun(path, spec)
+            try:
+                result = _followed(local, progress)
+            except CliError as error:
+                with progress.paused():
+                    output.complain(str(error) if len(paths) == 1 else f"{path.name}: {error}")
+                codes.append(error.exit_code)
+            else:
+                results.append(result)
+                codes.append(exit_code(result))
+                if not output.json:
+                    with progress.paused():
+                        answer(result, output)
+            if local.interrupted:
+                codes.append(ExitCode.INTERRUPTED)
+                break
+    _conclude(results, len(paths), output)
+    if not output.json and len(results) > 1:
+        output.show(comparison_table(results))
+    code = worst(codes)
+    if code == ExitCode.INTERRUPTED:
+        output.complain("interrupted")
+    return code
+
+
+def _conclude(results: list[result_pb2.RunResult], asked: int, output: Output) -> None:
+    if not output.json:
+        return
+    if asked > 1:
+        output.show_json(results)
+    elif results:
+        output.show_json(results[0])
+
+
+def _followed(local: LocalRun, progress: Watched) -> result_pb2.RunResult:
+    from boardbench.cli.interrupt import Interrupt
+
+    with Interrupt(local.interrupt), contextlib.closing(local.events()) as events:
+        try:
+            for event in events:
+                progress.happened(local.path.name, event)
+                if event.HasField("result"):
+                    return event.result
+        finally:
+            progress.ended(local.path.name)
+    raise AssertionError("events() ends with a result or raises")
+
+
+class LocalRun:
+    """One run of ``python -m boardbench.agent run`` and its events."""
+
+    def __init__(self, path: Path, spec: Spec) -> None:
+        """Starts nothing yet."""
+        self.path = path
+        self.interrupted = False
+        self._command = [
+            *(sys.executable, "-m", "boardbench.agent", "run", "--format", "jsonl"),
+            *spec.arguments(),
+            *("--", str(path)),
+        ]
+        self._process: subprocess.Popen[str] | None = None
+
+    def events(self) -> Generator[agent_pb2.RunEvent, None, None]:
+        """The events; the last one holds the result. Raises CliError when the process ends without one."""
+        # A session of its own keeps Ctrl-C from hitting the child at the same time: it is told once, by us.
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._process = process
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
+        reader = threading.Thread(target=_keep, args=(process.stderr, said), daemon=True)
+        reader.start()
+        try:
+            for line in process.stdout:
+                event = self._event(line)
+                yield event
+                if event.HasField("result"):
+                    return
+            code = process.wait()
+            reader.join()
+            raise self._broken(code, "".join(said))
+        finally:
+            self._end(process)
+            reader.join()
+            process.stdout.close()
+            process.stderr.close()
+
+    def interrupt(self) -> None:
+        """Asks the run to end; its last event then says that it was cancelled."""
+        self.interrupted = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    @staticmethod
+    def _event(line: str) -> agent_pb2.RunEvent:
+        from google.protobuf import json_format
+
+        from boardbench.v1 import agent_pb2
+
+        try:
+            return json_format.Parse(line, agent_pb2.RunEvent(), ignore_unknown_fields=True)
+        except json_format.ParseError as error:
+            raise CliError(
+                f"the agent's part printed something that is no event: {line.strip()[:200]!r} ({error}); "
+                "are boardbench's parts of one version?"
+            ) from error
+
+    def _broken(self, code: int, said: str) -> CliError:
+        missing = re.search(r"No module named '([\w.]+)'", said)
+        if missing:
+            return CliError(
+                f"running models here needs more of boardbench ({missing[1]} is missing): "
+                "pip install 'boardbench[agent,tflite,onnx]'"
+            )
+        words = said.strip() or f"it ended with exit code {code} and said nothing"
+        return CliError(f"{self.path.name} could not be run here: {_without_prefix(words)}")
+
+    @staticmethod
+    def _end(process: subprocess.Popen[str]) -> None:
+        """Waits for the child, which ends by itself after its result; one that does not is killed."""
+        try:
+            process.wait(_END_SECONDS if process.poll() is None and not sys.exc_info()[0] else 0)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _keep(stream: IO[str], said: collections.deque[str]) -> None:
+    for line in stream:
+        said.append(line)
+
+
+def _without_prefix(words: str) -> str:
+    """``words`` without the name of the program that said them, which is not the one the user called."""
+    return re.sub(r"^(boardbench-agent|Error): ", "", words)

@@ -1,0 +1,96 @@
+"""A file on this machine on its way to a board: hashed once, read in chunks from any offset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from boardbench.cli.errors import BadFile, CliError
+
+CHUNK_BYTES = (
+    1 << 20
+)  # half of what the wire allows; from 256 KiB on the cost per message is lost in the copying
+_HASH_BYTES = 1 << 20  # stays in the cache of a laptop between read and hash
+
+
+class Source:
+    """An open file. ``sha256`` is that of the bytes it had when it was opened; memory stays at one chunk.
+
+    Chunks may be read by several threads. Raises BadFile where the file can't be read, is empty
+    or is no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens and hashes ``path``."""
+        self.path = path
+        self.name = path.name.encode("utf-8", "replace").decode("utf-8")
+        self._lock = threading.Lock()
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BadFile(f"{path} is not a regular file: give the path of a model file")
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise BadFile(f"{path} can't be read: {error.strerror or error}") from error
+        try:
+            self._opened_as = os.fstat(self._file.fileno())
+            self.size_bytes = self._opened_as.st_size
+            if self.size_bytes == 0:
+                raise BadFile(
+                    f"{path} is empty (0 bytes): there is nothing to send; was its download finished?"
+                )
+            self.sha256 = self._hash()
+        except OSError as error:
+            self.close()
+            raise BadFile(f"{path} can't be read: {error.strerror or error}") from error
+        except BadFile:
+            self.close()
+            raise
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256()
+        buffer = bytearray(_HASH_BYTES)
+        view = memoryview(buffer)
+        while count := self._file.readinto(buffer):
+            digest.update(view[:count])
+        return digest.hexdigest()
+
+    def chunks(self, offset_bytes: int) -> Iterator[tuple[int, bytes]]:
+        """Offset and bytes of every chunk from ``offset_bytes`` to the end. Raises CliError."""
+        while offset_bytes < self.size_bytes:
+            try:
+                with self._lock:
+                    self._file.seek(offset_bytes)
+                    data = self._file.read(min(CHUNK_BYTES, self.size_bytes - offset_bytes))
+            except OSError as error:
+                raise CliError(f"{self.path} can't be read any more: {error.strerror or error}") from error
+            if not data:
+                raise CliError(
+                    f"{self.path} became shorter while it was sent: push it again when it is complete"
+                )
+            yield offset_bytes, data
+            offset_bytes += len(data)
+
+    def changed(self) -> bool:
+        """Whether the file was written to since it was opened."""
+        now = os.fstat(self._file.fileno())
+        before = self._opened_as
+        return (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+
+    def close(self) -> None:
+        """Closes the file. Idempotent."""
+        self._file.close()
+
+    def __enter__(self) -> Source:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the file."""
+        self.close()
