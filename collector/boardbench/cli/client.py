@@ -347,7 +347,7 @@ class CollectorClient(Client):
     """The collector."""
 
     program = "boardbench-collector"
-    flag = "--grpc-listen"
+    flag = "--listen"
     noun = "collector"
     port = COLLECTOR_PORT
 

@@ -11,6 +11,7 @@ import click
 from boardbench.cli.address import Address
 from boardbench.cli.collected import collector_option
 from boardbench.cli.errors import ExitCode
+from boardbench.cli.spec import Count
 from boardbench.cli.terminal import output_from, output_options
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ class Moment(_MomentParameter):
 @click.option(
     "--since", type=Moment(), help="Only runs that ended then or later: a date, a time, or an age (12h, 3d)."
 )
-@click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=20, show_default=True, help="At most so many."
-)
+@click.option("--limit", type=Count(1, 100_000), default=20, show_default=True, help="At most so many.")
 @click.option("--summary", is_flag=True, help="With --format json: leave out raw samples and per-op lists.")
 @collector_option
 @output_options

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from boardbench.v1 import result_pb2
 
     _NumberParameter = click.ParamType[float]
+    _CountParameter = click.ParamType[int]
 else:
-    _NumberParameter = click.ParamType  # generic only from click 8.2 on
+    _NumberParameter = _CountParameter = click.ParamType  # generic only from click 8.2 on
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+_UINT32 = (1 << 32) - 1
+_UINT64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,27 @@ class Seconds(_NumberParameter):
         return number
 
 
+class Count(_CountParameter):
+    """Reads a whole number within bounds that are too plain to be shown in the help."""
+
+    name = "NUMBER"
+
+    def __init__(self, least: int, most: int) -> None:
+        """Both bounds are taken."""
+        self._least = least
+        self._most = most
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; fails with a usage error."""
+        try:
+            number = int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number", param, ctx)
+        if not self._least <= number <= self._most:
+            self.fail(f"{number} is not from {self._least} to {self._most}", param, ctx)
+        return number
+
+
 def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     options: dict[str, str] = {}
     for text in values:
@@ -145,9 +171,7 @@ _OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
         "--runtime", default="", help="Engine: tflite, onnxruntime, …  [default: the board's for the format]"
     ),
     click.option("--device", default="", help="cpu, edgetpu, cuda, …  [default: cpu]"),
-    click.option(
-        "--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: the engine's]"
-    ),
+    click.option("--threads", type=Count(1, 1024), help="Threads of the engine.  [default: the engine's]"),
     click.option(
         "--option",
         "options",
@@ -170,22 +194,14 @@ _OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
         callback=_shapes,
         help="Sizes of an input whose shape the model leaves open. Repeatable.",
     ),
-    click.option(
-        "--seed", type=click.IntRange(0, (1 << 64) - 1), help="Seed of the generated inputs.  [default: 0]"
-    ),
+    click.option("--seed", type=Count(0, _UINT64), help="Seed of the generated inputs.  [default: 0]"),
     click.option(
         "--duration", type=Seconds(zero=True), help="Measure at least this long.  [default: the board's, 3]"
     ),
-    click.option(
-        "--min-runs", type=click.IntRange(1, (1 << 32) - 1), help="At least so many counted inferences."
-    ),
-    click.option(
-        "--max-runs", type=click.IntRange(1, (1 << 32) - 1), help="At most so many counted inferences."
-    ),
+    click.option("--min-runs", type=Count(1, _UINT32), help="At least so many counted inferences."),
+    click.option("--max-runs", type=Count(1, _UINT32), help="At most so many counted inferences."),
     click.option("--warm-up", type=Seconds(zero=True), help="Warm up at least this long."),
-    click.option(
-        "--warm-up-runs", type=click.IntRange(0, (1 << 32) - 1), help="At least so many warm-up inferences."
-    ),
+    click.option("--warm-up-runs", type=Count(0, _UINT32), help="At least so many warm-up inferences."),
     click.option(
         "--timeout", type=Seconds(zero=False), help="The whole run must end within this time, or it fails."
     ),
