@@ -337,10 +337,12 @@ class ModelStore:
                 Superseded(f"{rival.name}: no bytes came, so another client took the push over; push again")
             )
             return
+        # Not asyncio.wait_for: before Python 3.12 that one can swallow a cancellation (python/cpython#86296).
+        over = asyncio.ensure_future(rival.over.wait())
         try:
-            await asyncio.wait_for(rival.over.wait(), max(self._stall_seconds - (idle or 0.0), 0.001))
-        except asyncio.TimeoutError:
-            pass
+            await asyncio.wait([over], timeout=self._stall_seconds - (idle or 0.0))
+        finally:
+            over.cancel()
 
     # Room.
 
