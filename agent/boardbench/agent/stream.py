@@ -104,7 +104,7 @@ class CollectorLink:
         jitter: Callable[[], float] = random.random,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Calls ``hello`` at every connection and ``heartbeat`` at every beat; fills the spool's fields in."""
+        """Calls ``hello`` at every connection and ``heartbeat`` at every beat; adds what the spool knows."""
         self._address = address
         self._spool = spool
         self._hello = hello
@@ -399,6 +399,7 @@ async def _within(work: Coroutine[object, object, _T], seconds: float) -> _T | N
         return task.result() if task.done() else None
     finally:
         task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _write(call: _Call, request: collector_pb2.ReportRequest) -> None:
