@@ -201,9 +201,7 @@ class _Conversation:
                 task.cancel()
             await asyncio.gather(reader, answerer, return_exceptions=True)
             for entry in self._waiting:
-                # Cancelled, the store tells nobody; done, its error has been looked at.
-                if not entry.outcome.cancel() and not entry.outcome.cancelled():
-                    entry.outcome.exception()
+                entry.outcome.add_done_callback(self._count)
 
     async def _read(self) -> None:
         """Hands results to the store in their order, until the agent ends the stream."""
@@ -265,34 +263,41 @@ class _Conversation:
                 if acknowledged is not None and acknowledged.spool_id != entry.spool_id:
                     await self._acknowledge(acknowledged)
                     acknowledged = None
-                try:
-                    if entry.outcome.result():
-                        self._fleet.tally.stored += 1
-                    else:
-                        self._fleet.tally.duplicates += 1
+                error = entry.outcome.exception()
+                if error is not None and acknowledged is not None:
+                    await self._acknowledge(acknowledged)
+                    acknowledged = None
+                if error is None:
                     acknowledged = entry
-                except ResultRefused as refusal:
-                    if acknowledged is not None:
-                        await self._acknowledge(acknowledged)
-                        acknowledged = None
-                    await self._refuse(entry, refusal)
-                except StoreError:
-                    if acknowledged is not None:
-                        await self._acknowledge(acknowledged)
-                    self._fleet.tally.store_failures += len(self._waiting)
-                    raise
+                elif isinstance(error, ResultRefused):
+                    await self._refuse(entry, error)
+                else:
+                    raise error
                 self._waiting.popleft()
                 self._waiting_bytes -= entry.size_bytes
+                self._count(entry.outcome)
                 self._went.set()
             if acknowledged is not None:
                 await self._acknowledge(acknowledged)
+
+    def _count(self, outcome: asyncio.Future[bool]) -> None:
+        """Counts what became of a result, told to its agent or not."""
+        tally, error = self._fleet.tally, outcome.exception()
+        if error is None:
+            if outcome.result():
+                tally.stored += 1
+            else:
+                tally.duplicates += 1
+        elif isinstance(error, ResultRefused):
+            tally.refused[error.code] += 1
+        else:
+            tally.store_failures += 1
 
     async def _acknowledge(self, entry: _Waiting) -> None:
         acknowledgement = collector_pb2.Acknowledgement(spool_id=entry.spool_id, sequence=entry.sequence)
         await self._context.write(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
 
     async def _refuse(self, entry: _Waiting, refusal: ResultRefused) -> None:
-        self._fleet.tally.refused[refusal.code] += 1
         _log.warning(
             "device %s, spool %s, sequence %d: refused: %s",
             self._session.device_id,

@@ -606,7 +606,8 @@ def _open_writer(path: Path, clock: Callable[[], float]) -> tuple[int, sqlite3.C
                 f"another boardbench-collector has {path} open; stop it, or choose another --data-dir"
             ) from error
         try:
-            db = _connect(path, "rwc")
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            db = _connect(path, "rw")
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")

@@ -77,6 +77,7 @@ def create_app(config: CollectorConfig, look: ReadModel, *, version: str) -> web
 
 
 async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "boardbench-collector"
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
 

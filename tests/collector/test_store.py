@@ -1,0 +1,362 @@
+"""The contract suite: what every store must do, over every store there is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from boardbench.collector.errors import InvalidRequest, OutOfOrder, ResultRefused, StoreUnavailable
+from boardbench.collector.store import Position, ResultFilter, ResultStore, Series, Sighting, series_of, split
+from boardbench.v1 import collector_pb2, result_pb2
+
+MakeResult = Callable[..., result_pb2.RunResult]
+MakeHello = Callable[..., collector_pb2.Hello]
+
+
+async def test_a_result_comes_back_as_it_went_in(store: ResultStore, make_result: MakeResult) -> None:
+    result = make_result()
+    assert await store.append("pi5", "spool-1", 1, result) is True
+    assert await store.find("run-1") == (result,)
+    assert (await store.results(ResultFilter(), limit=10)).results == (result,)
+
+
+async def test_appending_does_not_touch_the_callers_message(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    result = make_result()
+    await store.append("pi5", "spool-1", 1, result)
+    assert result == make_result()
+
+
+async def test_the_same_place_in_the_spool_is_stored_once(store: ResultStore, make_result: MakeResult) -> None:
+    assert await store.append("pi5", "spool-1", 1, make_result("run-1")) is True
+    assert await store.append("pi5", "spool-1", 1, make_result("run-1")) is False
+    assert await store.append("pi5", "spool-1", 1, make_result("run-2")) is False
+    assert len((await store.results(ResultFilter(), limit=10)).results) == 1
+    assert [outcome.total for outcome in await store.outcomes()] == [1]
+
+
+async def test_places_count_per_device_and_spool(store: ResultStore, make_result: MakeResult) -> None:
+    assert await store.append("pi5", "spool-1", 7, make_result("run-1"))
+    assert await store.append("pi5", "spool-2", 1, make_result("run-2"))
+    assert await store.append("pi4", "spool-1", 1, make_result("run-3"))
+    assert await store.acknowledged("pi5", "spool-1") == 7
+    assert await store.acknowledged("pi5", "spool-2") == 1
+    assert await store.acknowledged("pi4", "spool-1") == 1
+    assert await store.acknowledged("pi4", "spool-2") == 0
+
+
+async def test_the_same_run_from_another_spool_is_known(store: ResultStore, make_result: MakeResult) -> None:
+    assert await store.append("pi5", "spool-1", 1, make_result()) is True
+    assert await store.append("pi5", "spool-2", 1, make_result()) is False
+    assert await store.acknowledged("pi5", "spool-2") == 1
+    assert [outcome.total for outcome in await store.outcomes()] == [1]
+
+
+@pytest.mark.parametrize(("device_id", "p50"), [("pi5", 0.5), ("pi4", 0.0125)], ids=["contents", "device"])
+async def test_another_result_with_a_runs_identity_is_refused_and_dealt_with(
+    store: ResultStore, make_result: MakeResult, device_id: str, p50: float
+) -> None:
+    await store.append("pi5", "spool-1", 1, make_result())
+    with pytest.raises(ResultRefused, match=r"run-1 is stored already, from device pi5") as refused:
+        await store.append(device_id, "spool-2", 4, make_result(p50=p50))
+    assert refused.value.code == "conflict"
+    assert await store.acknowledged(device_id, "spool-2") == 4
+    assert await store.append(device_id, "spool-2", 5, make_result("run-2"), after=4) is True
+    assert await store.find("run-1") == (make_result(),)
+
+
+async def test_a_gap_in_the_spool_is_taken_when_the_sender_made_it(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    assert await store.append("pi5", "spool-1", 3, make_result("run-3"))
+    assert await store.append("pi5", "spool-1", 9, make_result("run-9"), after=3)
+    assert await store.acknowledged("pi5", "spool-1") == 9
+
+
+async def test_a_result_whose_forerunner_was_lost_waits_for_it(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    await store.append("pi5", "spool-1", 3, make_result("run-3"))
+    with pytest.raises(OutOfOrder, match=r"pi5.*spool-1.*4 is not stored"):
+        await store.append("pi5", "spool-1", 5, make_result("run-5"), after=4)
+    assert await store.acknowledged("pi5", "spool-1") == 3
+    assert await store.append("pi5", "spool-1", 4, make_result("run-4"), after=3)
+    assert await store.append("pi5", "spool-1", 5, make_result("run-5"), after=4)
+
+
+async def test_calls_take_effect_in_their_order(store: ResultStore, make_result: MakeResult) -> None:
+    waiting = [
+        store.append("pi5", "spool-1", n, make_result(f"run-{n}"), after=n - 1) for n in range(1, 201)
+    ]
+    waiting += [store.append("pi5", "spool-1", n, make_result(f"run-{n}")) for n in range(1, 201)]
+    answers = await asyncio.gather(*waiting)
+    assert answers == [True] * 200 + [False] * 200
+
+
+def _bad_time(result: result_pb2.RunResult) -> None:
+    result.finished_at.seconds = 2**62
+
+
+def _bad_nanos(result: result_pb2.RunResult) -> None:
+    result.created_at.nanos = -1
+
+
+def _no_run_id(result: result_pb2.RunResult) -> None:
+    result.run_id = ""
+
+
+def _unprintable_run_id(result: result_pb2.RunResult) -> None:
+    result.run_id = "run\x001"
+
+
+def _long_run_id(result: result_pb2.RunResult) -> None:
+    result.run_id = "x" * 129
+
+
+def _too_large(result: result_pb2.RunResult) -> None:
+    result.latency.samples_nanoseconds.extend([2**40] * 20_000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (_no_run_id, "run_id"),
+        (_unprintable_run_id, "run_id"),
+        (_long_run_id, "run_id"),
+        (_too_large, "too_large"),
+        (_bad_time, "time"),
+        (_bad_nanos, "time"),
+    ],
+)
+async def test_an_unfit_record_is_refused_at_once_and_leaves_no_trace(
+    store: ResultStore,
+    make_result: MakeResult,
+    spoil: Callable[[result_pb2.RunResult], None],
+    code: str,
+) -> None:
+    result = make_result()
+    spoil(result)
+    with pytest.raises(ResultRefused) as refused:
+        store.append("pi5", "spool-1", 1, result)
+    assert refused.value.code == code
+    assert await store.acknowledged("pi5", "spool-1") == 0
+    assert (await store.results(ResultFilter(), limit=1)).results == ()
+
+
+async def test_results_come_latest_end_first_and_page_by_page(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    ends = [50.0, 10.0, 50.0, 40.0, 20.0, 50.0, 30.0]
+    for n, end in enumerate(ends, 1):
+        await store.append("pi5", "spool-1", n, make_result(f"run-{n}", finished=1e9 + end))
+    expected = ["run-6", "run-3", "run-1", "run-4", "run-7", "run-5", "run-2"]
+    seen: list[str] = []
+    position: Position | None = None
+    for _ in range(10):
+        page = await store.results(ResultFilter(), limit=2, after=position)
+        seen += [result.run_id for result in page.results]
+        # What arrives meanwhile neither shifts nor repeats anything.
+        await store.append("pi5", "spool-1", 100 + len(seen), make_result(f"late-{len(seen)}", finished=2e9))
+        position = page.next
+        if position is None:
+            break
+    assert seen == expected
+
+
+async def test_a_full_last_page_is_known_to_be_the_last(store: ResultStore, make_result: MakeResult) -> None:
+    for n in (1, 2):
+        await store.append("pi5", "spool-1", n, make_result(f"run-{n}"))
+    assert (await store.results(ResultFilter(), limit=2)).next is None
+    assert (await store.results(ResultFilter(), limit=1)).next is not None
+
+
+async def test_a_page_ends_before_it_gets_too_large_but_is_never_empty(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    for n in (1, 2, 3):
+        await store.append("pi5", "spool-1", n, make_result(f"run-{n}", samples=1000))
+    size = make_result(samples=1000).ByteSize()
+    page = await store.results(ResultFilter(), limit=10, max_bytes=2 * size + 100)
+    assert (len(page.results), page.next is None) == (2, False)
+    page = await store.results(ResultFilter(), limit=10, max_bytes=1)
+    assert (len(page.results), page.next is None) == (1, False)
+
+
+async def test_a_summary_lacks_the_two_long_lists_and_nothing_else(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    await store.append("pi5", "spool-1", 1, make_result())
+    (summary,) = (await store.results(ResultFilter(), limit=1, summary=True)).results
+    expected = make_result()
+    del expected.latency.samples_nanoseconds[:]
+    del expected.placement.ops[:]
+    assert summary == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "runs"),
+    [
+        (ResultFilter(), "a b c d"),
+        (ResultFilter(device_id="pi5"), "a c d"),
+        (ResultFilter(device_id="nobody"), ""),
+        (ResultFilter(model="mobilenet.tflite"), "a b"),
+        (ResultFilter(model="mobilenet"), ""),
+        (ResultFilter(model="5ba0"), "a b"),
+        (ResultFilter(model="5BA05"), "a b"),
+        (ResultFilter(model="feed" * 16), "c d"),
+        (ResultFilter(model="fee1"), ""),
+        (ResultFilter(model="%"), ""),
+        (ResultFilter(runtime="onnxruntime"), "c d"),
+        (ResultFilter(status=result_pb2.RUN_STATUS_FAILED), "d"),
+        (ResultFilter(since_microseconds=1_000_000_002_000_000), "c d"),
+        (ResultFilter(since_microseconds=1_000_000_002_000_001), "d"),
+        (ResultFilter(device_id="pi5", runtime="onnxruntime", status=result_pb2.RUN_STATUS_SUCCEEDED), "c"),
+    ],
+)
+async def test_filters(store: ResultStore, make_result: MakeResult, wanted: ResultFilter, runs: str) -> None:
+    onnx = {"model": "net.onnx", "sha256": "feed" * 16, "runtime": "onnxruntime"}
+    failed = {"status": result_pb2.RUN_STATUS_FAILED}
+    await store.append("pi5", "spool-1", 1, make_result("a", finished=1e9))
+    await store.append("pi4", "spool-1", 1, make_result("b", finished=1e9 + 1))
+    await store.append("pi5", "spool-1", 2, make_result("c", finished=1e9 + 2, **onnx))
+    await store.append("pi5", "spool-1", 3, make_result("d", finished=1e9 + 3, **onnx, **failed))
+    page = await store.results(wanted, limit=10)
+    assert " ".join(sorted(result.run_id for result in page.results)) == runs
+
+
+async def test_a_page_without_room_is_no_question(store: ResultStore) -> None:
+    with pytest.raises(InvalidRequest):
+        await store.results(ResultFilter(), limit=0)
+
+
+async def test_a_run_is_found_by_its_first_digits(store: ResultStore, make_result: MakeResult) -> None:
+    for n, run_id in enumerate(("ab", "abc", "abd", "b%", "b_1"), 1):
+        await store.append("pi5", "spool-1", n, make_result(run_id))
+
+    async def find(run_id: str) -> list[str]:
+        return [result.run_id for result in await store.find(run_id)]
+
+    assert await find("ab") == ["ab"], "a whole name comes before names that begin with it"
+    assert await find("abc") == ["abc"]
+    assert await find("a") == ["ab", "abc"]
+    assert await find("b%") == ["b%"]
+    assert await find("b_") == ["b_1"]
+    assert await find("%") == []
+    assert await find("zz") == []
+
+
+async def test_the_latest_result_of_each_series_is_kept_ready(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    failed = result_pb2.RUN_STATUS_FAILED
+    # The clock of a board may go back: what it reported last is the latest.
+    await store.append("pi5", "spool-1", 1, make_result("old", finished=2e9, p50=0.1))
+    await store.append("pi5", "spool-1", 2, make_result("new", finished=1e9, p50=0.2))
+    await store.append("pi5", "spool-1", 3, make_result("failed", status=failed))
+    await store.append("pi5", "spool-1", 4, make_result("other", sha256="feed" * 16))
+    await store.append("pi4", "spool-1", 1, make_result("pi4"))
+    latest = await store.latest(received_since=0, per_device=10)
+    found = [(entry.device_id, entry.result.run_id) for entry in latest.results]
+    assert found == [("pi4", "pi4"), ("pi5", "other"), ("pi5", "new")]
+    assert not latest.left_out
+    assert not latest.results[0].result.latency.samples_nanoseconds
+    assert not latest.results[0].result.placement.ops
+
+
+async def test_the_latest_results_are_bounded_by_age_and_number(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    for n in range(1, 6):
+        await store.append("pi5", "spool-1", n, make_result(f"run-{n}", model=f"model-{n}"))
+    await store.append("pi4", "spool-1", 1, make_result("pi4"))
+    latest = await store.latest(received_since=0, per_device=2)
+    assert [entry.result.run_id for entry in latest.results] == ["pi4", "run-5", "run-4"]
+    assert latest.left_out == {"pi5": 3}
+    newest = max(entry.received_at for entry in latest.results)
+    assert (await store.latest(received_since=newest + 1, per_device=2)).results == ()
+
+
+async def test_outcomes_are_counted_per_board_and_ending(store: ResultStore, make_result: MakeResult) -> None:
+    await store.append("pi5", "spool-1", 1, make_result("a"))
+    await store.append("pi5", "spool-1", 2, make_result("b"))
+    await store.append("pi5", "spool-1", 3, make_result("c", status=result_pb2.RUN_STATUS_CANCELLED))
+    await store.append("pi4", "spool-1", 1, make_result("d", status=77))
+    found = [(outcome.device_id, outcome.status, outcome.total) for outcome in await store.outcomes()]
+    assert found == [("pi4", 77, 1), ("pi5", 1, 2), ("pi5", 3, 1)]
+
+
+async def test_boards_are_known_from_their_hello_on(store: ResultStore, make_hello: MakeHello) -> None:
+    await store.saw([Sighting("pi5", 50.0)])
+    assert await store.devices() == ()
+    await store.greet(make_hello("pi5"), 100.0)
+    await store.greet(make_hello("pi4"), 101.0)
+    first, second = await store.devices()
+    assert (first.device_id, second.device_id) == ("pi4", "pi5")
+    assert (second.hello, second.first_seen_at, second.last_seen_at) == (make_hello("pi5"), 100.0, 100.0)
+    assert second.heartbeat is None
+
+
+async def test_a_board_that_comes_back_keeps_its_first_day(store: ResultStore, make_hello: MakeHello) -> None:
+    await store.greet(make_hello("pi5"), 100.0)
+    heartbeat = collector_pb2.Heartbeat(spool_pending=3)
+    await store.saw([Sighting("pi5", 110.0, heartbeat), Sighting("gone", 1.0)])
+    await store.saw([Sighting("pi5", 105.0)])
+    changed = make_hello("pi5")
+    changed.agent_version = "0.2.0"
+    await store.greet(changed, 108.0)
+    (device,) = await store.devices()
+    assert device.hello == changed
+    assert (device.first_seen_at, device.last_seen_at) == (100.0, 110.0)
+    assert device.heartbeat == heartbeat
+
+
+async def test_it_is_sound_and_writable(store: ResultStore, make_result: MakeResult) -> None:
+    await store.append("pi5", "spool-1", 1, make_result())
+    await store.probe()
+    await store.probe()
+    await store.check()
+
+
+async def test_a_closed_store_says_so(store: ResultStore, make_result: MakeResult) -> None:
+    await store.close()
+    await store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await store.append("pi5", "spool-1", 1, make_result())
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await store.devices()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await store.probe()
+
+
+def test_summary_and_detail_join_to_the_whole(make_result: MakeResult) -> None:
+    summary, detail = split(make_result())
+    assert result_pb2.RunResult.FromString(summary + detail) == make_result()
+    assert len(summary) < len(detail)
+    failed = make_result(status=result_pb2.RUN_STATUS_FAILED)
+    assert split(failed) == (failed.SerializeToString(deterministic=True), b"")
+
+
+def test_what_an_unknown_field_says_is_kept(make_result: MakeResult) -> None:
+    from_the_future = make_result().SerializeToString() + b"\xca\x3e\x05later"  # field 1001
+    summary, detail = split(result_pb2.RunResult.FromString(from_the_future))
+    assert b"later" in result_pb2.RunResult.FromString(summary + detail).SerializeToString()
+
+
+def test_a_series_is_told_by_everything_that_moves_the_figures(make_result: MakeResult) -> None:
+    result = make_result()
+    result.spec.options["xnnpack"] = "false"
+    result.spec.options["a"] = "1"
+    result.spec.shapes["input"].dimensions.extend([1, 224, 224, 3])
+    result.spec.inputs_sha256 = "c0ffee" * 10 + "beef"
+    assert series_of(result) == Series(
+        model_name="mobilenet.tflite",
+        model_sha256="5ba0" * 16,
+        runtime="tflite",
+        target="cpu",
+        threads="4",
+        variant="a=1,xnnpack=false,input=1x224x224x3,inputs=c0ffeec0ffee",
+    )
+    assert series_of(result_pb2.RunResult()) == Series("", "", "", "", "", "")
