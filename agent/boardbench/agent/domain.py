@@ -110,6 +110,27 @@ class UnitCount:
 
 
 @dataclass(frozen=True)
+class CounterReading:
+    """A counter of the hardware before and after the counted inferences; ``name`` is where it was read."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class EvidenceReport:
+    """What one kind of evidence says by itself, for a person in ``detail``; counts where it counts ops."""
+
+    evidence: Evidence
+    verdict: Verdict
+    detail: str
+    accelerated_ops: Optional[int] = None
+    cpu_ops: Optional[int] = None
+    counters: Tuple[CounterReading, ...] = ()
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the operations run, and how that is known. Counts are absent when not known."""
 
@@ -122,6 +143,25 @@ class Placement:
     ops: Tuple[OpPlacement, ...] = ()
     verdict: Verdict = Verdict.UNSPECIFIED
     detail: str = ""
+    standin: bool = False
+    evidence_reports: Tuple[EvidenceReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class AcceleratorUse:
+    """The accelerator as it was used. Absent is absent."""
+
+    kind: str
+    path: str = ""
+    library: str = ""
+    library_version: str = ""
+    runtime_version: Optional[int] = None
+    model_min_runtime_version: Optional[int] = None
+    usb_megabits_per_second: Optional[int] = None
+    temperature_before_celsius: Optional[float] = None
+    temperature_after_celsius: Optional[float] = None
+    parameters_cached_bytes: Optional[int] = None
+    parameters_streamed_bytes: Optional[int] = None
     standin: bool = False
 
 
@@ -282,3 +322,4 @@ class Measurement:
     outputs: Tuple[TensorInfo, ...]
     input_data: InputData
     output_sha256: Mapping[str, str] = field(default_factory=dict)
+    accelerator: Optional[AcceleratorUse] = None

@@ -87,6 +87,48 @@ DOUBTS = (
         "then the peak of a phase can't be told from those before it, and is left out",
         "nothing is wrong with the latency; a kernel with CONFIG_PROC_PAGE_MONITOR tells the peaks",
     ),
+    Doubt(
+        "not_compiled_for_edgetpu",
+        "a model without a compiled part on the device edgetpu",
+        "the TPU takes only what edgetpu_compiler made for it; the rest runs on the CPU without a word",
+        "quantise it to 8 bits, compile it with edgetpu_compiler, and run the file named …_edgetpu.tflite",
+    ),
+    Doubt(
+        "placement_contradicted",
+        "the interpreter says that an accelerator ran, and its counters or the processor time deny it",
+        "a counter of the hardware can't be wrong about standing still",
+        "take the latency for what the CPU did, and look at the driver's log (dmesg)",
+    ),
+    Doubt(
+        "edgetpu_parameters_streamed",
+        "more than 1% of a compiled model's parameters don't fit into the Edge TPU",
+        "they are sent over USB or PCIe at every inference, which can take longer than the inference",
+        "a smaller model, compiled by itself, or one cut into segments for several TPUs",
+    ),
+    Doubt(
+        "edgetpu_slow_usb",
+        "an Edge TPU on a USB link below 5000 Mbit/s",
+        "a USB 2 link is ten times slower, and tensors and streamed parameters all go through it",
+        "plug it into a USB 3 port (blue), with the cable that came with it, and without a hub",
+    ),
+    Doubt(
+        "edgetpu_hot",
+        "an Edge TPU at or above the temperature from which its driver lowers the clock",
+        "the clock is lowered at each of three temperatures (google/gasket-driver, apex_driver.c)",
+        "cool it, wait, and run again",
+    ),
+    Doubt(
+        "edgetpu_option_ignored",
+        "options for an Edge TPU that libedgetpu looks at only when the device is given by index",
+        "its plugin passes options on only with :N, usb:N or pci:N",
+        "give the option delegate.device=usb:0 or delegate.device=pci:0 too",
+    ),
+    Doubt(
+        "standin",
+        "a stand-in took the place of an accelerator",
+        "it computes on the CPU or puts out a pattern, and waits as it is told",
+        "a test of boardbench itself: neither figures nor outputs say anything about hardware",
+    ),
 )
 
 _BY_CODE = {doubt.code: doubt for doubt in DOUBTS}

@@ -68,6 +68,7 @@ class Job:
     warm_up_seconds: float = 0.5
     warm_up_runs: int = 1
     progress_seconds: float = 0.25
+    sys_root: Path = Path("/")
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Job:
@@ -81,6 +82,7 @@ class Job:
             return replace(
                 job,
                 model_path=Path(job.model_path),
+                sys_root=Path(job.sys_root),
                 inputs_path=Path(job.inputs_path) if job.inputs_path else None,
                 shapes={str(name): tuple(int(size) for size in sizes) for name, sizes in job.shapes.items()},
                 options={str(name): str(value) for name, value in job.options.items()},
@@ -116,6 +118,7 @@ def execute(job: Job, events: EventWriter) -> Measurement:
     meter = MemoryMeter()
     events.stage(Stage.IMPORT)
     runtime = runtimes.create(job.runtime)
+    runtime.sys_root = job.sys_root
     version, import_seconds = _timed(runtime.version)
     import numpy.random  # noqa: F401 - for the inputs: part of the baseline, not of what the model adds
 
@@ -138,6 +141,8 @@ def execute(job: Job, events: EventWriter) -> Measurement:
     )
     try:
         meter.end_phase(MemoryPhase.LOADED)
+        for warning in model.watch.doubts() if model.watch else ():
+            events.warning(warning)
         return _run(job, model, events, meter, (runtime.name, version, import_seconds, create_seconds))
     finally:
         model.close()
@@ -173,14 +178,30 @@ def _run(
 
     events.stage(Stage.MEASURE)
     counted = measure.Bounds(seconds=job.duration_seconds, least_runs=job.min_runs, most_runs=job.max_runs)
+    watch = model.watch
+    if watch is not None:
+        watch.begin()
     samples, window = with_engine(
         lambda: measure.measure(call, counted, events.progress, progress_seconds=progress)
     )
+    if watch is not None:
+        watch.end()
 
     events.stage(Stage.REPORT)
     meter.end_phase(MemoryPhase.STEADY)
     latency = stats.latency(samples)
     _doubt(events, model, latency, window, clock_read_seconds, meter)
+    placement, accelerator = with_engine(model.placement), None
+    if watch is not None:
+        outcome = watch.outcome(
+            placement,
+            runs=latency.count,
+            cpu_seconds=window.cpu_seconds,
+            wall_seconds=window.wall_seconds,
+        )
+        placement, accelerator = outcome.placement, outcome.accelerator
+        for warning in outcome.warnings:
+            events.warning(warning)
     return Measurement(
         runtime=RuntimeUsed(
             name=name,
@@ -207,7 +228,7 @@ def _run(
         first_inference_seconds=first.seconds,
         latency=latency,
         memory=meter.memory(),
-        placement=with_engine(model.placement),
+        placement=placement,
         environment=WorkerEnvironment(
             clock_read_seconds=clock_read_seconds,
             involuntary_context_switches=window.involuntary_context_switches,
@@ -220,6 +241,7 @@ def _run(
         outputs=first.outputs,
         input_data=input_data,
         output_sha256=first.output_sha256,
+        accelerator=accelerator,
     )
 
 

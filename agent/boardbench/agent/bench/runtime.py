@@ -6,10 +6,11 @@ Two types, so that run-before-load can't be written: a :class:`Runtime` can only
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Protocol, Tuple
 
-from boardbench.agent.domain import Placement, TensorInfo
+from boardbench.agent.domain import AcceleratorUse, Placement, TensorInfo, Warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,35 @@ class InputsRejected(Exception):
     """Shapes or input data that this model does not take; lists what it takes."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did with an accelerator: the placement with all evidence joined, and what came up."""
+
+    placement: Placement
+    accelerator: AcceleratorUse
+    warnings: Tuple[Warning, ...] = ()
+
+
+class AcceleratorWatch(Protocol):
+    """Looks at an accelerator before and after the counted inferences. Nothing here is timed."""
+
+    def doubts(self) -> Iterable[Warning]:
+        """What can be said once the model is loaded."""
+        ...
+
+    def begin(self) -> None:
+        """Reads what there is to read; called right before the counted inferences."""
+        ...
+
+    def end(self) -> None:
+        """Reads it again; called right after them."""
+        ...
+
+    def outcome(self, placement: Placement, *, runs: int, cpu_seconds: float, wall_seconds: float) -> Outcome:
+        """What the counted inferences did; ``placement`` is what the model itself says."""
+        ...
+
+
 class LoadedModel(Protocol):
     """A model in an engine, ready to run. Used by one thread; closed by whoever loaded it."""
 
@@ -47,6 +77,11 @@ class LoadedModel(Protocol):
 
     threads: Optional[int]
     """Threads that the engine was told to use; None where it decides by itself."""
+
+    @property
+    def watch(self) -> Optional[AcceleratorWatch]:
+        """Who knows the accelerator that this model was loaded for; None without one."""
+        ...
 
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """A call that runs one inference on ``feeds`` and returns once the outputs are in host memory.
@@ -81,6 +116,9 @@ class Runtime(Protocol):
 
     name: str
     formats: Tuple[str, ...]
+
+    sys_root: Path
+    """Folder that holds sys and proc of the board; set before ``load`` where it is not ``/``."""
 
     def version(self) -> str:
         """Imports the engine; package and version ("onnxruntime 1.32.0"). Raises RuntimeUnavailable."""

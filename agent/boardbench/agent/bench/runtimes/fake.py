@@ -69,6 +69,7 @@ class FakeRuntime:
 
     name = "fake"
     formats: Tuple[str, ...] = ("fake",)
+    sys_root = Path("/")
 
     def version(self) -> str:
         """The version, after the faults asked for by the environment."""
@@ -113,6 +114,8 @@ def _parse(file: Path) -> Mapping[str, Any]:
 
 class FakeModel:
     """A model of the fake engine."""
+
+    watch = None
 
     def __init__(
         self,

@@ -85,6 +85,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     formats: Tuple[str, ...] = ("onnx",)
+    sys_root = Path("/")
 
     def __init__(self) -> None:
         """Imports nothing yet."""
@@ -199,6 +200,8 @@ def _threads(threads: Optional[int], option: Optional[int]) -> Optional[int]:
 
 class OnnxModel:
     """A model in a session."""
+
+    watch = None
 
     def __init__(
         self,
@@ -401,7 +404,7 @@ def _rejected(model: Path, error: Exception) -> ModelRejected:
         todo = "it is newer than this engine: update onnxruntime, or export with an older opset or IR version"
     elif "fallback to cpu ep has been explicitly disabled" in lower:
         todo = "operations are left on the CPU, and the option allow_fallback=off forbids that"
-    elif "protobuf parsing failed" in lower or "modelproto does not have a graph" in lower:
+    elif "protobuf parsing failed" in lower or "no graph was found" in lower:
         todo = "is the file whole, and is it an ONNX model?"
     else:
         todo = "does it pass onnx.checker.check_model?"

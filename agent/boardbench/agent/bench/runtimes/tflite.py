@@ -1,7 +1,7 @@
 """TensorFlow Lite, by ai-edge-litert or the older tflite-runtime, whichever this Python has.
 
-Devices: ``cpu``; ``edgetpu`` where libedgetpu can be loaded. Any other delegate by
-``delegate=PATH`` with ``delegate.KEY=VALUE`` for its options.
+Devices: ``cpu``; ``edgetpu`` where libedgetpu can be loaded (see :mod:`.edgetpu`). Any other delegate
+by ``delegate=PATH``; options of a delegate, libedgetpu included, by ``delegate.KEY=VALUE``.
 
 Placement. ``Interpreter._get_ops_details()`` and the wrapper underneath list every original node of
 the first subgraph and, after them, one node called DELEGATE for each part that a delegate took,
@@ -9,12 +9,11 @@ under the same name for XNNPACK and for an Edge TPU. Which originals a DELEGATE 
 from the tensors: walking back from its outputs to its inputs meets exactly those. Which delegate
 it was follows from when the node appeared: an external delegate is applied while the interpreter is
 created, XNNPACK only when tensors are allocated (`Interpreter::ApplyLazyDelegateProviders`,
-tensorflow/lite/core/interpreter.cc).
+tensorflow/lite/core/interpreter.cc). What an Edge TPU's library took runs on the Edge TPU.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import re
 import sys
@@ -26,11 +25,13 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 from boardbench.agent.bench import placement, shapes
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    AcceleratorWatch,
     InputsRejected,
     ModelRejected,
     OptionRejected,
     RuntimeUnavailable,
 )
+from boardbench.agent.bench.runtimes import edgetpu
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
 
 if TYPE_CHECKING:
@@ -39,14 +40,9 @@ if TYPE_CHECKING:
 PACKAGES = (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime"))
 """Module and distribution, the preferred first."""
 
-EDGETPU_LIBRARY = "libedgetpu.1.dylib" if sys.platform == "darwin" else "libedgetpu.so.1"
-EDGETPU_OP = "edgetpu-custom-op"
 DELEGATE_NODE = "DELEGATE"
 XNNPACK = "TfLiteXNNPackDelegate"
 """What the delegate calls itself (tensorflow/lite/delegates/xnnpack/xnnpack_delegate.cc)."""
-
-STANDIN_SYMBOL = "boardbench_standin"
-"""Exported by delegates that stand in for hardware in tests; no real one has it."""
 
 
 class TfliteRuntime:
@@ -54,6 +50,7 @@ class TfliteRuntime:
 
     name = "tflite"
     formats: Tuple[str, ...] = ("tflite",)
+    sys_root = Path("/")
 
     def __init__(self) -> None:
         """Imports nothing yet."""
@@ -69,7 +66,7 @@ class TfliteRuntime:
     def devices(self) -> Tuple[str, ...]:
         """cpu, and edgetpu where its library can be loaded; no look is taken at what is plugged in."""
         self.version()
-        return ("cpu", "edgetpu") if _loads(EDGETPU_LIBRARY) else ("cpu",)
+        return ("cpu", "edgetpu") if edgetpu.loads(edgetpu.library_name()) else ("cpu",)
 
     def load(
         self,
@@ -93,36 +90,58 @@ class TfliteRuntime:
         delegate_options = reader.prefixed("delegate.", "an option of the delegate")
         in_force = reader.finish()
         if device == "edgetpu" and library is None:
-            library = EDGETPU_LIBRARY
+            library = edgetpu.library_name()
         if delegate_options and library is None:
-            raise OptionRejected("delegate.KEY options belong to a delegate: give delegate=PATH too")
-        delegate = None if library is None else self._delegate(library, delegate_options)
+            raise OptionRejected(
+                "delegate.KEY options belong to a delegate: give delegate=PATH or the device edgetpu too"
+            )
+        external = None
+        if library is not None:
+            external = External.load(
+                self._module, library, delegate_options, wanted=device, sys_root=self.sys_root
+            )
         return TfliteModel(
             self._module,
             model,
-            delegate=delegate,
-            library="" if library is None else Path(library).name,
-            standin=library is not None and hasattr(ctypes.CDLL(library), STANDIN_SYMBOL),
+            external=external,
             xnnpack=xnnpack,
             threads=threads,
             options=in_force,
             given=shapes,
         )
 
-    def _delegate(self, library: str, options: Mapping[str, str]) -> Any:
-        try:
-            return self._module.load_delegate(library, dict(options))
-        except OSError as error:
-            raise RuntimeUnavailable(
-                f"the delegate library {library} can't be loaded ({error}): install it, or give its path "
-                "with the option delegate=PATH"
-            ) from error
-        except (ValueError, RuntimeError, AttributeError) as error:
-            # ValueError with no reason is all that libedgetpu gives when it finds no free device.
-            raise RuntimeUnavailable(
-                f"the delegate {library} refused to start ({' '.join(str(error).split())}): is the device "
-                "plugged in, free, and may this user open it?"
-            ) from error
+
+@dataclass(frozen=True)
+class External:
+    """A delegate that was loaded from a library."""
+
+    handle: Any
+    library: str
+    options: Mapping[str, str]
+    unit: Unit
+    standin: bool
+    sys_root: Path
+
+    @classmethod
+    def load(
+        cls, module: Any, library: str, options: Mapping[str, str], *, wanted: str, sys_root: Path
+    ) -> External:
+        """Loads it. Raises RuntimeUnavailable, OptionRejected."""
+        drives_tpus, standin = edgetpu.is_driver(library), bool(edgetpu.standin(library))
+        if wanted == "edgetpu" and not drives_tpus:
+            raise OptionRejected(
+                f"{library} drives no Edge TPU: leave the device out to run with it as a delegate"
+            )
+        if drives_tpus and not standin:
+            edgetpu.check_options(options)
+        return cls(
+            handle=edgetpu.load_delegate(module, library, options, sys_root=sys_root),
+            library=library,
+            options=options,
+            unit=Unit.TPU if drives_tpus else Unit.DELEGATE,
+            standin=standin,
+            sys_root=sys_root,
+        )
 
 
 def _import() -> Tuple[Any, str]:
@@ -151,14 +170,6 @@ def _package_version(module: str, package: str) -> str:
         return str(getattr(importlib.import_module(module), "__version__", "of unknown version"))
 
 
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
 class TfliteModel:
     """A model in an interpreter. The first subgraph is what runs: the model's main one."""
 
@@ -167,17 +178,16 @@ class TfliteModel:
         module: Any,
         model: Path,
         *,
-        delegate: Any,
-        library: str,
-        standin: bool,
+        external: Optional[External],
         xnnpack: bool,
         threads: Optional[int],
         options: Mapping[str, str],
         given: Mapping[str, Tuple[int, ...]],
     ) -> None:
         """Creates, resizes, allocates."""
-        self._library = library
-        self._standin = standin
+        self._model = model
+        self._external = external
+        self._watch: Optional[edgetpu.EdgeTpuWatch] = None
         self.options = options
         self.threads = 1 if threads is None else threads  # the interpreter's own default
         resolver = (
@@ -186,11 +196,12 @@ class TfliteModel:
         try:
             self._interpreter: Any = module.Interpreter(
                 model_path=str(model),
-                experimental_delegates=None if delegate is None else [delegate],
+                experimental_delegates=None if external is None else [external.handle],
                 num_threads=threads,
                 experimental_op_resolver_type=resolver,
             )
             self._nodes_before_default_delegates = _node_count(self._interpreter)
+            self._took_nothing = external is not None and not _has_delegate(self._interpreter)
             declared = self._interpreter.get_input_details()
             names = _unique([str(detail["name"]) for detail in declared], "input")
             self.inputs = shapes.settle(
@@ -209,12 +220,26 @@ class TfliteModel:
         except (InputsRejected, OptionRejected):
             raise
         except Exception as error:  # ValueError and RuntimeError by the interpreter, others by the package
-            raise _rejected(model, error, delegated=delegate is not None) from error
+            raise _rejected(model, error, delegated=external is not None) from error
         outputs = self._interpreter.get_output_details()
         output_names = _unique([str(detail["name"]) for detail in outputs], "output")
         self.outputs = tuple(_tensor(detail, name) for detail, name in zip(outputs, output_names))
         self._input_indices = {tensor.name: detail["index"] for tensor, detail in zip(self.inputs, declared)}
         self._output_indices = {name: detail["index"] for name, detail in zip(output_names, outputs)}
+
+    @property
+    def watch(self) -> Optional[AcceleratorWatch]:
+        """Of the Edge TPU, where the model was loaded for one."""
+        external = self._external
+        if self._watch is None and external is not None and external.unit is Unit.TPU:
+            self._watch = edgetpu.EdgeTpuWatch(
+                edgetpu.describe(external.library),
+                external.options,
+                self._model,
+                took_nothing=self._took_nothing,
+                sys_root=external.sys_root,
+            )
+        return self._watch
 
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """``Interpreter.invoke`` itself: inputs stay in the interpreter from one call to the next."""
@@ -240,8 +265,7 @@ class TfliteModel:
             nodes,
             outputs=set(self._output_indices.values()),
             external_before=self._nodes_before_default_delegates,
-            library=self._library,
-            standin=self._standin,
+            external=self._external,
             other_subgraphs=_subgraph_count(self._interpreter) - 1,
             tensor_name=self._tensor_name,
         )
@@ -252,6 +276,7 @@ class TfliteModel:
     def close(self) -> None:
         """Drops the interpreter, and the delegate with it."""
         self._interpreter = None
+        self._external = None
 
 
 def _unique(names: Sequence[str], kind: str) -> List[str]:
@@ -293,10 +318,13 @@ def _rejected(model: Path, error: Exception, *, delegated: bool) -> ModelRejecte
     """The interpreter's refusal with what to do about it."""
     said = " ".join(str(error).split())
     unresolved, builtin = _UNRESOLVED.search(said), _NO_BUILTIN.search(said)
-    if unresolved and unresolved.group(1) == EDGETPU_OP and not delegated:
+    of_the_tpu = edgetpu.explain(said) if delegated else None
+    if of_the_tpu:
+        todo = of_the_tpu
+    elif unresolved and unresolved.group(1) == edgetpu.CUSTOM_OP and not delegated:
         todo = (
-            f"operation {EDGETPU_OP}: the model is compiled for the Edge TPU. Run it with --device edgetpu "
-            "on a board that has one, or run the model as it was before edgetpu_compiler"
+            f"operation {edgetpu.CUSTOM_OP}: the model is compiled for the Edge TPU. Run it with "
+            "--device edgetpu on a board that has one, or run the model as it was before edgetpu_compiler"
         )
     elif _FLEX.search(said):
         todo = "the model uses TensorFlow operations: convert it with builtin operations only"
@@ -343,6 +371,14 @@ def _node_count(interpreter: Any) -> Optional[int]:
         return None
 
 
+def _has_delegate(interpreter: Any) -> bool:
+    """Whether a delegate has taken anything so far; True where the interpreter does not tell."""
+    try:
+        return any(node.name == DELEGATE_NODE for node in _nodes(interpreter))
+    except AttributeError:
+        return True
+
+
 def _subgraph_count(interpreter: Any) -> int:
     try:
         return int(interpreter._interpreter.NumSubgraphs())
@@ -355,15 +391,16 @@ def _place(
     *,
     outputs: Set[int],
     external_before: Optional[int],
-    library: str,
-    standin: bool,
+    external: Optional[External],
     other_subgraphs: int,
     tensor_name: Callable[[int], str],
 ) -> Placement:
     """The placement that the nodes amount to; see the head of this file.
 
-    DELEGATE nodes before position ``external_before`` belong to ``library``; None: not known which.
+    DELEGATE nodes before position ``external_before`` belong to ``external``; None: not known which.
     """
+    library = "" if external is None else Path(external.library).name
+    standin = external is not None and external.standin
     originals = {at: node for at, node in enumerate(nodes) if node.name != DELEGATE_NODE}
     delegates = {at: node for at, node in enumerate(nodes) if node.name == DELEGATE_NODE}
     producer = {tensor: at for at, node in originals.items() for tensor in node.outputs}
@@ -375,17 +412,15 @@ def _place(
                 f"the tensors of delegate node {at} do not tell which operations it took, so where they run "
                 "is not known"
             )
-        if library and external_before is None:
+        if external is not None and external_before is None:
             return placement.unknown(
                 f"an input was resized, so it can't be told which operations {library} took and which "
                 "XNNPACK took: give the option xnnpack=off to know"
             )
-        if not library or at >= (external_before or 0):
+        if external is None or at >= (external_before or 0):
             unit = (Unit.CPU_DELEGATE, XNNPACK)
-        elif any(originals[one].name == EDGETPU_OP for one in taken):
-            unit = (Unit.TPU, library)
         else:
-            unit = (Unit.DELEGATE, library)
+            unit = (external.unit, library)
         unit_of.update(dict.fromkeys(taken, unit))
     # Nothing asks for the result of a dead end, so no closure reaches it: a delegate may have taken it.
     unreached = _dead_ends(originals, producer, outputs) - set(unit_of) if delegates else set()
