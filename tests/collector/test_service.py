@@ -285,7 +285,7 @@ async def test_a_failing_store_ends_the_stream_and_nothing_is_acknowledged(
         again = collector.board()
         assert (await again.join()).acknowledged_sequence == 1
         await again.send(2, make_result("run-2"))
-        await until(lambda: store.asked[-1] == 2, "the store was asked again")
+        await until(lambda: store.asked == [1, 2, 2], "the store was asked again")
         store.commit()
         await again.acknowledged(2)
         await again.leave()
