@@ -78,9 +78,11 @@ def settle(
     wanted = {target: tuple(given[name]) for name, target in by_name(inputs, given).items()}
     settled: List[TensorInfo] = []
     for tensor in inputs:
-        shape = wanted.get(tensor.name, tensor.shape)
-        _check(tensor, shape)
-        settled.append(replace(tensor, shape=tuple(shape)))
+        shape = wanted.get(tensor.name)
+        if shape is not None:
+            _check(tensor, shape)
+            tensor = replace(tensor, shape=shape)
+        settled.append(tensor)
     missing = [(tensor, at) for at, tensor in enumerate(settled) if any(size < 0 for size in tensor.shape)]
     if missing:
         needed = " ".join(f"--shape '{tensor.name}={_example(tensor.shape)}'" for tensor, _ in missing)
@@ -95,7 +97,7 @@ def settle(
 def _check(tensor: TensorInfo, shape: Sequence[int]) -> None:
     declared = tensor.shape
     fits = len(shape) == len(declared) and all(
-        size == own or (own < 0 and size > 0) for size, own in zip(shape, declared)
+        size == own if own >= 0 else size > 0 for size, own in zip(shape, declared)
     )
     if not fits:
         raise InputsRejected(

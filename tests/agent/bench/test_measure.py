@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any, Callable
+
+import pytest
+from boardbench.agent.bench import measure
+from boardbench.agent.bench.measure import Bounds
+from boardbench.agent.domain import Progress, Stage
+
+MILLISECOND = 1_000_000
+
+
+class Time:
+    """A clock that moves only when something is done: 1 ns a reading, and each inference's own time."""
+
+    def __init__(self, inference: Callable[[int], int] = lambda _: MILLISECOND) -> None:
+        self.now = 0
+        self.runs = 0
+        self.inference = inference
+
+    def clock(self) -> int:
+        self.now += 1
+        return self.now
+
+    def call(self) -> None:
+        self.now += self.inference(self.runs)
+        self.runs += 1
+
+
+def measured(time: Time, bounds: Bounds, progress_seconds: float = 0.25) -> tuple[list[int], list[Progress]]:
+    reports: list[Progress] = []
+    samples, _ = measure.measure(
+        time.call, bounds, reports.append, progress_seconds=progress_seconds, clock=time.clock
+    )
+    assert len(samples) == time.runs  # every inference is counted, none is lost between batches
+    return samples.tolist(), reports
+
+
+def test_samples_are_the_inferences_themselves_in_their_order() -> None:
+    time = Time(lambda run: 1000 * (run + 1))
+    samples, _ = measured(time, Bounds(seconds=0, least_runs=5))
+    assert samples == [1001, 2001, 3001, 4001, 5001]  # and one reading of the clock
+
+
+def test_it_ends_at_the_first_inference_past_the_duration() -> None:
+    samples, _ = measured(Time(), Bounds(seconds=1.0, least_runs=10))
+    assert len(samples) == 1000
+
+
+def test_it_goes_on_to_the_least_runs_and_not_further() -> None:
+    samples, _ = measured(Time(), Bounds(seconds=0.05, least_runs=700))
+    assert len(samples) == 700
+
+
+def test_most_runs_end_it_before_the_duration() -> None:
+    samples, _ = measured(Time(), Bounds(seconds=10.0, least_runs=1, most_runs=333))
+    assert len(samples) == 333
+
+
+def test_one_inference_longer_than_everything_is_one_sample() -> None:
+    samples, reports = measured(Time(lambda _: 10_000 * MILLISECOND), Bounds(seconds=1.0, least_runs=1))
+    assert len(samples) == 1
+    assert len(reports) == 1
+
+
+def test_progress_is_told_four_times_a_second_and_rises_to_one() -> None:
+    _, reports = measured(Time(), Bounds(seconds=10.0, least_runs=10))
+    assert 38 <= len(reports) <= 43
+    fractions = [report.fraction for report in reports]
+    assert fractions == sorted(fractions, key=float)  # type: ignore[arg-type]
+    assert fractions[-1] == 1.0
+    assert all(report.stage is Stage.MEASURE for report in reports)
+    assert [report.runs for report in reports] == sorted({report.runs for report in reports})
+    assert reports[-1].runs == 10_000
+    assert reports[-1].median_seconds == pytest.approx(0.001, rel=1e-5)
+    assert reports[-1].elapsed_seconds == pytest.approx(10.0, rel=1e-3)
+
+
+def test_the_fraction_is_that_of_the_bound_that_is_further_away() -> None:
+    _, reports = measured(Time(), Bounds(seconds=0.1, least_runs=4000))
+    assert reports[0].fraction == pytest.approx(reports[0].runs / 4000)
+    _, reports = measured(Time(), Bounds(seconds=100.0, least_runs=1, most_runs=1000))
+    assert reports[1].fraction == pytest.approx(reports[1].runs / 1000)
+
+
+def test_telling_progress_is_not_in_the_samples() -> None:
+    time = Time()
+    bounds = Bounds(seconds=2.0, least_runs=1)
+
+    def slow_report(_: Progress) -> None:
+        time.now += 50 * MILLISECOND
+
+    samples, _ = measure.measure(
+        time.call, bounds, slow_report, progress_seconds=0.25, clock=time.clock
+    )
+    assert set(samples) == {MILLISECOND + 1}
+
+
+def test_an_interim_median_looks_at_a_bounded_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    monkeypatch.setattr(measure.stats, "median", lambda samples: looked_at.append(len(samples)) or 1)
+    measured(Time(lambda _: 1000), Bounds(seconds=0.1, least_runs=1), progress_seconds=0.01)
+    assert looked_at and max(looked_at) < 2 * measure.INTERIM_SAMPLES
+
+
+def warmed(time: Time, bounds: Bounds) -> list[Progress]:
+    reports: list[Progress] = []
+    measure.warm_up(time.call, bounds, reports.append, progress_seconds=0.25, clock=time.clock)
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("seconds", "runs", "expected"), [(0.0, 0, 0), (0.0, 7, 7), (0.1, 0, 100), (0.1, 200, 200), (0.5, 3, 500)]
+)
+def test_a_warm_up_reaches_both_bounds(seconds: float, runs: int, expected: int) -> None:
+    time = Time()
+    reports = warmed(time, Bounds(seconds=seconds, least_runs=runs))
+    assert time.runs == expected
+    assert all(report.stage is Stage.WARM_UP for report in reports)
+    assert (reports[-1].fraction if reports else 1.0) == 1.0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("failing", [True, False])
+def test_the_collector_rests_while_it_is_timed_and_is_as_before_after(enabled: bool, failing: bool) -> None:
+    seen: list[bool] = []
+
+    def call() -> None:
+        seen.append(gc.isenabled())
+        if failing:
+            raise ValueError("the engine fails")
+
+    was_enabled = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        frozen = gc.get_freeze_count()
+        try:
+            measure.measure(call, Bounds(seconds=0, least_runs=3), lambda _: None, progress_seconds=1)
+        except ValueError:
+            assert failing
+        assert gc.isenabled() is enabled
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.enable() if was_enabled else gc.disable()
+    assert seen == [False] * (1 if failing else 3)
+
+
+def test_the_window_is_that_of_the_measurement() -> None:
+    time = Time()
+    _, window = measure.measure(
+        time.call, Bounds(seconds=1.0, least_runs=1), lambda _: None, progress_seconds=1.0, clock=time.clock
+    )
+    assert window.wall_seconds == pytest.approx(1.0, rel=1e-3)
+    assert window.cpu_seconds >= 0
+    if sys.platform == "linux":
+        assert window.involuntary_context_switches is not None
+        assert window.involuntary_context_switches >= 0
+
+
+def test_the_cost_of_the_clock_is_its_median_step() -> None:
+    steps = iter([5, 100, 5, 5] * measure.CALIBRATION_READS)
+    now = 0
+
+    def clock() -> int:
+        nonlocal now
+        now += next(steps)
+        return now
+
+    assert measure.clock_read_seconds(clock) == pytest.approx(5e-9)
+
+
+def test_a_clock_that_stands_costs_its_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Info:
+        resolution = 1e-7
+
+    monkeypatch.setattr(measure.time, "get_clock_info", lambda name: Info())
+    assert measure.clock_read_seconds(lambda: 1) == 1e-7
+
+
+def test_the_real_clock_can_be_read() -> None:
+    assert 0 < measure.clock_read_seconds() < 0.01
+
+
+def test_processors_are_those_of_this_process() -> None:
+    found: Any = measure.processors()
+    assert list(found) == sorted(set(found))
+    assert found or sys.platform != "linux"
