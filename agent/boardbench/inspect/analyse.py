@@ -10,6 +10,7 @@ from typing import Optional, Sequence
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat
 from boardbench.inspect.fit import EDGETPU_CACHE, fit, memory_of
+from boardbench.inspect.onnx import report as report_onnx
 from boardbench.inspect.report import ModelReport
 from boardbench.inspect.sniff import sniff_bytes
 from boardbench.inspect.tflite_report import EDGETPU
@@ -40,9 +41,11 @@ def inspect(
         if len(data) == 0:
             raise Malformed(f"{path}: the file is empty")
         base = ModelReport(path.name, _digest(data), len(data), sniff_bytes(data))
-        if base.format != "tflite":
+        if base.format == "onnx":
+            found = report_onnx(base, data)
+        elif base.format != "tflite":
             raise UnknownFormat(f"{path}: not a model format that can be inspected")
-        if original is None:
+        elif original is None:
             found = report_tflite(base, data, None, target)
         else:
             with Opened(original) as source:

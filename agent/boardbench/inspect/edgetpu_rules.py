@@ -131,7 +131,7 @@ def why_not(context: Context, operator: Operator) -> Optional[Reason]:
 
 def _static_sizes(context: Context, operator: Operator) -> Optional[Reason]:
     for tensor in context.activations(operator):
-        if any(size < 0 for size in tensor.shape) or (not tensor.has_rank and tensor.dtype in EIGHT_BITS):
+        if any(size < 0 for size in tensor.shape):
             return Reason(
                 DYNAMIC,
                 f"tensor {_name(tensor)} has an open size {_shape(tensor)}",

@@ -26,11 +26,12 @@ class Ledger:
     ``base`` is what positions are relative to, for a format nested inside another one.
     """
 
-    __slots__ = ("base", "claims")
+    __slots__ = ("_rest", "base", "claims")
 
     def __init__(self, claims: Optional[List[Claim]] = None, base: int = 0) -> None:
         self.claims: List[Claim] = [] if claims is None else claims
         self.base = base
+        self._rest = ""
 
     def at(self, start: int) -> "Ledger":
         """The same ledger for a format that is nested at ``start``."""
@@ -50,10 +51,15 @@ class Ledger:
         if stop > start:
             self.claims.append((self.base + start, self.base + stop, purpose, dtype, op_type, elements, zeros))
 
+    def fill(self, purpose: str) -> None:
+        """Says what all bytes serve that nobody claims, for formats without gaps."""
+        self._rest = purpose
+
     def uses(self, data: memoryview) -> Tuple[ByteUse, ...]:
         """One entry for each purpose, type and operation, largest first; the sum is ``len(data)``.
 
-        What nobody claimed is padding where it is zero and unreferenced where it is not.
+        What nobody claimed is padding where it is zero and unreferenced where it is not, unless
+        :meth:`fill` was called.
         """
         size = len(data)
         totals: Dict[Tuple[str, str, str], List[Optional[int]]] = {}
@@ -77,9 +83,11 @@ class Ledger:
             if zeros is not None:
                 total[2] = (total[2] or 0) + zeros
         _count_gap(data, cursor, size, gaps)
-        for purpose, gap in zip((PADDING, UNREFERENCED), gaps):
+        purposes = (self._rest, self._rest) if self._rest else (PADDING, UNREFERENCED)
+        for purpose, gap in zip(purposes, gaps):
             if gap:
-                totals.setdefault((purpose, "", ""), [0, None, None])[0] = gap
+                total = totals.setdefault((purpose, "", ""), [0, None, None])
+                total[0] = (total[0] or 0) + gap
         found = [
             ByteUse(purpose, dtype, op_type, size_bytes or 0, zeros, elements)
             for (purpose, dtype, op_type), (size_bytes, elements, zeros) in totals.items()
