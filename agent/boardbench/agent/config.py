@@ -46,8 +46,8 @@ class SpoolConfig:
 
     # A result with 100,000 samples is about 0.4 MB: 160 of the largest, thousands of usual ones.
     limit_bytes: int = 64 * _MIB
-    # Small: results are worth more than anything else that would fill the rest.
-    free_floor_bytes: int = 16 * _MIB
+    # Share of what is free on the file system: the spool must not be what fills up the card.
+    free_share: float = 0.1
 
 
 @dataclass(frozen=True)

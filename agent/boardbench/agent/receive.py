@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from boardbench.agent import folder
+from boardbench.agent.bench import runtimes
 from boardbench.agent.errors import (
     AgentError,
     CorruptChunk,
@@ -703,7 +704,7 @@ class Transfer:
                     f"{self.name}: the bytes have sha256 {digest} and not {self.sha256} as the header says; "
                     "what came is removed; push again"
                 )
-            format = await self._store.in_worker(_identify, part.path, self.name, self.kind)
+            format = await self._store.in_worker(identify, part.path, self.name, self.kind)
             await self._store.in_worker(part.sync)
             self.stored = await self._store.admit(self, format)
         except OSError as error:
@@ -913,13 +914,18 @@ def clean_name(name: str) -> str:
     return shown
 
 
-def _identify(path: Path, name: str, kind: FileKind) -> str:
-    """Format of a file that has come. Raises MislabelledFile, DamagedFile, InvalidRequest."""
+def identify(path: Path, name: str, kind: FileKind) -> str:
+    """Format of a file that has come whole, told from its bytes.
+
+    Raises MislabelledFile, DamagedFile, InvalidRequest, StorageError.
+    """
     try:
-        format = sniff.sniff(path)
+        with path.open("rb") as file:
+            own_format = runtimes.own_format(file.read(64))
+        format = own_format or sniff.sniff(path)
         _check_label(name, kind, format)
-        damage = sniff.check(path, format)
-    except InspectError as error:
+        damage = None if own_format else sniff.check(path, format)
+    except (InspectError, OSError) as error:
         raise StorageError(f"{name}: {error}") from error
     if damage:
         raise DamagedFile(f"{name}: {damage}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from typing import Any, NoReturn, TypeVar
 
 from google.protobuf import json_format
@@ -22,6 +23,10 @@ WorkerEvent = (
     | result_pb2.RunError
     | tuple[board_pb2.RuntimeStatus, ...]
 )
+
+# What a worker makes happen in a run before its result, and all that can happen in one.
+WorkerNews = agent_pb2.StageEvent | agent_pb2.ProgressEvent | result_pb2.Warning
+RunNews = agent_pb2.QueuedEvent | WorkerNews | result_pb2.RunResult
 
 _Message = TypeVar("_Message", bound=Message)
 
@@ -41,6 +46,7 @@ _WORKER_FIELDS = frozenset(
         "outputs",
         "input_data",
         "output_sha256",
+        "accelerator",
         "warnings",
     )
 )
@@ -89,6 +95,22 @@ def parse_event(line: bytes) -> WorkerEvent:
 def to_json(message: Message) -> str:
     """The JSON form of a message on one line, with the proto's field names."""
     return json_format.MessageToJson(message, preserving_proto_field_name=True, indent=None)
+
+
+def to_event(run_id: str, sequence: int, event: RunNews) -> agent_pb2.RunEvent:
+    """Something that happened in a run, now."""
+    found = agent_pb2.RunEvent(run_id=run_id, sequence=sequence, time=timestamp(time.time_ns()))
+    if isinstance(event, agent_pb2.QueuedEvent):
+        found.queued.CopyFrom(event)
+    elif isinstance(event, agent_pb2.StageEvent):
+        found.stage.CopyFrom(event)
+    elif isinstance(event, agent_pb2.ProgressEvent):
+        found.progress.CopyFrom(event)
+    elif isinstance(event, result_pb2.Warning):
+        found.warning.CopyFrom(event)
+    else:
+        found.result.CopyFrom(event)
+    return found
 
 
 def timestamp(nanoseconds: int) -> Timestamp:

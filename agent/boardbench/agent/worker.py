@@ -38,8 +38,6 @@ _FLOOD_PAUSE_SECONDS = 0.005
 _PIPE_BYTES = 64 * 1024
 # After the worker's end its pipes are empty at once, unless something that left its session holds them.
 _DRAIN_SECONDS = 1.0
-# The worker is to be the first that the kernel kills when memory runs out, never the agent (0 to 1000).
-_OOM_SCORE = "900"
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ async def start(
     finally:
         os.close(events_out)
         os.close(output_out)
-    _restrain(process.pid)
+    _forbid_core_file(process.pid)
     loop = asyncio.get_running_loop()
     lines, tail = _Lines(on_line, on_flood), _Tail()
     worker = Worker(process, lines, tail)
@@ -250,8 +248,6 @@ def _worker_environment(environment: Mapping[str, str], scratch: Path) -> dict[s
     return {
         **kept,
         "TMPDIR": os.fspath(scratch),
-        # Where a native crash happened goes into the tail of the output.
-        "PYTHONFAULTHANDLER": "1",
         # What was printed before a crash is in the pipe and not in a buffer that died.
         "PYTHONUNBUFFERED": "1",
         # onnxruntime from 1.32 on keeps a database of its use in the user's cache.
@@ -259,12 +255,9 @@ def _worker_environment(environment: Mapping[str, str], scratch: Path) -> dict[s
     }
 
 
-def _restrain(pid: int) -> None:
-    """Makes it the first to go when memory runs out, and keeps a crash from filling the disk."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE)
+def _forbid_core_file(pid: int) -> None:
+    """A core file of gigabytes would fill an SD card, and delay the end of the process by minutes."""
     if sys.platform == "linux":
-        # A core file of gigabytes on an SD card also delays the end of the process by minutes.
         with contextlib.suppress(OSError, ValueError):
             resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
 

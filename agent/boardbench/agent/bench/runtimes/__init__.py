@@ -12,13 +12,17 @@ from boardbench.agent.bench.runtime import Runtime, RuntimeUnavailable
 
 @dataclass(frozen=True)
 class Engine:
-    """A line of the table. ``environment`` names a variable that must be set for the engine to be offered."""
+    """A line of the table. ``environment`` names a variable that must be set for the engine to be offered.
+
+    ``magic`` is how files of its format begin, where the format is the engine's own and nobody else's.
+    """
 
     name: str
     module: str
     type: str
     formats: Tuple[str, ...]
     environment: str = ""
+    magic: bytes = b""
 
 
 # For a format that two engines take, the first of them is the default.
@@ -26,7 +30,14 @@ _HERE = "boardbench.agent.bench.runtimes"
 ENGINES = (
     Engine("tflite", f"{_HERE}.tflite", "TfliteRuntime", ("tflite",)),
     Engine("onnxruntime", f"{_HERE}.onnx", "OnnxRuntime", ("onnx",)),
-    Engine("fake", f"{_HERE}.fake", "FakeRuntime", ("fake",), environment="BOARDBENCH_FAKE_RUNTIME"),
+    Engine(
+        "fake",
+        f"{_HERE}.fake",
+        "FakeRuntime",
+        ("fake",),
+        environment="BOARDBENCH_FAKE_RUNTIME",
+        magic=b"boardbench-fake/1\n",
+    ),
 )
 
 
@@ -41,6 +52,14 @@ def default_for(model_format: str, environ: Optional[Mapping[str, str]] = None) 
     for engine in offered(environ):
         if model_format in engine.formats:
             return engine.name
+    return ""
+
+
+def own_format(head: bytes, environ: Optional[Mapping[str, str]] = None) -> str:
+    """The format of a file that begins like this, if an engine that is offered has it for its own."""
+    for engine in offered(environ):
+        if engine.magic and head.startswith(engine.magic):
+            return engine.formats[0]
     return ""
 
 

@@ -1,0 +1,233 @@
+"""boardbench-agent: serve | probe | run. Parsed by argparse, since click would stay in a board's memory.
+
+Exit codes: 0 done, 1 the run failed or the agent could not go on, 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from boardbench.agent.config import AgentConfig
+    from boardbench.v1 import result_pb2
+
+PROGRAM = "boardbench-agent"
+
+_DONE, _FAILED, _USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command and ends the process with its exit code."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.command == "serve":
+        _leave_ssl_out()
+    from boardbench.agent.config import load
+    from boardbench.agent.errors import AgentError, ConfigurationError, InvalidRequest
+
+    try:
+        config = load(options.config, flags=_flags(options))
+        command: Callable[[argparse.Namespace, AgentConfig], int] = options.run
+        return command(options, config)
+    except (ConfigurationError, InvalidRequest) as error:
+        return _complain(str(error), _USAGE)
+    except AgentError as error:
+        return _complain(str(error), _FAILED)
+    except BrokenPipeError:
+        # Nobody reads any more (a pager was closed): nothing is left to be said.
+        sys.stderr.close()
+        return _FAILED
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog=PROGRAM, description="Runs models on this board and measures them.", allow_abbrev=False
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run")
+
+    serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="where to listen (127.0.0.1:7341); port 0: any")
+    serve.add_argument("--collector", metavar="HOST:PORT", help="where to report results")
+    serve.add_argument("--address", metavar="HOST:PORT", help="where others reach this agent")
+    serve.add_argument(
+        "--port-file", type=Path, metavar="FILE", help="the port is written there as JSON while it is open"
+    )
+
+    probe = _command(commands.add_parser, "probe", _probe, "say what this board is and what it can run")
+    probe.add_argument("--format", choices=("text", "json"), default="text", help="json: a DescribeResponse")
+
+    run = _command(commands.add_parser, "run", _run_here, "run one model here, without a server")
+    run.add_argument("model", type=Path, metavar="MODEL", help="the model file")
+    run.add_argument(
+        "--format",
+        choices=("text", "jsonl"),
+        default="text",
+        help="jsonl: a RunEvent a line, the last the result",
+    )
+    _add_spec(run)
+    return top
+
+
+def _command(
+    add: Callable[..., argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace, AgentConfig], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    command = add(name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="agent.toml (/etc/boardbench/agent.toml)"
+    )
+    command.add_argument("--data-dir", metavar="FOLDER", help="models, results and the journal of runs")
+    command.add_argument("--device-id", metavar="ID", help="identity of the board (made from the machine id)")
+    command.add_argument(
+        "--sys-root", metavar="FOLDER", help="folder with proc, sys and etc of the board (/)"
+    )
+    command.add_argument(
+        "--label", action="append", default=[], metavar="NAME=VALUE", help="a label of the board; repeat"
+    )
+    return command
+
+
+def _add_spec(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--runtime", default="", metavar="NAME", help="runtime to use (the default for the format)")
+    add("--device", default="", metavar="NAME", help="device of the runtime (cpu)")
+    add("--threads", type=int, metavar="N", help="threads that the engine may use")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an engine option; repeat")
+    add("--shape", action="append", default=[], metavar="NAME=1,2,3", help="sizes of an open input; repeat")
+    add("--inputs", type=Path, metavar="FILE.npz", help="input data by name (made from the seed)")
+    add("--seed", type=int, metavar="N", help="seed of the generated inputs (0)")
+    add("--duration", type=float, metavar="SECONDS", help="counted inferences last at least this long")
+    add("--min-runs", type=int, metavar="N", help="at least this many counted inferences")
+    add("--max-runs", type=int, metavar="N", help="at most this many counted inferences")
+    add("--warm-up", type=float, metavar="SECONDS", help="warm-up inferences last at least this long")
+    add("--warm-up-runs", type=int, metavar="N", help="at least this many warm-up inferences")
+    add("--timeout", type=float, metavar="SECONDS", help="the whole run must end within this time")
+
+
+def _flags(options: argparse.Namespace) -> dict[str, object]:
+    """What the command line sets of the configuration."""
+    names = ("listen", "collector", "address", "data_dir", "device_id", "sys_root")
+    flags = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if options.label:
+        flags["labels"] = _pairs("--label", options.label)
+    return flags
+
+
+def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """Names and values of repeated NAME=VALUE. Raises InvalidRequest."""
+    from boardbench.agent.errors import InvalidRequest
+
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise InvalidRequest(f"{flag}: {text!r} is not NAME=VALUE")
+        if name.strip() in found:
+            raise InvalidRequest(f"{flag}: {name.strip()!r} is there twice")
+        found[name.strip()] = value
+    return found
+
+
+def _leave_ssl_out() -> None:
+    """Keeps Python's ssl from being loaded.
+
+    asyncio brings it along for transports that nothing here uses (gRPC has a TLS of its own), and it is
+    4 MB of memory on a board that waits to measure something else.
+    """
+    if "asyncio" not in sys.modules:
+        sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # documented: import then fails
+
+
+def _serve(options: argparse.Namespace, config: AgentConfig) -> int:
+    import asyncio
+    import logging
+
+    from boardbench.agent.serve import serve
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    asyncio.run(
+        serve(config, port_file=options.port_file, ready=lambda address: _say(f"listening on {address}"))
+    )
+    return _DONE
+
+
+def _probe(options: argparse.Namespace, config: AgentConfig) -> int:
+    import asyncio
+
+    from boardbench.agent import here, wire
+
+    described = asyncio.run(here.describe(config))
+    if options.format == "json":
+        _say(wire.to_json(described))
+    else:
+        _say(here.description(described))
+    return _DONE
+
+
+def _run_here(options: argparse.Namespace, config: AgentConfig) -> int:
+    import asyncio
+
+    from boardbench.agent import here
+    from boardbench.v1 import result_pb2
+
+    show = here.show_json if options.format == "jsonl" else here.show_text
+    result = asyncio.run(here.run(config, options.model, options.inputs, _spec(options), show))
+    return _DONE if result.status == result_pb2.RUN_STATUS_SUCCEEDED else _FAILED
+
+
+def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:
+    """The spec that the command line asks for. Raises InvalidRequest."""
+    from boardbench.agent.errors import InvalidRequest
+    from boardbench.v1 import model_pb2, result_pb2
+
+    shapes = {name: _sizes(name, text) for name, text in _pairs("--shape", options.shape).items()}
+    numbers = {
+        "threads": options.threads,
+        "seed": options.seed,
+        "duration_seconds": options.duration,
+        "min_runs": options.min_runs,
+        "max_runs": options.max_runs,
+        "warm_up_seconds": options.warm_up,
+        "warm_up_runs": options.warm_up_runs,
+        "timeout_seconds": options.timeout,
+    }
+    try:
+        return result_pb2.BenchmarkSpec(
+            runtime=options.runtime,
+            device=options.device,
+            options=_pairs("--option", options.option),
+            shapes={name: model_pb2.Shape(dimensions=sizes) for name, sizes in shapes.items()},
+            **numbers,
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"a number is out of range: {error}") from None
+
+
+def _sizes(name: str, text: str) -> list[int]:
+    from boardbench.agent.errors import InvalidRequest
+
+    try:
+        return [int(size) for size in text.split(",") if size.strip()]
+    except ValueError:
+        raise InvalidRequest(f"--shape: {name}={text} is not NAME=SIZE,SIZE,…") from None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _complain(text: str, code: int) -> int:
+    sys.stderr.write(f"{PROGRAM}: {text}\n")
+    return code

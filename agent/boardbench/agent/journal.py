@@ -1,0 +1,240 @@
+"""Runs on disk: what was accepted, what was started, how it ended. An agent that was killed goes on from it.
+
+    <run id>.jsonl     while the run waits or runs: a line for each step, the first and the start synced
+    <run id>.result    once its result is in the spool: a line of JSON, then the RunResult; the latest stay
+
+A run whose steps are here and whose result is in the spool has ended, and only this file is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from boardbench.agent import folder
+from boardbench.v1 import model_pb2, result_pb2
+
+_log = logging.getLogger(__name__)
+
+# Each life of the agent numbers a run's events from a base of its own, far above what the last life can
+# have sent: four a second for the longest run are a third of it.
+_EVENTS_A_LIFE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run as it was accepted."""
+
+    run_id: str
+    model: model_pb2.Model
+    spec: result_pb2.BenchmarkSpec
+    created_at: Timestamp
+
+
+@dataclass
+class Unfinished:
+    """A run that a former life of the agent left waiting or running."""
+
+    order: Order
+    started_at: Timestamp | None = None
+    stage: int = result_pb2.STAGE_UNSPECIFIED
+    # Events of this life are numbered from the next on.
+    last_sequence: int = 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended, without its figures."""
+
+    order: Order
+    status: int
+    # Of the last event, which carries the result.
+    last_sequence: int
+    size_bytes: int
+
+
+@dataclass
+class Recovered:
+    """What a former life left, in the order of acceptance and of ending."""
+
+    unfinished: list[Unfinished] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+
+
+class Journal:
+    """The runs in one folder. Every call blocks on the disk; OSError when it fails."""
+
+    def __init__(self, root: Path, kept_limit: int, kept_bytes: int) -> None:
+        """``root`` is made when it is not there. At most so many results, and bytes of them, are kept."""
+        self._root = root
+        self._kept_limit = kept_limit
+        self._kept_bytes = kept_bytes
+        self._kept: dict[str, int] = {}
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def accept(self, order: Order) -> None:
+        """The run is not forgotten from now on."""
+        line = {
+            "run_id": order.run_id,
+            "model": _to_dict(order.model),
+            "spec": _to_dict(order.spec),
+            "created_at": order.created_at.ToJsonString(),
+        }
+        self._append(order.run_id, line, synced=True)
+        folder.sync(self._root)
+
+    def start(self, run_id: str, started_at: Timestamp) -> None:
+        """The run is about to begin: after a crash it is taken as interrupted and not begun again."""
+        self._append(run_id, {"started_at": started_at.ToJsonString()}, synced=True)
+
+    def stage(self, run_id: str, stage: result_pb2.Stage.ValueType) -> None:
+        """The run is in this stage. Not synced: it outlives the agent, not a power cut."""
+        self._append(run_id, {"stage": result_pb2.Stage.Name(stage)}, synced=False)
+
+    def end(self, result: result_pb2.RunResult, last_sequence: int) -> None:
+        """The result, which is in the spool, is kept here too; the oldest ones make room."""
+        head = {
+            "run_id": result.run_id,
+            "model": _to_dict(result.model),
+            "spec": _to_dict(result.spec),
+            "created_at": result.created_at.ToJsonString(),
+            "status": result_pb2.RunStatus.Name(result.status),
+            "last_sequence": last_sequence,
+        }
+        content = json.dumps(head).encode() + b"\n" + result.SerializeToString()
+        folder.replace(self._path(result.run_id, "result"), content)
+        self._path(result.run_id, "jsonl").unlink(missing_ok=True)
+        self._kept[result.run_id] = len(content)
+        while len(self._kept) > self._kept_limit or sum(self._kept.values()) > self._kept_bytes:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+            self._path(oldest, "result").unlink(missing_ok=True)
+
+    def withdraw(self, run_id: str) -> None:
+        """The run was accepted in vain: nothing about it is kept."""
+        self._path(run_id, "jsonl").unlink(missing_ok=True)
+
+    def kept(self) -> frozenset[str]:
+        """Ids of the ended runs whose results are here."""
+        return frozenset(self._kept)
+
+    def result(self, run_id: str) -> result_pb2.RunResult | None:
+        """The result of an ended run; None when it is not here or damaged."""
+        try:
+            return result_pb2.RunResult.FromString(
+                self._path(run_id, "result").read_bytes().partition(b"\n")[2]
+            )
+        except (FileNotFoundError, DecodeError):
+            return None
+
+    def recover(self) -> Recovered:
+        """What a former life left. Called once, before anything else; begins a new life for what waits."""
+        recovered = Recovered()
+        for ended in self._read_ended():
+            recovered.ended.append(ended)
+            self._kept[ended.order.run_id] = ended.size_bytes
+            # A crash between the result and the removal of the steps.
+            self._path(ended.order.run_id, "jsonl").unlink(missing_ok=True)
+        for path in self._root.glob("*.jsonl"):
+            unfinished = _read_steps(path)
+            if unfinished is None:
+                _log.warning("%s: not readable; the run it told of is forgotten", path)
+                path.unlink(missing_ok=True)
+                continue
+            self._append(unfinished.order.run_id, {"life": True}, synced=True)
+            recovered.unfinished.append(unfinished)
+        recovered.unfinished.sort(key=lambda entry: entry.order.created_at.ToNanoseconds())
+        return recovered
+
+    def _read_ended(self) -> Iterator[Ended]:
+        for path in sorted(self._root.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
+            with path.open("rb") as file:
+                head = file.readline()
+            ended = _read_head(head, path.stat().st_size)
+            if ended is None:
+                _log.warning("%s: not readable; removed", path)
+                path.unlink(missing_ok=True)
+            else:
+                yield ended
+
+    def _append(self, run_id: str, line: dict[str, Any], *, synced: bool) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(self._path(run_id, "jsonl"), flags, 0o600)
+        try:
+            # Begins a line of its own, also after one that a power cut tore.
+            folder.write_all(descriptor, b"\n" + json.dumps(line).encode() + b"\n")
+            if synced:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _path(self, run_id: str, suffix: str) -> Path:
+        return self._root / f"{run_id}.{suffix}"
+
+
+def _to_dict(message: model_pb2.Model | result_pb2.BenchmarkSpec) -> dict[str, Any]:
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def _read_order(line: dict[str, Any]) -> Order:
+    created_at = Timestamp()
+    created_at.FromJsonString(line["created_at"])
+    return Order(
+        line["run_id"],
+        json_format.ParseDict(line["model"], model_pb2.Model()),
+        json_format.ParseDict(line["spec"], result_pb2.BenchmarkSpec()),
+        created_at,
+    )
+
+
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, json_format.ParseError)
+
+
+def _read_steps(path: Path) -> Unfinished | None:
+    """The run whose steps these are; lines that a power cut tore are left out."""
+    found: Unfinished | None = None
+    lives = 1
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(*_DAMAGE):
+            line = json.loads(text)
+            if "run_id" in line:
+                found = Unfinished(_read_order(line))
+            elif found is not None:
+                lives += "life" in line
+                _read_step(line, found)
+    if found is None or found.order.run_id != path.stem:
+        return None
+    found.last_sequence = lives * _EVENTS_A_LIFE
+    return found
+
+
+def _read_step(line: dict[str, Any], found: Unfinished) -> None:
+    if "started_at" in line:
+        started_at = Timestamp()
+        started_at.FromJsonString(line["started_at"])
+        found.started_at = started_at
+    if "stage" in line:
+        found.stage = result_pb2.Stage.Value(line["stage"])
+
+
+def _read_head(head: bytes, size_bytes: int) -> Ended | None:
+    try:
+        line = json.loads(head)
+        return Ended(
+            _read_order(line),
+            result_pb2.RunStatus.Value(line["status"]),
+            int(line["last_sequence"]),
+            size_bytes,
+        )
+    except _DAMAGE:
+        return None

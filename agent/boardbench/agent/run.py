@@ -1,0 +1,600 @@
+"""One run in one bench process: what it is to do, how long each stage may take, and how it ended.
+
+What goes wrong in the worker becomes a failed result that names the stage, the signal or exit code and the
+last output; nothing that a worker does can harm more than its own run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from boardbench.agent import wire, worker
+from boardbench.agent.board.identify import EMULATORS
+from boardbench.agent.board.surroundings import Surroundings
+from boardbench.agent.config import DeadlinesConfig, SpecConfig
+from boardbench.agent.errors import InvalidRequest, NotRunnable
+from boardbench.agent.version import version
+from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
+
+# Why a run failed, when the agent says so; the worker's own codes are in bench/__main__.py.
+ERRORS = {
+    "agent_restarted": "The agent or the board went down while the run was measured.",
+    "agent_stopped": "The agent was told to stop while the run was measured.",
+    "deadline": "A stage, or the whole run, took longer than it may; the worker was killed.",
+    "model_missing": "The model or its inputs are no longer on the board.",
+    "internal": "A fault of boardbench itself.",
+    "not_started": "The board's disk did not let the run begin.",
+    "not_runnable": "The runtime that was asked for is no longer available.",
+    "out_of_memory": "The kernel killed the worker because memory ran out.",
+    "protocol_error": "The worker sent what is no event; the worker was killed.",
+    "worker_exited": "The worker exited without a result.",
+    "worker_killed": "A signal ended the worker.",
+    "worker_not_started": "The worker's interpreter could not be started.",
+}
+# Doubts that the agent itself raises; the rest is in board/surroundings.py and bench/doubts.py.
+WARNINGS = {
+    "not_spooled": "The result could not be kept for the collector.",
+    "worker_end": "The worker crashed or hung after it had reported its result.",
+}
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+_DAY_SECONDS = 86400.0
+# Bounds of what can be asked for: beyond them it is a mistake, or would fill the board.
+_MOST_SECONDS = {"duration_seconds": _DAY_SECONDS, "warm_up_seconds": 3600.0, "timeout_seconds": _DAY_SECONDS}
+_MOST_RUNS = {"min_runs": 1_000_000, "max_runs": 1_000_000, "warm_up_runs": 1_000_000}
+_MOST_THREADS = 1024
+_MOST_DIMENSIONS = 16
+_MOST_SIZE = 2**31 - 1
+
+# Progress is for eyes.
+_PROGRESS_SECONDS = 0.25
+_LEAST_PROGRESS_SECONDS = 0.05
+_MOST_WARNINGS = 64
+# Looks at memory and heat: often enough for a peak, too seldom to be felt.
+_SAMPLE_SECONDS = 0.25
+# An inference may take this many times as long as the first, which already includes lazy work.
+_SLOWER_THAN_FIRST = 3.0
+
+_STAGE_KEYS = {
+    result_pb2.STAGE_START: "start_seconds",
+    result_pb2.STAGE_IMPORT: "import_seconds",
+    result_pb2.STAGE_CREATE: "create_seconds",
+    result_pb2.STAGE_INPUTS: "inputs_seconds",
+    result_pb2.STAGE_FIRST_INFERENCE: "first_inference_seconds",
+    result_pb2.STAGE_WARM_UP: "warm_up_seconds",
+    result_pb2.STAGE_MEASURE: "measure_seconds",
+    result_pb2.STAGE_REPORT: "report_seconds",
+}
+
+
+def stage_name(stage: int) -> str:
+    """The stage as a person reads it: "first inference"."""
+    name = result_pb2.Stage.Name(result_pb2.Stage.ValueType(stage))
+    return name.removeprefix("STAGE_").lower().replace("_", " ")
+
+
+def check_spec(spec: result_pb2.BenchmarkSpec) -> None:
+    """Raises InvalidRequest, naming the field, when the spec asks for what makes no sense."""
+    for name, most in _MOST_SECONDS.items():
+        seconds = getattr(spec, name)
+        if _given(spec, name) and not (math.isfinite(seconds) and 0 <= seconds <= most):
+            raise InvalidRequest(f"{name} is {seconds:g}; it must be from 0 to {most:g}")
+    for name, most_runs in _MOST_RUNS.items():
+        if _given(spec, name) and getattr(spec, name) > most_runs:
+            raise InvalidRequest(f"{name} is {getattr(spec, name)}; it must be at most {most_runs}")
+    for name in ("min_runs", "max_runs"):
+        if _given(spec, name) and getattr(spec, name) < 1:
+            raise InvalidRequest(f"{name} is 0; it must be at least 1")
+    if _given(spec, "min_runs") and _given(spec, "max_runs") and spec.min_runs > spec.max_runs:
+        raise InvalidRequest(f"min_runs is {spec.min_runs} and max_runs {spec.max_runs}: swap them")
+    if _given(spec, "threads") and not 1 <= spec.threads <= _MOST_THREADS:
+        raise InvalidRequest(f"threads is {spec.threads}; it must be from 1 to {_MOST_THREADS}")
+    if _given(spec, "timeout_seconds") and spec.timeout_seconds <= 0:
+        raise InvalidRequest("timeout_seconds is 0; leave it out for the default")
+    for name, shape in spec.shapes.items():
+        sizes = list(shape.dimensions)
+        if len(sizes) > _MOST_DIMENSIONS or not all(1 <= size <= _MOST_SIZE for size in sizes):
+            raise InvalidRequest(
+                f"the shape of {name!r} is {sizes[:20]}; it must have at most {_MOST_DIMENSIONS} dimensions, "
+                "each at least 1"
+            )
+    if spec.inputs_sha256 and not re.fullmatch(r"[0-9a-f]{64}", spec.inputs_sha256):
+        raise InvalidRequest(
+            f"inputs_sha256 is {spec.inputs_sha256[:80]!r}; it must be 64 lower-case hex digits"
+        )
+
+
+def _given(spec: result_pb2.BenchmarkSpec, name: str) -> bool:
+    return bool(spec.HasField(name))  # type: ignore[arg-type]  # the stub wants literals
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with everything settled that can be before it begins."""
+
+    status: board_pb2.RuntimeStatus
+    # Every default filled in.
+    spec: result_pb2.BenchmarkSpec
+
+
+def plan(
+    model: model_pb2.Model,
+    asked: result_pb2.BenchmarkSpec,
+    statuses: tuple[board_pb2.RuntimeStatus, ...],
+    defaults: SpecConfig,
+) -> Plan:
+    """What will be done. Raises InvalidRequest for a bad spec, NotRunnable when the board can't do it."""
+    check_spec(asked)
+    status = _choose(model, asked.runtime, statuses)
+    device = asked.device or "cpu"
+    if device not in status.devices:
+        raise NotRunnable(
+            f"{status.name} has no device {device!r} on this board; "
+            f"it has {', '.join(status.devices) or 'none'}"
+        )
+    spec = result_pb2.BenchmarkSpec()
+    spec.CopyFrom(asked)
+    spec.runtime, spec.device = status.name, device
+    for name in ("duration_seconds", "warm_up_seconds", "warm_up_runs", "timeout_seconds"):
+        if not _given(spec, name):
+            setattr(spec, name, getattr(defaults, name))
+    # A default never contradicts what was asked for.
+    if not _given(spec, "max_runs"):
+        spec.max_runs = max(defaults.max_runs, spec.min_runs)
+    if not _given(spec, "min_runs"):
+        spec.min_runs = min(defaults.min_runs, spec.max_runs)
+    if not _given(spec, "seed"):
+        spec.seed = 0
+    if _given(asked, "timeout_seconds") and spec.timeout_seconds <= spec.duration_seconds:
+        raise InvalidRequest(
+            f"timeout_seconds is {spec.timeout_seconds:g} and the measurement alone takes "
+            f"{spec.duration_seconds:g} s: give it more time, or a shorter duration_seconds"
+        )
+    if not _given(asked, "timeout_seconds"):
+        spec.timeout_seconds += spec.duration_seconds + spec.warm_up_seconds
+    found = Plan(status, spec)
+    if len(_job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 2 * _PATH_BYTES:
+        raise InvalidRequest("options and shapes together are too long: a job has at most 24 KiB")
+    return found
+
+
+_PATH_BYTES = 4096
+
+
+def _choose(
+    model: model_pb2.Model, name: str, statuses: tuple[board_pb2.RuntimeStatus, ...]
+) -> board_pb2.RuntimeStatus:
+    available = [status for status in statuses if status.available]
+    here = ", ".join(f"{status.name} ({status.version})" for status in available) or "none"
+    if name:
+        named = next((status for status in statuses if status.name == name), None)
+        if named is None:
+            missing = "".join(f"; {s.name} is not: {s.reason}" for s in statuses if not s.available)
+            raise NotRunnable(f"there is no runtime {name!r}; available here: {here}{missing}")
+        if not named.available:
+            raise NotRunnable(f"{name} is not available on this board: {named.reason}; available: {here}")
+        if model.format not in named.formats:
+            raise NotRunnable(
+                f"{name} takes {', '.join(named.formats)} models and {model.name} is {model.format}; "
+                f"available here: {here}"
+            )
+        return named
+    takers = [status for status in statuses if model.format in status.formats]
+    for status in takers:
+        if status.available:
+            return status
+    if takers:
+        reasons = "; ".join(f"{status.name}: {status.reason}" for status in takers)
+        raise NotRunnable(f"nothing on this board can run {model.name} ({model.format}): {reasons}")
+    raise NotRunnable(
+        f"{model.name} is a {model.format} model, and no runtime here takes those; available here: {here}"
+    )
+
+
+def _job_line(plan: Plan, format: str, model: Path, inputs: Path | None) -> bytes:
+    spec = plan.spec
+    job: dict[str, object] = {
+        "kind": "run",
+        "runtime": spec.runtime,
+        "model_path": str(model),
+        "format": format,
+        "device": spec.device,
+        "threads": spec.threads if _given(spec, "threads") else None,
+        "options": dict(spec.options),
+        "shapes": {name: list(shape.dimensions) for name, shape in spec.shapes.items()},
+        "inputs_path": str(inputs) if inputs is not None else None,
+        "seed": spec.seed,
+        "duration_seconds": spec.duration_seconds,
+        "min_runs": spec.min_runs,
+        "max_runs": spec.max_runs,
+        "warm_up_seconds": spec.warm_up_seconds,
+        "warm_up_runs": spec.warm_up_runs,
+        "progress_seconds": _PROGRESS_SECONDS,
+    }
+    # Left out when not asked for, so that a worker that knows nothing of them still runs.
+    if spec.strict:
+        job["strict"] = True
+    if spec.allow_fallback:
+        job["allow_fallback"] = True
+    if _given(spec, "profile_runs"):
+        job["profile_runs"] = spec.profile_runs
+    return json.dumps(job, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one run needs."""
+
+    run_id: str
+    model: model_pb2.Model
+    model_path: Path
+    inputs_path: Path | None
+    asked: result_pb2.BenchmarkSpec
+    plan: Plan
+    created_at: Timestamp
+    board: board_pb2.Board
+    interpreter: str
+    # Exists, is empty, and belongs to this run.
+    scratch: Path
+
+
+def blank_result(
+    run_id: str,
+    model: model_pb2.Model,
+    asked: result_pb2.BenchmarkSpec,
+    board: board_pb2.Board,
+    created_at: Timestamp,
+) -> result_pb2.RunResult:
+    """The result of a run of which nothing more is known."""
+    result = result_pb2.RunResult(
+        run_id=run_id, model=model, spec=asked, board=board, created_at=created_at, finished_at=_now()
+    )
+    result.environment.boardbench_version = version()
+    if board.emulator in EMULATORS:
+        result.standins.append(board.emulator)
+    result.standins.extend(entry.name for entry in board.accelerators if entry.standin)
+    return result
+
+
+class Attempt:
+    """One run, from its start to its result. :meth:`execute` is called once; :meth:`stop` at any time."""
+
+    def __init__(
+        self,
+        job: Job,
+        deadlines: DeadlinesConfig,
+        emit: Callable[[wire.WorkerNews], None],
+        sys_root: Path = Path("/"),
+    ) -> None:
+        """``emit`` is called with every event but the result, in order."""
+        self._job = job
+        self._deadlines = deadlines
+        self._emit = emit
+        self._sys_root = sys_root
+        self._loop = asyncio.get_running_loop()
+        self._worker: worker.Worker | None = None
+        self._surroundings: Surroundings | None = None
+        self._stage: result_pb2.Stage.ValueType = result_pb2.STAGE_UNSPECIFIED
+        self._stage_began = 0.0
+        self._first_inference_seconds = 0.0
+        self._progress_at = -math.inf
+        self._stage_deadline: asyncio.TimerHandle | None = None
+        self._warnings: list[result_pb2.Warning] = []
+        self._report: result_pb2.RunResult | None = None
+        self._error: result_pb2.RunError | None = None
+        # Why the agent ended it; a cancelled run has no error.
+        self._stopped = False
+
+    @property
+    def stage(self) -> result_pb2.Stage.ValueType:
+        """The stage that it is in."""
+        return self._stage
+
+    def _is_over(self) -> bool:
+        """Whether it is settled how it ends."""
+        return self._report is not None or self._error is not None or self._stopped
+
+    def stop(self, error: result_pb2.RunError | None = None) -> None:
+        """Ends it at once: failed with that error, or cancelled without one. One that is over stays so."""
+        if self._is_over():
+            return
+        self._stopped = True
+        self._error = error
+        if self._worker is not None:
+            self._worker.kill()
+
+    async def execute(self) -> result_pb2.RunResult:
+        """Runs it to its end, whatever that is."""
+        started_at = _now()
+        if self._is_over():
+            return self._conclude(None, "", started_at=None)
+        oom = _OomCounter(self._sys_root)
+        self._surroundings = Surroundings(self._sys_root, self._job.board)
+        self._enter(result_pb2.STAGE_START)
+        timeout = self._job.plan.spec.timeout_seconds
+        too_long = f"the whole run was not over after {timeout:g} s (timeout_seconds)"
+        whole = self._loop.call_later(timeout, self._out_of_time, too_long)
+        watching: asyncio.Task[None] | None = None
+        try:
+            self._worker = await worker.start(
+                self._job.interpreter,
+                _job_line(
+                    self._job.plan, self._job.model.format, self._job.model_path, self._job.inputs_path
+                ),
+                self._job.scratch,
+                self._heard,
+                self._garbled,
+            )
+            if self._is_over():
+                self._worker.kill()
+            watching = asyncio.create_task(self._watch())
+            end = await self._worker.ended()
+        except OSError as error:
+            self._error = result_pb2.RunError(
+                code="worker_not_started",
+                message=f"{self._job.interpreter} can't be started: {error.strerror}; "
+                "see [runtimes] in the agent's configuration",
+            )
+            return self._conclude(None, "", started_at)
+        finally:
+            whole.cancel()
+            if self._stage_deadline is not None:
+                self._stage_deadline.cancel()
+            if self._worker is not None:
+                self._worker.kill()
+            if watching is not None:
+                watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching
+        if not self._is_over():
+            self._error = self._explain(end, oom)
+        return self._conclude(end, self._worker.output_tail, started_at)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_SAMPLE_SECONDS)
+            if self._surroundings is not None:
+                self._surroundings.sample()
+
+    # --- what the worker says
+
+    def _heard(self, line: bytes) -> None:
+        if self._is_over():
+            return
+        try:
+            self._take(wire.parse_event(line))
+        except wire.MalformedEvent as error:
+            self._garbled(f"{error}: {line[:120].decode('utf-8', 'replace')!r}")
+
+    def _garbled(self, what: str) -> None:
+        if self._report is None:
+            self.stop(
+                result_pb2.RunError(
+                    code="protocol_error",
+                    message=f"the worker of {self._job.plan.spec.runtime} sent what is no event ({what}); "
+                    "it, or the model in it, is broken or hostile",
+                )
+            )
+
+    def _take(self, event: wire.WorkerEvent) -> None:
+        if isinstance(event, agent_pb2.StageEvent):
+            if event.stage <= self._stage:
+                order = f"{stage_name(event.stage)} after {stage_name(self._stage)}"
+                raise wire.MalformedEvent(f"the stage {order}")
+            self._enter(event.stage)
+        elif isinstance(event, agent_pb2.ProgressEvent):
+            now = self._loop.time()
+            if now - self._progress_at >= _LEAST_PROGRESS_SECONDS:
+                self._progress_at = now
+                event.stage = self._stage
+                self._emit(event)
+        elif isinstance(event, result_pb2.Warning):
+            self._doubt(event)
+        elif isinstance(event, result_pb2.RunResult):
+            self._report = event
+            self._limit(self._deadlines.exit_seconds)
+        elif isinstance(event, result_pb2.RunError):
+            self._error = event
+            self._limit(self._deadlines.exit_seconds)
+        else:
+            raise wire.MalformedEvent("an answer to a probe")
+
+    def _doubt(self, warning: result_pb2.Warning) -> None:
+        if len(self._warnings) < _MOST_WARNINGS:
+            self._warnings.append(warning)
+            self._emit(warning)
+
+    def _enter(self, stage: result_pb2.Stage.ValueType) -> None:
+        now = self._loop.time()
+        if self._stage == result_pb2.STAGE_FIRST_INFERENCE:
+            self._first_inference_seconds = now - self._stage_began
+        if self._worker is not None and self._surroundings is not None:
+            if stage == result_pb2.STAGE_MEASURE:
+                self._surroundings.measurement_begins(self._worker.pid)
+            elif self._stage == result_pb2.STAGE_MEASURE:
+                self._surroundings.measurement_ends(self._worker.pid)
+        self._stage, self._stage_began = stage, now
+        self._limit(self._stage_seconds(stage))
+        self._emit(agent_pb2.StageEvent(stage=stage))
+
+    # --- how long it may take
+
+    def _stage_seconds(self, stage: int) -> float:
+        spec = self._job.plan.spec
+        base: float = getattr(self._deadlines, _STAGE_KEYS[result_pb2.Stage.ValueType(stage)])
+        inference = _SLOWER_THAN_FIRST * self._first_inference_seconds
+        if stage == result_pb2.STAGE_WARM_UP:
+            return base + 2 * spec.warm_up_seconds + inference * (spec.warm_up_runs + 1)
+        if stage == result_pb2.STAGE_MEASURE:
+            return base + 2 * spec.duration_seconds + inference * (spec.min_runs + 1)
+        return base
+
+    def _limit(self, seconds: float) -> None:
+        if self._stage_deadline is not None:
+            self._stage_deadline.cancel()
+        setting = f"deadlines.{_STAGE_KEYS[self._stage]} in the agent's configuration"
+        self._stage_deadline = self._loop.call_later(
+            seconds,
+            self._out_of_time,
+            f"the stage {stage_name(self._stage)} was not over after {seconds:g} s ({setting})",
+        )
+
+    def _out_of_time(self, what: str) -> None:
+        if self._is_over():
+            # It has said everything and does not end by itself.
+            if self._worker is not None:
+                self._worker.kill()
+            return
+        self.stop(
+            result_pb2.RunError(
+                code="deadline",
+                message=f"{what}; the worker was killed: "
+                "the model or the engine hangs, or this board needs more time for it",
+            )
+        )
+
+    # --- how it ended
+
+    def _explain(self, end: worker.WorkerEnd, oom: _OomCounter) -> result_pb2.RunError:
+        """Why a worker ended that said nothing about it."""
+        stage = stage_name(self._stage)
+        model = self._job.model.name
+        if end.signal == "SIGKILL" and (evidence := oom.evidence()):
+            return result_pb2.RunError(
+                code="out_of_memory",
+                message=f"memory ran out in the stage {stage} and the kernel killed the worker ({evidence}): "
+                f"{model} needs more than this board has free",
+            )
+        if end.signal:
+            return result_pb2.RunError(
+                code="worker_killed",
+                message=f"{end.signal} ended the worker in the stage {stage} while it ran {model}; "
+                "its last output may say why",
+            )
+        how = "ended by itself" if end.exit_code == 0 else f"exited with {end.exit_code}"
+        return result_pb2.RunError(
+            code="worker_exited",
+            message=f"the worker {how} in the stage {stage} without a result for {model}; "
+            "its last output may say why",
+        )
+
+    def _conclude(
+        self, end: worker.WorkerEnd | None, output_tail: str, started_at: Timestamp | None
+    ) -> result_pb2.RunResult:
+        job, spec = self._job, self._job.plan.spec
+        result = blank_result(job.run_id, job.model, job.asked, job.board, job.created_at)
+        if started_at is not None:
+            result.started_at.CopyFrom(started_at)
+        result.runtime.name = spec.runtime
+        result.runtime.version = job.plan.status.version
+        result.runtime.device = spec.device
+        result.runtime.options.update(spec.options)
+        result.runtime.interpreter.CopyFrom(job.plan.status.interpreter)
+        if self._surroundings is not None:
+            environment, doubts = self._surroundings.end()
+            result.environment.MergeFrom(environment)
+            for doubt in doubts:
+                self._doubt(doubt)
+        if self._report is not None:
+            self._take_report(result, self._report, end)
+        elif self._error is not None:
+            self._take_error(result, self._error, end, output_tail)
+        else:
+            result.status = result_pb2.RUN_STATUS_CANCELLED
+        result.warnings.extend(self._warnings)
+        if result.placement.standin and "standin" not in " ".join(result.standins):
+            result.standins.append(f"standin-{spec.device}")
+        return result
+
+    def _take_report(
+        self, result: result_pb2.RunResult, report: result_pb2.RunResult, end: worker.WorkerEnd | None
+    ) -> None:
+        # Merging would add its repeated fields to what is there.
+        for name in ("runtime", "effective_spec"):
+            if report.HasField(name):
+                result.ClearField(name)
+        result.MergeFrom(report)
+        result.status = result_pb2.RUN_STATUS_SUCCEEDED
+        result.effective_spec.inputs_sha256 = self._job.plan.spec.inputs_sha256
+        result.effective_spec.timeout_seconds = self._job.plan.spec.timeout_seconds
+        if end is not None and (end.signal or end.exit_code):
+            how = f"ended with {end.signal}" if end.signal else f"exited with {end.exit_code}"
+            self._doubt(
+                result_pb2.Warning(
+                    code="worker_end",
+                    message=f"the worker {how} after it had reported: the figures are whole, "
+                    f"but {result.runtime.name} does not unload cleanly",
+                )
+            )
+
+    def _take_error(
+        self,
+        result: result_pb2.RunResult,
+        error: result_pb2.RunError,
+        end: worker.WorkerEnd | None,
+        output_tail: str,
+    ) -> None:
+        result.status = result_pb2.RUN_STATUS_FAILED
+        result.error.CopyFrom(error)
+        result.error.stage = self._stage
+        result.error.output_tail = output_tail
+        if end is not None:
+            result.error.signal = end.signal
+            if end.exit_code is not None:
+                result.error.exit_code = end.exit_code
+
+
+class _OomCounter:
+    """How often the kernel killed for want of memory, counted from its making on.
+
+    The control group's own count where there is one (cgroup v2's memory.events, v1's memory.oom_control),
+    since the system's count in /proc/vmstat includes kills in every other group.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._files = [path for path in _oom_files(root) if _oom_kills(path) is not None][:1]
+        self._before = [_oom_kills(path) or 0 for path in self._files]
+
+    def evidence(self) -> str:
+        """What rose, in words; empty when nothing did."""
+        for path, before in zip(self._files, self._before, strict=True):
+            now = _oom_kills(path) or 0
+            if now > before:
+                return f"oom_kill in {path} rose from {before} to {now}"
+        return ""
+
+
+def _oom_files(root: Path) -> list[Path]:
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                found.append(root / "sys/fs/cgroup" / path.lstrip("/") / "memory.events")
+            elif "memory" in controllers.split(","):
+                found.append(root / "sys/fs/cgroup/memory" / path.lstrip("/") / "memory.oom_control")
+    return [*found, root / "proc/vmstat"]
+
+
+def _oom_kills(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
+
+
+def _now() -> Timestamp:
+    return wire.timestamp(time.time_ns())

@@ -1,0 +1,274 @@
+"""The composition root: the only place where the agent's parts meet, and where its server is made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from boardbench.agent import wire
+from boardbench.agent.board.identify import derive_device_id, identify
+from boardbench.agent.config import AgentConfig, parse_address
+from boardbench.agent.errors import ConfigurationError, StorageError
+from boardbench.agent.journal import Journal
+from boardbench.agent.probe import Engines
+from boardbench.agent.queue import Runs
+from boardbench.agent.receive import CHUNK_LIMIT_BYTES, ModelStore
+from boardbench.agent.service import SERVICE_NAME, AgentService
+from boardbench.agent.spool import Spool
+from boardbench.agent.stream import CollectorLink
+from boardbench.agent.version import version
+from boardbench.v1 import agent_pb2_grpc, board_pb2, collector_pb2
+
+_log = logging.getLogger(__name__)
+
+# For watchers to take the last event of a run that is ended by the stop, over a slow link.
+_FAREWELL_SECONDS = 2.0
+# How long the collector is let waiting for the first probe, which its hello tells about.
+_PROBE_PATIENCE_SECONDS = 30.0
+_LOOPBACK = ("localhost", "[::1]")
+_EVERYWHERE = ("0.0.0.0", "[::]")
+
+
+async def serve(
+    config: AgentConfig,
+    *,
+    port_file: Path | None = None,
+    ready: Callable[[str], None] = lambda _: None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Runs the agent until SIGTERM, SIGINT or ``stop``, then ends the run that is measured and returns.
+
+    ``ready`` is called once with the address that answers. Raises ConfigurationError, StorageError.
+    """
+    stop = stop or asyncio.Event()
+    reasons: list[str] = []
+    with _signals(stop, reasons):
+        async with _running(config) as agent:
+            with _written(port_file, agent.port):
+                ready(f"{parse_address(config.listen, 'listen')[0]}:{agent.port}")
+                await agent.work_until(stop)
+                await agent.stop(reasons[0] if reasons else "stopped")
+
+
+class _Agent:
+    """The parts of an agent that runs."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        port: int,
+        health: HealthServicer,
+        runs: Runs,
+        engines: Engines,
+        link: CollectorLink | None,
+    ) -> None:
+        self.port = port
+        self._config = config
+        self._health = health
+        self._runs = runs
+        self._engines = engines
+        self._link = link
+        self._work = asyncio.create_task(runs.work())
+        self._report = asyncio.create_task(self._keep_reporting())
+
+    async def work_until(self, stop: asyncio.Event) -> None:
+        """Returns when it is to stop; raises when a part of it has failed."""
+        stopped = asyncio.create_task(stop.wait())
+        tasks = (stopped, self._work, self._report)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in (self._work, self._report):
+                if task.done():
+                    task.result()
+        finally:
+            stopped.cancel()
+
+    async def stop(self, reason: str) -> None:
+        """Ends the run that is measured; its result is in the spool then."""
+        _log.info("stopping: %s", reason)
+        await self._health.enter_graceful_shutdown()
+        await self._runs.stop(reason)
+        await self._work
+
+    async def close(self) -> None:
+        """Ends what is left."""
+        for task in (self._work, self._report):
+            task.cancel()
+        await asyncio.gather(self._work, self._report, return_exceptions=True)
+
+    async def _keep_reporting(self) -> None:
+        # The hello tells what the board can run.
+        probe = asyncio.create_task(self._probe())
+        await asyncio.wait([probe], timeout=_PROBE_PATIENCE_SECONDS)
+        if self._link is not None:
+            await self._link.run()
+        await asyncio.Event().wait()
+
+    async def _probe(self) -> None:
+        for status in await self._engines.statuses():
+            if status.available:
+                _log.info("%s: %s", status.name, status.version)
+            else:
+                _log.warning("%s is not available: %s", status.name, status.reason)
+
+
+@contextlib.asynccontextmanager
+async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
+    """The agent, listening inside the context; leaving it ends everything that it started."""
+    data_dir = config.data_dir
+    device_id = config.device_id or derive_device_id(config.sys_root, data_dir)
+
+    def describe_board() -> board_pb2.Board:
+        return identify(config.sys_root, device_id=device_id, labels=config.labels)
+
+    async with contextlib.AsyncExitStack() as stack:
+        # First, because it makes sure that no other agent has the folder.
+        store = ModelStore(data_dir / "models", config.store.limit_bytes, config.store.free_floor_bytes)
+        stack.push_async_callback(store.close)
+        spool = Spool(data_dir / "spool", config.spool.limit_bytes, config.spool.free_share)
+        stack.callback(spool.close)
+        scratch = data_dir / "scratch"
+        await asyncio.to_thread(_empty, scratch)
+        engines = Engines(config, scratch)
+        try:
+            journal = Journal(data_dir / "runs", config.runs.kept_limit, config.runs.kept_bytes)
+            runs = Runs(config, store, spool, journal, engines, describe_board, scratch)
+            await runs.recover()
+        except OSError as error:
+            raise StorageError(f"{data_dir / 'runs'}: can't be read: {error}; check the disk") from error
+
+        link: CollectorLink | None = None
+        server = grpc.aio.server(
+            options=(
+                # Two agents on one port would share the calls between them, silently.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", 2 * CHUNK_LIMIT_BYTES),
+                # A result with all its samples is bounded by what the worker may send.
+                ("grpc.max_send_message_length", -1),
+                # A client that follows a long run keeps its way through a NAT open.
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            )
+        )
+        service = AgentService(
+            store=store,
+            spool=spool,
+            runs=runs,
+            engines=engines,
+            identify=describe_board,
+            link=lambda: link.status() if link is not None else None,
+            started_at=wire.timestamp(time.time_ns()),
+        )
+        agent_pb2_grpc.add_AgentServiceServicer_to_server(service, server)
+        health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), server)
+        port = await _listen(server, config.listen)
+        stack.push_async_callback(server.stop, _FAREWELL_SECONDS)
+        for name in ("", SERVICE_NAME):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+        if config.collector:
+            link = CollectorLink(
+                config.collector,
+                spool,
+                hello=lambda: collector_pb2.Hello(
+                    board=describe_board(),
+                    agent_version=version(),
+                    runtimes=engines.known,
+                    address=config.address or _reachable(config.listen, port),
+                ),
+                heartbeat=lambda: collector_pb2.Heartbeat(
+                    running_run_id=runs.running_run_id, queued_runs=runs.waiting
+                ),
+            )
+        agent = _Agent(config, port, health, runs, engines, link)
+        stack.push_async_callback(agent.close)
+        yield agent
+
+
+async def _listen(server: grpc.aio.Server, listen: str) -> int:
+    """The port that the server listens on."""
+    host, port = parse_address(listen, "listen")
+    if not host.startswith("127.") and host not in _LOOPBACK:
+        _log.warning("%s is open to the network, and whoever reaches it may run models on this board", listen)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise _cannot_listen(listen) from error
+    if not bound:
+        raise _cannot_listen(listen)
+    await server.start()
+    return bound
+
+
+def _cannot_listen(listen: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"can't listen on {listen}; another program may have the port, or the address is not this "
+        "machine's: choose another with --listen"
+    )
+
+
+def _reachable(listen: str, port: int) -> str:
+    """Where others reach what listens there: every address of the machine is its name."""
+    host, _ = parse_address(listen, "listen")
+    return f"{os.uname().nodename if host in _EVERYWHERE else host}:{port}"
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event, reasons: list[str]) -> Iterator[None]:
+    """SIGTERM and SIGINT set ``stop`` inside the context, instead of ending the process."""
+    loop = asyncio.get_running_loop()
+
+    def stopped(number: signal.Signals) -> None:
+        reasons.append(number.name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped, number)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _written(path: Path | None, port: int) -> Iterator[None]:
+    """The port as JSON in a file while it is open; renamed into place, so never seen half written."""
+    if path is None:
+        yield
+        return
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps({"grpc": port}) + "\n")
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't write {path}: {error.strerror}; choose another file with --port-file"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _empty(folder: Path) -> None:
+    """Removes what workers of a former life left."""
+    if folder.exists():
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
