@@ -718,7 +718,8 @@ async def test_a_stalled_client_is_superseded(stores):
     async with store.receive(sha256=digest(data), name="a.tflite", size_bytes=len(data)) as transfer:
         await send(transfer, data, MIB)
         second = asyncio.create_task(push(store, data, "b.tflite"))
-        await asyncio.sleep(0.05)
+        for _ in range(10):
+            await asyncio.sleep(0)
         assert not second.done()
         seconds = 1.0
         assert (await second).path.read_bytes() == data
