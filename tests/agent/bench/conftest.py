@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,11 @@ class Worker:
         self.children: list[Child] = []
 
     def start(
-        self, job: bytes | dict[str, Any], *, environ: dict[str, str] | None = None, python: str = sys.executable
+        self,
+        job: bytes | dict[str, Any],
+        *,
+        environ: dict[str, str] | None = None,
+        python: str = sys.executable,
     ) -> Child:
         reading, writing = os.pipe()
         environment = {key: value for key, value in os.environ.items() if not key.startswith("BOARDBENCH_")}

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from boardbench.agent.bench import inputs, memory
-from boardbench.agent.bench.runtime import InputsRejected
-from boardbench.agent.domain import Quantization, TensorInfo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
+from boardbench.agent.bench import inputs, memory
+from boardbench.agent.bench.runtime import InputsRejected
+from boardbench.agent.domain import Quantization, TensorInfo
 
 ALL_TYPES = (*inputs.WHOLE_RANGE, *inputs.SMALL_INTEGERS, *inputs.FLOATS, "bool", "str")
 
@@ -88,7 +89,9 @@ def test_seeded_data_are_the_same_on_every_machine_and_version() -> None:
 @settings(deadline=None, max_examples=20)
 def test_equal_seeds_give_equal_data_and_others_do_not(seed: int) -> None:
     assert np.array_equal(seeded("float32", 16, seed=seed), seeded("float32", 16, seed=seed))
-    assert not np.array_equal(seeded("float32", 16, seed=seed), seeded("float32", 16, seed=(seed + 1) % 2**64))
+    assert not np.array_equal(
+        seeded("float32", 16, seed=seed), seeded("float32", 16, seed=(seed + 1) % 2**64)
+    )
 
 
 def test_inputs_differ_from_each_other_and_do_not_depend_on_their_neighbours() -> None:
@@ -103,9 +106,7 @@ def test_large_inputs_are_made_in_parts_without_a_seam() -> None:
     made = seeded("float64", 2 * words + 3)
     alone = np.random.PCG64(np.random.SeedSequence(entropy=0, spawn_key=(0,))).random_raw(2 * words + 3)
     assert np.array_equal(made, (alone >> np.uint64(11)) * 2.0**-53)
-    assert np.array_equal(
-        seeded("uint8", 8 * words + 5), alone.astype("<u8").view(np.uint8)[: 8 * words + 5]
-    )
+    assert np.array_equal(seeded("uint8", 8 * words + 5), alone.astype("<u8").view(np.uint8)[: 8 * words + 5])
 
 
 def test_a_type_without_data_is_refused() -> None:
@@ -221,9 +222,7 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
 
 def member(dtype: str, shape: tuple[int, ...], data: bytes) -> bytes:
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": dtype, "fortran_order": False, "shape": shape}
-    )
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     return header.getvalue() + data
 
 
@@ -299,6 +298,12 @@ def test_no_damaged_byte_is_more_than_a_refusal(position: int, value: int) -> No
         assert {name: array.shape for name, array in feeds.items()} == {"image": (1, 2, 2), "ids": (3,)}
     finally:
         path.unlink()
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "nameless.npz", x=member("|u1", (1,), b"\0"))
+    path.write_bytes(path.read_bytes().replace(b"x.npy", b"\0.npy"))
+    assert "no input ''" in refused(path)
 
 
 _scratch = Path()

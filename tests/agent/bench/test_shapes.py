@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from boardbench.agent.bench import shapes
 from boardbench.agent.bench.runtime import InputsRejected
 from boardbench.agent.domain import TensorInfo
@@ -50,7 +51,9 @@ def test_a_shape_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_inputs_that_there_are() -> None:
-    with pytest.raises(InputsRejected, match=r"no input 'img'; its inputs are image float32 \[\?, 3, \?, \?\]"):
+    with pytest.raises(
+        InputsRejected, match=r"no input 'img'; its inputs are image float32 \[\?, 3, \?, \?\]"
+    ):
         settle(IMAGE, img=(1, 3, 8, 8))
 
 
@@ -61,7 +64,7 @@ def test_an_input_named_twice_is_refused() -> None:
 
 def test_data_that_do_not_fit_twice_into_memory_are_refused() -> None:
     assert settle(FIXED, available=8) == [(1, 4)]
-    with pytest.raises(InputsRejected, match="need 8 bytes.* 7 bytes of memory are available"):
+    with pytest.raises(InputsRejected, match=r"need 8 bytes.* 7 bytes of memory are available"):
         settle(FIXED, available=7)
     with pytest.raises(InputsRejected, match="bytes of memory are available"):
         settle(IMAGE, image=(2**20, 3, 2**20, 2**20))

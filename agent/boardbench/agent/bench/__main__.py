@@ -83,13 +83,15 @@ def _serve(line: bytes, events: EventWriter) -> int:
         if kind == "probe":
             events.probe(probe.probe(content.get("runtime")))
         elif kind == "run":
-            events.result(execute(Job.parse(content), events))
+            execute(Job.parse(content), events)
         else:
             raise JobRejected(f"there is no job of kind {kind!r}")
     except BrokenPipeError:
         return 1  # nobody listens any more
     except Exception as error:
         traceback.print_exc()
+        if events.ended:
+            return 1  # the engine failed to close: the result is out
         code, message = _explain(error)
         with contextlib.suppress(BrokenPipeError):
             events.error(code, message)

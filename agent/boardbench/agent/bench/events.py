@@ -36,6 +36,8 @@ class EventWriter:
     def __init__(self, descriptor: int) -> None:
         """Takes over ``descriptor``, which stays open until the process ends."""
         self._descriptor = descriptor
+        self.ended = False
+        """Whether the last event was told: a result, a probe or an error."""
 
     def stage(self, stage: Stage) -> None:
         """A stage begins."""
@@ -51,14 +53,17 @@ class EventWriter:
 
     def result(self, measurement: Measurement) -> None:
         """The measurement. Nothing follows."""
+        self.ended = True
         self._write({"event": "result", "result": to_json(measurement)})
 
     def probe(self, runtimes: Sequence[RuntimeStatus]) -> None:
         """What engines there are. Nothing follows."""
+        self.ended = True
         self._write({"event": "probe", "runtimes": to_json(tuple(runtimes))})
 
     def error(self, code: str, message: str) -> None:
         """Why there is no result. Nothing follows."""
+        self.ended = True
         self._write({"event": "error", "error": {"code": code, "message": message}})
 
     def _write(self, event: Mapping[str, object]) -> None:

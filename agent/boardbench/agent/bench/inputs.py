@@ -149,7 +149,7 @@ class _Archive:
             raise InputsRejected(
                 f"the inputs are not an .npz file ({error}): write them with numpy.savez(file, name=array)"
             ) from error
-        members = [member for member in self._zip.infolist() if not member.is_dir()]
+        members = [member for member in self._zip.infolist() if not member.filename.endswith("/")]
         if len(members) > MOST_ENTRIES:
             self._zip.close()
             raise InputsRejected(f"the .npz holds {len(members)} arrays; at most {MOST_ENTRIES} are read")

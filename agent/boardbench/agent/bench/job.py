@@ -37,8 +37,8 @@ from boardbench.agent.domain import (
 if TYPE_CHECKING:
     from boardbench.agent.bench.runtime import Tensors
 
-MOST_RUNS = 100_000_000
-"""Eight bytes a sample: beyond it the samples alone would fill a board."""
+MOST_RUNS = 1_000_000
+"""Every sample goes into the result: a million are a line of some 10 MB."""
 
 
 class InferenceFailed(Exception):
@@ -110,8 +110,11 @@ class Job:
         return self
 
 
-def execute(job: Job, events: EventWriter) -> Measurement:
-    """Runs the job, telling stages, progress and doubts on the way.
+def execute(job: Job, events: EventWriter) -> None:
+    """Runs the job, telling stages, progress, doubts and the result.
+
+    The result is told before the model is closed: an engine that crashes or hangs then takes nothing
+    with it. The Edge TPU wants to be closed all the same, or its next user finds it in a bad state.
 
     Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, InferenceFailed, MemoryError.
     """
@@ -143,7 +146,8 @@ def execute(job: Job, events: EventWriter) -> Measurement:
         meter.end_phase(MemoryPhase.LOADED)
         for warning in model.watch.doubts() if model.watch else ():
             events.warning(warning)
-        return _run(job, model, events, meter, (runtime.name, version, import_seconds, create_seconds))
+        known = (runtime.name, version, import_seconds, create_seconds)
+        events.result(_run(job, model, events, meter, known))
     finally:
         model.close()
 

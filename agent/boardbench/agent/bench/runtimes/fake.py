@@ -26,6 +26,7 @@ every inference but the first when ``first_inference`` is there. An action is an
     raise: "message"                raises an error that is no error of boardbench
     reject: "message"               refuses the model
     stdout: "text", times: number   writes to stdout (stderr alike)
+    at_exit: [ACTION, …]            happens in an exit handler of the interpreter, as engines have them
 
 Faults while the engine is imported: a JSON list of actions in BOARDBENCH_FAKE_IMPORT.
 Options: ``mode=plain|noisy`` (noisy writes to stdout at every inference). Devices: cpu, faketpu.
@@ -33,6 +34,7 @@ Options: ``mode=plain|noisy`` (noisy writes to stdout at every inference). Devic
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import json
@@ -246,6 +248,8 @@ def _act_one(action: Mapping[str, Any], noise: Optional[Iterator[float]]) -> Non
         raise RuntimeError(action["raise"])
     elif "reject" in action:
         raise ModelRejected(action["reject"])
+    elif "at_exit" in action:
+        atexit.register(_act, action["at_exit"])
     elif "stdout" in action or "stderr" in action:
         stream = sys.stdout if "stdout" in action else sys.stderr
         text = action.get("stdout", action.get("stderr"))
