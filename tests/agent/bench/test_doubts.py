@@ -3,12 +3,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from boardbench.agent.bench import doubts, stats
 
 
 def codes(samples: list[int], *, clock_read_seconds: float = 1e-9, **around: float) -> list[str]:
     warnings = doubts.of_latency(
-        stats.latency(samples), clock_read_seconds=clock_read_seconds, **around  # type: ignore[arg-type]
+        stats.latency(samples),
+        clock_read_seconds=clock_read_seconds,
+        **around,  # type: ignore[arg-type]
     )
     return [warning.code for warning in warnings]
 
@@ -32,7 +35,6 @@ def test_a_wide_spread_is_told_with_its_size() -> None:
     (warning,) = doubts.of_latency(stats.latency(samples), clock_read_seconds=1e-9)
     assert warning.code == "high_variation"
     assert "13%" in warning.message
-
 
 
 def test_a_slow_beginning_is_a_warm_up_too_short() -> None:

@@ -7,10 +7,11 @@ import re
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from google.protobuf import json_format
+
 from boardbench.agent import domain
 from boardbench.agent.bench.events import EventWriter, to_json
 from boardbench.v1 import agent_pb2, board_pb2, model_pb2, placement_pb2, result_pb2
-from google.protobuf import json_format
 
 # Nouns whose name differs on the wire, most of them a part of their message: the rest is the agent's.
 ALIASES = {

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+
 from boardbench.agent.bench import measure
 from boardbench.agent.bench.measure import Bounds
 from boardbench.agent.domain import Progress, Stage
@@ -92,9 +94,7 @@ def test_telling_progress_is_not_in_the_samples() -> None:
     def slow_report(_: Progress) -> None:
         time.now += 50 * MILLISECOND
 
-    samples, _ = measure.measure(
-        time.call, bounds, slow_report, progress_seconds=0.25, clock=time.clock
-    )
+    samples, _ = measure.measure(time.call, bounds, slow_report, progress_seconds=0.25, clock=time.clock)
     assert set(samples) == {MILLISECOND + 1}
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from boardbench.agent.bench import memory
 from boardbench.agent.bench.memory import MemoryMeter
 from boardbench.agent.domain import MemoryPhase
@@ -104,7 +105,9 @@ def test_elsewhere_what_can_not_be_had_is_absent(tmp_path: Path) -> None:
 
 def proc(folder: Path, *, available: int | None, cgroup: str = "") -> Path:
     (folder / "self").mkdir(parents=True)
-    (folder / "meminfo").write_text("" if available is None else f"MemTotal: 99 kB\nMemAvailable: {available} kB\n")
+    (folder / "meminfo").write_text(
+        "" if available is None else f"MemTotal: 99 kB\nMemAvailable: {available} kB\n"
+    )
     (folder / "self" / "cgroup").write_text(cgroup)
     return folder
 

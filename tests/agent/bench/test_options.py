@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import OptionRejected
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from boardbench.agent.bench import placement
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Unit, UnitCount, Verdict
 

@@ -4,9 +4,10 @@ import math
 from fractions import Fraction
 
 import pytest
-from boardbench.agent.bench import stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from boardbench.agent.bench import stats
 
 percentiles = st.sampled_from(stats.PERCENTILES)
 
