@@ -770,4 +770,5 @@ def _parse_record(data: bytes | memoryview, epoch: bytes) -> tuple[int, str, byt
 
 
 def _record_crc(epoch: bytes, length: int, sequence: int, run_id: bytes, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(epoch + struct.pack("<IQ", length, sequence) + run_id))
+    head = epoch + _RECORD.pack(length, 0, sequence, len(run_id)) + run_id
+    return zlib.crc32(payload, zlib.crc32(head))
