@@ -334,7 +334,7 @@ class Programs:
         """A collector with the store of that name, ready."""
         port_file = self.folder / f"{name}.ports"
         port_file.unlink(missing_ok=True)
-        program = self._start(
+        program = self.start(
             name,
             [
                 *installed("boardbench-collector"), "serve", "--listen", listen, "--http", http,
@@ -366,7 +366,7 @@ class Programs:
         if collector:
             arguments += ["--collector", collector]
         settings = {"BOARDBENCH_AGENT_STORE_FREE_FLOOR_BYTES": str(1 << 20)} | dict(environment or {})
-        program = self._start(name, arguments, settings)
+        program = self.start(name, arguments, settings)
         ports = self._ports(program, port_file)
         return Agent(program, f"127.0.0.1:{ports['grpc']}", data_dir, device_id)
 
@@ -386,7 +386,7 @@ class Programs:
     def logs(self) -> str:
         return "\n".join(f"--- {each.log_path.name}\n{each.log()[-20_000:]}" for each in self.started)
 
-    def _start(
+    def start(
         self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> Program:
         program = Program(name, arguments, self.folder, self.environment | dict(environment or {}))
@@ -451,6 +451,7 @@ class House:
     programs: Programs
     collector: Collector
     agent: Agent
+    eventually = staticmethod(eventually)
 
     def client(self, *arguments: object, code: int | None = 0, seconds: float = CLIENT_SECONDS) -> Answer:
         return self.programs.client(*arguments, code=code, seconds=seconds)
@@ -465,6 +466,12 @@ def house(module_programs: Programs) -> House:
     """A collector and an agent, shared by the tests of a module."""
     collector = module_programs.collector()
     return House(module_programs, collector, module_programs.agent(collector=collector.address))
+
+
+@pytest.fixture(name="eventually")
+def give_eventually() -> Callable[..., Any]:
+    """:func:`eventually`, for suites that can't import this file."""
+    return eventually
 
 
 @pytest.fixture
