@@ -272,7 +272,9 @@ class _Reader:
         try:
             return kind(**values)
         except ConfigurationError as error:
-            raise self._error((str(error).partition(":")[0],), str(error)) from None
+            key, _, problem = str(error).partition(": ")
+            known = key in self.origins
+            raise self._error((key,), problem if known else str(error)) from None
 
     def _convert(self, hint: Any, value: object, path: tuple[str, ...]) -> Any:
         if is_dataclass(hint):

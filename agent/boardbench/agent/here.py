@@ -85,12 +85,10 @@ def show_json(event: agent_pb2.RunEvent) -> None:
 
 
 def show_text(event: agent_pb2.RunEvent) -> None:
-    """Stages and doubts on stderr as they come, the result on stdout."""
+    """Stages on stderr as they come, the result on stdout."""
     kind = event.WhichOneof("event")
     if kind == "stage":
         sys.stderr.write(f"{stage_name(event.stage.stage)}\n")
-    elif kind == "warning":
-        sys.stderr.write(f"warning {event.warning.code}: {event.warning.message}\n")
     elif kind == "result":
         sys.stdout.write(_summary(event.result) + "\n")
         sys.stdout.flush()

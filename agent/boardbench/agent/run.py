@@ -185,9 +185,10 @@ def _choose(
         if not named.available:
             raise NotRunnable(f"{name} is not available on this board: {named.reason}; available: {here}")
         if model.format not in named.formats:
+            takers = ", ".join(status.name for status in available if model.format in status.formats)
             raise NotRunnable(
-                f"{name} takes {', '.join(named.formats)} models and {model.name} is {model.format}; "
-                f"available here: {here}"
+                f"{name} takes {', '.join(named.formats)} models and {model.name} is {model.format}"
+                + (f"; use {takers}, or no --runtime at all" if takers else "")
             )
         return named
     takers = [status for status in statuses if model.format in status.formats]

@@ -179,9 +179,11 @@ def _parse_result(content: object) -> result_pb2.RunResult:
 def _take_samples(content: dict[str, Any]) -> list[int]:
     """The samples, out of the object: json_format takes a microsecond for each, and there are many."""
     latency = content.get("latency")
-    samples = latency.pop("samples_nanoseconds", []) if isinstance(latency, dict) else []
-    if not isinstance(samples, list) or not all(type(sample) in (int, str) for sample in samples):
-        raise MalformedEvent("samples that are no list of numbers")
+    samples = latency.pop("samples_nanoseconds", None) if isinstance(latency, dict) else None
+    if not samples or not isinstance(samples, list):
+        raise MalformedEvent("a result without samples")
+    if not all(type(sample) in (int, str) for sample in samples):
+        raise MalformedEvent("samples that are no numbers")
     try:
         return [int(sample) for sample in samples]
     except ValueError as error:

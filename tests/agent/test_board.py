@@ -1,0 +1,336 @@
+"""What the board says of itself, read from the trees in ``tests/boards``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from boardbench.agent.board.identify import derive_device_id, identify
+from boardbench.agent.board.sensor import Reading, Sensor
+from boardbench.agent.board.sensors import cpufreq, find_all, thermal
+from boardbench.agent.board.surroundings import Surroundings
+from boardbench.agent.errors import StorageError
+from boardbench.v1 import board_pb2
+
+BOARDS = Path(__file__).parent.parent / "boards"
+
+
+def board(name: str, architecture: str = "aarch64") -> board_pb2.Board:
+    return identify(BOARDS / name, device_id="it", labels={"lab": "zurich"}, architecture=architecture)
+
+
+def copied(name: str, tmp_path: Path) -> Path:
+    """A tree that the test may change."""
+    root = tmp_path / name
+    shutil.copytree(BOARDS / name, root, symlinks=True)
+    return root
+
+
+# --- identify
+
+
+def test_raspberry_pi() -> None:
+    found = board("raspberry_pi_5")
+    assert found == board_pb2.Board(
+        device_id="it",
+        hostname="raspberrypi",
+        model="Raspberry Pi 5 Model B Rev 1.0",
+        soc="bcm2712",
+        architecture="aarch64",
+        cpu_model="Cortex-A76",
+        cpu_count=4,
+        memory_bytes=8256752 * 1024,
+        os="Debian GNU/Linux 12 (bookworm)",
+        kernel="6.6.51+rpt-rpi-2712",
+        labels={"lab": "zurich"},
+    )
+
+
+def test_jetson_has_its_gpu() -> None:
+    found = board("jetson_orin_nano")
+    assert (found.soc, found.cpu_model, found.cpu_count) == ("tegra234", "Cortex-A78AE", 6)
+    assert [(each.kind, each.name, each.path) for each in found.accelerators] == [
+        ("gpu", "tegra234 GPU", "/sys/bus/platform/devices/17000000.gpu")
+    ]
+
+
+def test_two_kinds_of_cores_are_both_named() -> None:
+    found = board("rock_5b")
+    assert found.cpu_model == "4 × Cortex-A55 + 4 × Cortex-A76"
+    assert [each.kind for each in found.accelerators] == ["npu"]
+
+
+def test_pc_is_told_by_its_dmi_without_what_its_maker_left_blank() -> None:
+    found = board("nuc", "x86_64")
+    assert found.model == "Intel(R) Client Systems NUC8i3BEH"
+    assert found.cpu_model == "Intel(R) Core(TM) i3-8109U CPU @ 3.00GHz"
+    assert [(each.kind, each.name) for each in found.accelerators] == [("gpu", "NVIDIA RTX A2000")]
+    assert found.emulator == ""
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "name"),
+    [
+        ("tpu_pcie", "/dev/apex_0", "Google Coral Edge TPU (PCIe)"),
+        (
+            "tpu_pcie_no_driver",
+            "/sys/bus/pci/devices/0000:01:00.0",
+            "Google Coral Edge TPU (PCIe), no driver",
+        ),
+        ("tpu_usb3", "/sys/bus/usb/devices/", "Google Coral USB Accelerator"),
+        ("tpu_usb_fresh", "/sys/bus/usb/devices/", "Google Coral USB Accelerator"),
+    ],
+)
+def test_edge_tpu_is_found_once(tree: str, path: str, name: str) -> None:
+    (found,) = board(tree).accelerators
+    assert (found.kind, found.name, found.standin) == ("tpu", name, False)
+    assert found.path.startswith(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "architecture", "emulator"),
+    [
+        ("raspberry_pi_5", "aarch64", ""),
+        ("qemu_user", "aarch64", "qemu-user"),
+        ("qemu_virt", "aarch64", "qemu"),
+        ("kvm_guest", "x86_64", "kvm"),
+    ],
+)
+def test_what_is_underneath(tree: str, architecture: str, emulator: str) -> None:
+    assert board(tree, architecture).emulator == emulator
+
+
+def test_foreign_cpuinfo_alone_tells_an_emulator(tmp_path: Path) -> None:
+    root = copied("qemu_user", tmp_path)
+    shutil.rmtree(root / "proc/self")
+    assert identify(root, device_id="", labels={}, architecture="armv7l").emulator == "qemu-user"
+    assert identify(root, device_id="", labels={}, architecture="x86_64").emulator == "vm"
+
+
+def test_board_that_says_nothing_is_told_by_nothing(tmp_path: Path) -> None:
+    found = identify(tmp_path, device_id="it", labels={}, architecture="riscv64")
+    assert found == board_pb2.Board(device_id="it", architecture="riscv64")
+
+
+def test_this_machine_is_identified() -> None:
+    found = identify(Path("/"), device_id="it", labels={})
+    assert found.cpu_count == os.cpu_count()
+    assert found.architecture == os.uname().machine
+    assert found.kernel == os.uname().release
+
+
+# --- device id
+
+
+def test_device_id_is_made_from_the_machine_id_and_does_not_show_it(tmp_path: Path) -> None:
+    first = derive_device_id(BOARDS / "raspberry_pi_5", tmp_path / "a")
+    again = derive_device_id(BOARDS / "raspberry_pi_5", tmp_path / "b")
+    assert first == again
+    assert first not in (BOARDS / "raspberry_pi_5/etc/machine-id").read_text()
+    assert not (tmp_path / "a").exists(), "nothing is kept where the machine says who it is"
+
+
+def test_device_id_without_a_machine_id_is_made_once(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    # systemd's word for a first boot that is not over.
+    (root / "etc/machine-id").write_text("uninitialized\n")
+    first = derive_device_id(root, tmp_path / "data")
+    assert len(first) == 16
+    assert derive_device_id(root, tmp_path / "data") == first
+    assert derive_device_id(root, tmp_path / "other") != first
+
+
+def test_device_id_that_can_not_be_kept_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="set device_id"):
+        derive_device_id(tmp_path / "nowhere", tmp_path / "file" / "data")
+
+
+# --- sensors
+
+
+def values(sensors: Iterable[Sensor], quantity: str) -> dict[str, float]:
+    readings = [reading for sensor in sensors for reading in sensor.read()]
+    return {reading.source: reading.value for reading in readings if reading.quantity == quantity}
+
+
+def test_temperatures_are_in_celsius() -> None:
+    assert values(find_all(BOARDS / "raspberry_pi_5"), "temperature_celsius") == {"cpu-thermal": 52.35}
+
+
+def test_zone_that_is_off_is_left_out() -> None:
+    temperatures = values(find_all(BOARDS / "jetson_orin_nano"), "temperature_celsius")
+    assert temperatures == {"cpu-thermal": 48.5, "tj-thermal": 49.125}
+
+
+def test_fan_is_no_throttling() -> None:
+    assert values(find_all(BOARDS / "raspberry_pi_5"), "cooling_steps") == {"cpufreq-cpu0": 0.0}
+    assert values(find_all(BOARDS / "jetson_orin_nano"), "cooling_steps") == {
+        "cpufreq-cpu0": 3.0,
+        "thermal-devfreq-0": 0.0,
+    }
+
+
+def test_frequencies_are_in_hertz() -> None:
+    sensors = cpufreq.find(BOARDS / "jetson_orin_nano")
+    assert values(sensors, "frequency_hertz")["cpu0"] == 1113.6e6
+    assert values(sensors, "frequency_limit_hertz")["cpu5"] == 1344e6
+    assert values(sensors, "frequency_maximum_hertz")["cpu5"] == 1728e6
+
+
+def test_frequency_that_a_driver_does_not_know_is_left_out(tmp_path: Path) -> None:
+    root = copied("raspberry_pi_5", tmp_path)
+    (root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq").write_text("<unknown>\n")
+    assert set(values(cpufreq.find(root), "frequency_hertz")) == {"cpu1", "cpu2", "cpu3"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "governor"), [("raspberry_pi_5", "ondemand"), ("rock_5b", "mixed"), ("kvm_guest", "")]
+)
+def test_governor(tree: str, governor: str) -> None:
+    assert cpufreq.governor(BOARDS / tree) == governor
+
+
+def test_board_without_sensors_has_none(tmp_path: Path) -> None:
+    assert find_all(tmp_path) == []
+
+
+def test_zone_that_is_no_number_is_an_error_and_not_a_zero(tmp_path: Path) -> None:
+    root = copied("raspberry_pi_5", tmp_path)
+    (root / "sys/class/thermal/thermal_zone0/temp").write_text("hot\n")
+    (zone, _) = thermal.find(root)
+    with pytest.raises(OSError, match="thermal_zone0"):
+        list(zone.read())
+
+
+@pytest.mark.parametrize("tree", sorted(path.name for path in BOARDS.iterdir() if path.is_dir()))
+def test_every_sensor_keeps_the_contract(tree: str) -> None:
+    for sensor in find_all(BOARDS / tree):
+        assert sensor.name
+        for _ in range(2):
+            for reading in sensor.read():
+                assert isinstance(reading, Reading)
+                assert reading.quantity.rsplit("_", 1)[-1] in ("celsius", "hertz", "steps")
+                assert reading.source == sensor.name
+
+
+# --- surroundings
+
+
+class Failing:
+    """A sensor that breaks."""
+
+    name = "broken"
+
+    def read(self) -> Iterable[Reading]:
+        raise OSError(errno.EIO, "broken")
+
+
+def processor_time(root: Path, *, busy: int, stolen: int, worker: int) -> None:
+    """Hundredths of a second since boot, as /proc/stat and /proc/77/stat have them."""
+    (root / "proc/77").mkdir(parents=True, exist_ok=True)
+    (root / "proc/stat").write_text(f"cpu  {busy} 0 0 1000 5 0 0 {stolen} 0 0\ncpu0 0 0\n")
+    # The name may hold spaces and parentheses.
+    (root / "proc/77/stat").write_text(f"77 (a) b) S 1 77 77 0 -1 0 0 0 0 0 {worker} 0 0 0\n")
+
+
+def surroundings(root: Path, clock: list[float] | None = None) -> Surroundings:
+    ticks = iter(clock or [])
+    found = identify(root, device_id="it", labels={}, architecture="aarch64")
+    return Surroundings(root, found, clock=lambda: next(ticks))
+
+
+def codes(warnings: Iterable[object]) -> list[str]:
+    return [warning.code for warning in warnings]  # type: ignore[attr-defined]
+
+
+def test_environment_of_a_calm_board(tmp_path: Path) -> None:
+    root = copied("raspberry_pi_5", tmp_path)
+    around = surroundings(root, [0.0, 2.0])
+    processor_time(root, busy=1000, stolen=0, worker=100)
+    around.measurement_begins(77)
+    (root / "proc/meminfo").write_text("MemAvailable: 1000 kB\n")
+    around.sample()
+    (root / "proc/meminfo").write_text("MemAvailable: 5000 kB\n")
+    processor_time(root, busy=1210, stolen=1, worker=300)
+    around.measurement_ends(77)
+    (root / "sys/class/thermal/thermal_zone0/temp").write_text("60100\n")
+    (root / "proc/loadavg").write_text("1.02 0.31 0.20 1/180 2345\n")
+    environment, warnings = around.end()
+    assert environment == board_pb2.Environment(
+        load_average_before=0.42,
+        load_average_after=1.02,
+        cpu_governor="ondemand",
+        cpu_frequency_hertz=1.5e9,
+        temperature_before_celsius=52.35,
+        temperature_after_celsius=60.1,
+        memory_available_before_bytes=7340032 * 1024,
+        memory_available_least_bytes=1000 * 1024,
+    )
+    assert codes(warnings) == []
+
+
+def test_other_work_and_a_greedy_host_are_told(tmp_path: Path) -> None:
+    root = copied("raspberry_pi_5", tmp_path)
+    around = surroundings(root, [0.0, 2.0])
+    processor_time(root, busy=1000, stolen=0, worker=100)
+    around.measurement_begins(77)
+    processor_time(root, busy=1400, stolen=40, worker=300)
+    around.measurement_ends(77)
+    _, warnings = around.end()
+    assert codes(warnings) == ["high_load", "cpu_steal"]
+    assert "1.00 of 4 processors" in warnings[0].message
+    assert "5.0%" in warnings[1].message
+
+
+def test_too_short_a_measurement_is_not_judged(tmp_path: Path) -> None:
+    root = copied("raspberry_pi_5", tmp_path)
+    around = surroundings(root, [0.0, 0.1])
+    processor_time(root, busy=1000, stolen=0, worker=100)
+    around.measurement_begins(77)
+    processor_time(root, busy=1400, stolen=40, worker=100)
+    around.measurement_ends(77)
+    assert codes(around.end()[1]) == []
+
+
+def test_throttling_in_between_is_told_though_it_is_over(tmp_path: Path) -> None:
+    root = copied("raspberry_pi_5", tmp_path)
+    around = surroundings(root)
+    cooling = root / "sys/class/thermal/cooling_device1/cur_state"
+    cooling.write_text("2\n")
+    around.sample()
+    cooling.write_text("0\n")
+    _, warnings = around.end()
+    assert codes(warnings) == ["throttled"]
+    assert "2 steps" in warnings[0].message
+
+
+def test_cap_on_the_frequency_is_told(tmp_path: Path) -> None:
+    root = copied("jetson_orin_nano", tmp_path)
+    around = surroundings(root)
+    around.measurement_ends(77)
+    _, warnings = around.end()
+    assert "frequency_capped" in codes(warnings)
+    assert "1344 of 1728 MHz" in warnings[0].message
+
+
+def test_emulator_is_told() -> None:
+    around = surroundings(BOARDS / "qemu_user")
+    assert codes(around.end()[1]) == ["emulated"]
+
+
+def test_broken_sensor_ends_no_run(tmp_path: Path) -> None:
+    found = identify(tmp_path, device_id="it", labels={}, architecture="aarch64")
+    around = Surroundings(tmp_path, found, sensors=[Failing()])
+    around.sample()
+    around.measurement_begins(77)
+    around.measurement_ends(77)
+    environment, warnings = around.end()
+    assert environment == board_pb2.Environment()
+    assert codes(warnings) == []
