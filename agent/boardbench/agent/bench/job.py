@@ -202,6 +202,7 @@ def _run(
             runs=latency.count,
             cpu_seconds=window.cpu_seconds,
             wall_seconds=window.wall_seconds,
+            queued_seconds=window.queued_seconds,
         )
         placement, accelerator = outcome.placement, outcome.accelerator
         for warning in outcome.warnings:

@@ -14,6 +14,7 @@ from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 from typing import Callable, Iterator, Optional, Tuple
 
 from boardbench.agent.bench import stats
@@ -44,6 +45,8 @@ class Window:
     wall_seconds: float
     cpu_seconds: float
     involuntary_context_switches: Optional[int]
+    queued_seconds: Optional[float] = None
+    """Time in which the measuring thread was ready to run and had no processor."""
 
 
 def clock_read_seconds(clock: Clock = time.perf_counter_ns) -> float:
@@ -84,12 +87,18 @@ def measure(
     with _collector_at_rest():
         switches = involuntary_context_switches()
         cpu, wall = time.process_time_ns(), clock()
+        queued = queued_seconds()  # within the window, so that it can't be more than the window
         samples = _loop(Stage.MEASURE, call, bounds, report, progress_seconds, clock)
+        if queued is not None:
+            queued = (queued_seconds() or queued) - queued
         wall, cpu = clock() - wall, time.process_time_ns() - cpu
         if switches is not None:
             switches = (involuntary_context_switches() or switches) - switches
     return samples, Window(
-        wall_seconds=wall / 1e9, cpu_seconds=cpu / 1e9, involuntary_context_switches=switches
+        wall_seconds=wall / 1e9,
+        cpu_seconds=cpu / 1e9,
+        involuntary_context_switches=switches,
+        queued_seconds=queued,
     )
 
 
@@ -172,6 +181,18 @@ def involuntary_context_switches() -> Optional[int]:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def queued_seconds(schedstat: Path = Path("/proc/thread-self/schedstat")) -> Optional[float]:
+    """Time that this thread has been ready to run without a processor; None where the kernel does not tell.
+
+    The second of the three numbers (Documentation/scheduler/sched-stats.rst), in nanoseconds.
+    """
+    try:
+        numbers = schedstat.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return int(numbers[1]) / 1e9 if len(numbers) == 3 and numbers[1].isdigit() else None
 
 
 def processors() -> Tuple[int, ...]:

@@ -58,8 +58,19 @@ class AcceleratorWatch(Protocol):
         """Reads it again; called right after them."""
         ...
 
-    def outcome(self, placement: Placement, *, runs: int, cpu_seconds: float, wall_seconds: float) -> Outcome:
-        """What the counted inferences did; ``placement`` is what the model itself says."""
+    def outcome(
+        self,
+        placement: Placement,
+        *,
+        runs: int,
+        cpu_seconds: float,
+        wall_seconds: float,
+        queued_seconds: Optional[float],
+    ) -> Outcome:
+        """What the counted inferences did; ``placement`` is what the model itself says.
+
+        ``queued_seconds`` of the wall seconds went by waiting for a processor; None where it is not known.
+        """
         ...
 
 

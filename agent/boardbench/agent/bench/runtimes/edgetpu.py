@@ -19,7 +19,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 from boardbench.agent.bench import doubts
 from boardbench.agent.bench.runtime import OptionRejected, Outcome, RuntimeUnavailable
@@ -64,6 +64,9 @@ BUSY_SHARE = 0.9
 
 WAITING_SHARE = 0.6
 """Up to here it mostly waited: copies and system calls of the slowest USB host take some half of the time."""
+
+LEAST_SECONDS = 0.01
+"""Below it a single pass of the garbage collector or a page fault can tip the scale."""
 
 STREAMED_SHARE = 0.01
 """Below it streamed parameters don't show in the latency: nearly every compiled file has some."""
@@ -290,7 +293,7 @@ def _captured_stderr() -> Iterator[List[str]]:
         os.close(kept)
 
 
-def _diagnosis(library: str, sys_root: Path) -> str:
+def _diagnosis(library: str, sys_root: Path, access: Callable[[Path, int], bool] = os.access) -> str:
     """What is seen on the board, and what to do."""
     if standin(library):
         return "it is a stand-in and does as its options say"
@@ -305,7 +308,7 @@ def _diagnosis(library: str, sys_root: Path) -> str:
         if tpu.status not in ("", "ALIVE"):
             return f"the driver of {tpu.path} says {tpu.status}: power the board off and on"
         node = sys_root / tpu.node.lstrip("/") if tpu.node else None
-        if node is not None and node.exists() and not os.access(node, os.R_OK | os.W_OK):
+        if node is not None and node.exists() and not access(node, os.R_OK | os.W_OK):
             group = "apex" if tpu.kind == "pci" else "plugdev"
             return f"this user may not open {tpu.node}: add it to the group {group}, or install the udev rule"
     paths = ", ".join(tpu.path for tpu in seen)
@@ -474,7 +477,6 @@ def read_file(model: Path) -> Optional[CompiledFile]:
 class _Moment:
     counts: Mapping[str, int]
     temperatures: Mapping[str, float]
-    waited_for_cpu_seconds: Optional[float]
 
 
 class EdgeTpuWatch:
@@ -488,13 +490,11 @@ class EdgeTpuWatch:
         *,
         took_nothing: bool,
         sys_root: Path = Path("/"),
-        schedstat: Path = Path("/proc/thread-self/schedstat"),
     ) -> None:
         """Looks at the board. ``took_nothing``: the library was given the model and left all of it."""
         self._driver = driver
         self._options = options
         self._model = model
-        self._schedstat = schedstat
         seen = find(sys_root)
         named = tuple(tpu for tpu in seen if tpu.path in driver.devices)
         # The library may name devices otherwise than expected; those of the system are then all there is.
@@ -530,11 +530,19 @@ class EdgeTpuWatch:
         """Reads it again, right after."""
         self._after = self._look()
 
-    def outcome(self, placement: Placement, *, runs: int, cpu_seconds: float, wall_seconds: float) -> Outcome:
+    def outcome(
+        self,
+        placement: Placement,
+        *,
+        runs: int,
+        cpu_seconds: float,
+        wall_seconds: float,
+        queued_seconds: Optional[float],
+    ) -> Outcome:
         """What the run did, all evidence joined; ``placement`` is what the interpreter's partition says."""
         self._file = read_file(self._model)
         counters = self._counter_evidence(runs)
-        host = self._host_evidence(cpu_seconds, wall_seconds)
+        host = self._host_evidence(cpu_seconds, wall_seconds, queued_seconds)
         partition = EvidenceReport(
             evidence=placement.evidence,
             verdict=placement.verdict,
@@ -567,7 +575,6 @@ class EdgeTpuWatch:
         return _Moment(
             counts={path: count for path, count in counts.items() if count is not None},
             temperatures={path: degrees for path, degrees in temperatures.items() if degrees is not None},
-            waited_for_cpu_seconds=_waited_for_cpu_seconds(self._schedstat),
         )
 
     def _parameters(self) -> Tuple[Optional[int], Optional[int]]:
@@ -620,19 +627,18 @@ class EdgeTpuWatch:
         folder = f"/sys/class/apex/{tpu.folder.name}" if tpu.kind == "pci" else tpu.path
         return f"{folder}/{tpu.counter.name}"
 
-    def _host_evidence(self, cpu_seconds: float, wall_seconds: float) -> Optional[EvidenceReport]:
-        if wall_seconds <= 0:
+    @staticmethod
+    def _host_evidence(
+        cpu_seconds: float, wall_seconds: float, queued_seconds: Optional[float]
+    ) -> Optional[EvidenceReport]:
+        # On a busy board, time in the queue for a processor is neither work nor waiting for a device.
+        ran_seconds = wall_seconds - (queued_seconds or 0.0)
+        if ran_seconds < LEAST_SECONDS:
             return None
-        # On a board that is busy with other work, time spent waiting for a processor is work as well.
-        queued = 0.0
-        if self._before is not None and self._after is not None:
-            queued = (self._after.waited_for_cpu_seconds or 0.0) - (
-                self._before.waited_for_cpu_seconds or 0.0
-            )
-        share = (cpu_seconds + max(queued, 0.0)) / wall_seconds
+        share = cpu_seconds / ran_seconds
         detail = f"{cpu_seconds:.3f} s of processor time in {wall_seconds:.3f} s"
-        if queued > 0.01 * wall_seconds:
-            detail += f", and {queued:.3f} s of waiting for a processor"
+        if queued_seconds is not None and queued_seconds > 0.01 * wall_seconds:
+            detail += f", {queued_seconds:.3f} s of which were spent in the queue for a processor"
         if share >= BUSY_SHARE:
             verdict, meaning = Verdict.NOT_ACCELERATED, "the processor did the work"
         elif share <= WAITING_SHARE:
@@ -717,9 +723,3 @@ def _joined(
     if claimed is Verdict.ACCELERATED and host is not None and host.verdict is Verdict.NOT_ACCELERATED:
         return Verdict.CONTRADICTED, f"the Edge TPU has no counter here and {host.detail}"
     return claimed, ""
-
-
-def _waited_for_cpu_seconds(schedstat: Path) -> Optional[float]:
-    """Time that this thread has waited on a run queue (Documentation/scheduler/sched-stats.rst)."""
-    numbers = _text(schedstat).split()
-    return int(numbers[1]) / 1e9 if len(numbers) == 3 and numbers[1].isdigit() else None
