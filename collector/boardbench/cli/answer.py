@@ -8,12 +8,15 @@ from boardbench.cli.terminal import Output
 from boardbench.v1 import result_pb2
 
 
-def answer(result: result_pb2.RunResult, output: Output, *, whole: bool = False) -> ExitCode:
-    """Writes ``result`` to stdout; FAILED unless the run succeeded."""
+def answer(result: result_pb2.RunResult, output: Output, *, more: str = "") -> ExitCode:
+    """Writes ``result`` to stdout; FAILED unless the run succeeded.
+
+    ``more`` says how to see the whole page, where something had to be cut off.
+    """
     if output.json:
         output.show_json(result)
     else:
-        output.show(result_page(result, whole=whole))
+        output.show(result_page(result, whole=output.full, more=more))
     return exit_code(result)
 
 

@@ -145,18 +145,15 @@ class Client:
                 f"`{self.flag} 0.0.0.0:{self.address.port}`? By default only its own machine may connect"
             )
             return f"no {self.noun} listens on {self.address} (connection refused): {where}"
-        if any(
-            word in low
-            for word in ("timed out", "timeout", "deadline", "unreachable", "no route", "settings frame")
-        ):
-            return (
-                f"{self.address} does not answer: is it on, is this its address, "
-                f"and does no firewall block port {self.address.port}? ({details})"
-            )
         if _is_other_protocol(low):
             return (
                 f"{self.address} answers, but does not speak gRPC: "
                 f"{self.noun}s listen on port {self.port} by default"
+            )
+        if any(word in low for word in ("timed out", "timeout", "deadline", "unreachable", "no route")):
+            return (
+                f"{self.address} does not answer: is it on, is this its address, "
+                f"and does no firewall block port {self.address.port}? ({details})"
             )
         return f"the connection to {self.address} failed: {details or 'unavailable'}"
 
@@ -520,7 +517,7 @@ class _Retry:
 
 def _raise_given_up(error: CliError, seconds: float) -> NoReturn:
     if seconds:
-        raise type(error)(f"{error}; gave up after {seconds:.0f} s of trying") from error
+        raise type(error)(f"{error}; gave up after {seconds:g} s of trying") from error
     raise error
 
 
@@ -545,6 +542,8 @@ def _is_broken_connection(error: grpc.RpcError) -> bool:
 
 def _is_other_protocol(details: str) -> bool:
     low = details.lower()
+    if "failed parsing http/2" in low or "expected settings frame as the first" in low:
+        return True
     return (
         "http2 header with status" in low or "trying to connect an http1.x server" in low or "http/1" in low
     )

@@ -42,7 +42,7 @@ def devices(boards: tuple[Address, ...], collector: Address, **values: Any) -> E
     if output.json:
         output.show_json(found)
     elif found:
-        output.show(devices_table(found))
+        output.show(devices_table(found), table=True)
     else:
         hint = (
             " (BOARDBENCH_AGENT is for --to of other commands)" if os.environ.get("BOARDBENCH_AGENT") else ""

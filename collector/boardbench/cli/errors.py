@@ -3,9 +3,10 @@
     CliError                       1   something was tried and did not work
     ├── Refused                    1   a board or collector answered, and said no
     ├── RunLost                    1   a run was started and nobody knows its end
-    ├── BadFile                    2   a file that was named can't be used; nothing was started
+    ├── WrongUse                   2   what was asked for, or a file that was named, can't be used
     ├── Unreachable                3   nobody answered, or nobody who speaks boardbench
-    └── Interrupted              130   Ctrl-C
+    ├── Interrupted              130   Ctrl-C
+    └── ReaderGone               141   whoever read the output went away
 
 Mistakes in the command line are click's ``UsageError``, exit code 2. gRPC's exceptions become these in
 :mod:`boardbench.cli.client` and nowhere else.
@@ -53,8 +54,8 @@ class RunLost(CliError):
     """A run was started, and the board no longer knows it."""
 
 
-class BadFile(CliError):
-    """A file that was named on the command line can't be used."""
+class WrongUse(CliError):
+    """What the command line asks for, or a file that it names, can't be used."""
 
     exit_code = ExitCode.USAGE
 
@@ -71,9 +72,25 @@ class Interrupted(CliError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class ReaderGone(CliError):
+    """Whoever read the output, ``head`` for example, has had enough; there is nothing to say about it."""
+
+    exit_code = ExitCode.BROKEN_PIPE
+
+
+_WORST_FIRST = (
+    ExitCode.INTERRUPTED,
+    ExitCode.BROKEN_PIPE,
+    ExitCode.DEFECT,
+    ExitCode.UNREACHABLE,
+    ExitCode.FAILED,
+    ExitCode.USAGE,
+)
+
+
 def worst(codes: list[ExitCode]) -> ExitCode:
     """The exit code that stands for several: the first of these that is among them, else that of success."""
-    for code in (ExitCode.INTERRUPTED, ExitCode.DEFECT, ExitCode.UNREACHABLE, ExitCode.FAILED):
+    for code in _WORST_FIRST:
         if code in codes:
             return code
     return ExitCode.DONE

@@ -66,3 +66,8 @@ def span(value: float) -> str:
 def moment(time: datetime.datetime) -> str:
     """A point in time in this machine's zone: "2026-11-22 14:01:03"."""
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def minute(time: datetime.datetime) -> str:
+    """The same to the minute, for lists: "2026-11-22 14:01"."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M")

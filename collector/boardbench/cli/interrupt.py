@@ -7,12 +7,16 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+ENDING_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
 
 class Interrupt:
     """While it is entered, the first Ctrl-C calls ``politely`` in a thread; the second interrupts.
 
-    Enter it in the main thread. SIGTERM counts as Ctrl-C, so that a job of CI that is ended leaves
-    nothing running behind.
+    Enter it in the main thread. SIGTERM counts as Ctrl-C, and so does SIGHUP: a job of CI that is ended,
+    or a terminal that is closed, leaves nothing running behind.
     """
 
     def __init__(self, politely: Callable[[], None]) -> None:
@@ -23,7 +27,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         """Takes the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             self._before[number] = signal.signal(number, self._signalled)
         return self
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
-from boardbench.cli.errors import EXIT_CODES, CliError, ExitCode
+from boardbench.cli.errors import EXIT_CODES, CliError, ExitCode, ReaderGone
 
 
 class Command(NamedTuple):
@@ -85,6 +85,17 @@ class LazyGroup(click.Group):
         )
         return found
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command. A reader that went away ends it before click makes another exit code of that."""
+        try:
+            code: object = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            # Python would try once more to flush at exit, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise ReaderGone from error
+        return code
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands from the table, importing none."""
         with formatter.section("Commands"):
@@ -152,6 +163,10 @@ def boardbench() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; every error ends here as one message on stderr."""
+    # gRPC reads both when it is imported. Its own resolver knows no mDNS (raspberrypi.local), the system's
+    # does; and what it logs about broken connections is for its developers.
+    os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show a character gets a substitute instead of a crash.
         if hasattr(stream, "reconfigure"):
@@ -160,7 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = boardbench.main(
             args=None if arguments is None else list(arguments), prog_name="boardbench", standalone_mode=False
         )
-        sys.stdout.flush()
     except Exception as error:
         if os.environ.get("BOARDBENCH_DEBUG", "") not in ("", "0"):
             import traceback
@@ -174,10 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def told(error: Exception) -> ExitCode:
     """The exit code for an error, after saying on stderr what happened and what to do."""
-    if isinstance(error, BrokenPipeError):
-        # Python would try once more to flush at exit and complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.BROKEN_PIPE
     if isinstance(error, click.Abort):
         click.echo("boardbench: interrupted", err=True)
         return ExitCode.INTERRUPTED

@@ -46,7 +46,7 @@ def list_models(address: Address, **values: Any) -> ExitCode:
     if output.json:
         output.show_json(found)
     elif found:
-        output.show(models_table(found))
+        output.show(models_table(found), table=True)
     else:
         output.note(f"no files on {address}")
     return ExitCode.DONE

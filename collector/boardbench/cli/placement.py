@@ -10,7 +10,7 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
-from boardbench.cli.plain import printable
+from boardbench.cli.plain import cleaned
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET
 from boardbench.v1 import placement_pb2
 
@@ -45,15 +45,16 @@ def placement_block(
 ) -> RenderableType:
     """Verdict, evidence, counts by unit, and the ops that stayed behind, or with ``whole`` every op.
 
-    ``asked`` is the device that was wanted; ``more`` is the command that shows what was cut off.
+    ``asked`` is the device that was wanted; ``more`` says how to see what was cut off.
     """
-    parts: list[RenderableType] = [_verdict(placement, asked)]
-    if placement.detail:
-        parts.append(Text(printable(placement.detail)))
+    placement = cleaned(placement)
+    verdict = _verdict(placement, asked)
     if placement.evidence != placement_pb2.EVIDENCE_UNSPECIFIED:
-        parts.append(
-            Text(_EVIDENCE.get(placement.evidence, "known in a way that this version does not know"), QUIET)
-        )
+        known = _EVIDENCE.get(placement.evidence, "known in a way that this version does not know")
+        verdict.append(f" ({known})", QUIET)
+    parts: list[RenderableType] = [verdict]
+    if placement.detail:
+        parts.append(Text(placement.detail))
     units = _unit_table(placement, whole)
     if units is not None:
         parts.append(units)
@@ -76,11 +77,15 @@ def _verdict(placement: placement_pb2.Placement, asked: str) -> Text:
             text = "on the CPU: the only op" if total == 1 else f"on the CPU, as asked: all {total:,} ops"
             return Text(text)
         return Text(
-            f"NOT ACCELERATED: {printable(asked)} was asked for, "
-            f"and all {figures.plural(total, 'op')} ran on the CPU",
+            f"NOT ACCELERATED: {asked} was asked for, and all {figures.plural(total, 'op')} ran on the CPU",
             BAD,
         )
     units = _accelerator_names(placement)
+    if placement.standin:
+        text = (
+            f"a stand-in took {placement.accelerated_ops:,} of {figures.plural(total, 'op')}, no hardware did"
+        )
+        return Text(text, BAD)
     if placement.cpu_ops == 0:
         return Text(f"accelerated: all {figures.plural(total, 'op')} on the {units}", GOOD)
     return Text(
@@ -100,9 +105,7 @@ def _accelerator_names(placement: placement_pb2.Placement) -> str:
 def _unit_name(placement: placement_pb2.Placement, unit: int) -> str:
     name = _UNITS.get(unit, "unknown")
     if unit in (placement_pb2.UNIT_CPU_DELEGATE, placement_pb2.UNIT_DELEGATE):
-        delegates = sorted(
-            {printable(op.delegate) for op in placement.ops if op.unit == unit and op.delegate}
-        )
+        delegates = sorted({op.delegate for op in placement.ops if op.unit == unit and op.delegate})
         if delegates:
             return (
                 f"{', '.join(delegates)} (CPU)"
@@ -139,7 +142,7 @@ def _types_only(placement: placement_pb2.Placement, whole: bool) -> RenderableTy
 def _types(types: dict[str, int], whole: bool) -> str:
     ordered = sorted(types.items(), key=lambda item: (-item[1], item[0]))
     shown = ordered if whole else ordered[:_TYPES_SHOWN]
-    text = ", ".join(f"{printable(name)} {count}" if count > 1 else printable(name) for name, count in shown)
+    text = ", ".join(f"{name} {count}" if count > 1 else name for name, count in shown)
     more = len(ordered) - len(shown)
     return f"{text}, and {figures.plural(more, 'other type')}" if more else text
 
@@ -163,9 +166,11 @@ def _left_out(placement: placement_pb2.Placement, asked: str, more: str) -> Iter
     if all(not (op.cause or op.remedy) for op in left) and len(left) == len(ops):
         return  # the list of everything says nothing that the counts don't
     yield Text(title, DOUBTFUL if accelerated or asked != "cpu" else "")
+    # Those that stay because of themselves come first: they are what can be mended.
+    left.sort(key=lambda op: op.HasField("root_cause") and not op.root_cause)
     yield _op_table(left[:_OPS_SHOWN], with_unit=False)
     if len(left) > _OPS_SHOWN:
-        yield Text(f"and {len(left) - _OPS_SHOWN:,} more: {more}", QUIET)
+        yield Text(f"and {len(left) - _OPS_SHOWN:,} more" + (f": {more}" if more else ""), QUIET)
 
 
 def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, with_unit: bool = True) -> RenderableType:
@@ -182,21 +187,21 @@ def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, with_unit: bool = Tru
             if with_unit
             else []
         )
-        table.add_row(f"#{op.index}", printable(op.type), printable(op.name), *unit, _reason(op))
+        table.add_row(f"#{op.index}", op.type, op.name, *unit, _reason(op))
     return table
 
 
 def _op_unit(op: placement_pb2.OpPlacement) -> str:
     name = _UNITS.get(op.unit, "unknown")
-    return f"{name}: {printable(op.delegate)}" if op.delegate else name
+    return f"{name}: {op.delegate}" if op.delegate else name
 
 
 def _reason(op: placement_pb2.OpPlacement) -> Text:
-    text = Text(printable(op.cause))
+    text = Text(op.cause)
     if op.HasField("root_cause") and not op.root_cause:
         text.append(" (because of another op)" if op.cause else "because of another op")
     if op.remedy:
-        text.append(" → " if text else "→ ").append(printable(op.remedy))
+        text.append(" → " if text else "→ ").append(op.remedy)
     return text
 
 

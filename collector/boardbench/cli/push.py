@@ -16,7 +16,7 @@ import click
 from boardbench.cli.address import AGENT_PORT, Address, AddressType
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, worst
 from boardbench.cli.spec import Seconds, Spec, spec_from, spec_options
-from boardbench.cli.terminal import Output, output_from, output_options
+from boardbench.cli.terminal import Output, full_option, output_from, output_options
 
 if TYPE_CHECKING:
     from boardbench.cli.client import AgentClient
@@ -60,6 +60,7 @@ Examples:
     show_default=True,
     help="Go on trying this long when the connection to a board is lost.",
 )
+@full_option
 @output_options
 def push(
     paths: tuple[Path, ...],
@@ -93,7 +94,7 @@ def push(
         order = Order(sources, inputs, spec, detach=detach, no_run=no_run, retry_seconds=retry_for)
         addresses = list(dict.fromkeys(boards))
         with progress_for(output) as progress:
-            outcomes = _collect(order, addresses, progress, output)
+            outcomes = push_all(order, addresses, progress, output)
     return _conclude(outcomes, order, addresses, output)
 
 
@@ -251,7 +252,7 @@ class _Defect(CliError):
         return defect
 
 
-def _collect(order: Order, addresses: list[Address], progress: Watched, output: Output) -> list[Outcome]:
+def push_all(order: Order, addresses: list[Address], progress: Watched, output: Output) -> list[Outcome]:
     """All outcomes; results are shown as they come."""
     from boardbench.cli.interrupt import Interrupt
 
@@ -301,9 +302,10 @@ def _tell(outcome: Outcome, order: Order, output: Output) -> None:
         return
     name = order.sources[outcome.index].name
     if outcome.result is not None:
-        from boardbench.cli.report import result_page
+        from boardbench.cli.answer import answer
 
-        output.show(result_page(outcome.result))
+        more = f"boardbench watch {outcome.result.run_id[:8]} --to {outcome.address} --full"
+        answer(outcome.result, output, more=more)
     elif outcome.queued is not None:
         click.echo(outcome.queued.run_id)
         output.note(
@@ -330,18 +332,17 @@ def _conclude(outcomes: list[Outcome], order: Order, addresses: list[Address], o
     elif len(results) > 1:
         from boardbench.cli.tables import comparison_table
 
-        output.show(comparison_table(results))
-    code = worst([_exit_code(outcome) for outcome in outcomes])
+        output.show(comparison_table(results), table=True)
+    code = worst([exit_code_of(outcome) for outcome in outcomes])
     if code == ExitCode.INTERRUPTED:
         output.complain("interrupted")
     return code
 
 
-def _exit_code(outcome: Outcome) -> ExitCode:
-    from boardbench.v1 import result_pb2
+def exit_code_of(outcome: Outcome) -> ExitCode:
+    """The exit code that one outcome would have by itself."""
+    from boardbench.cli.answer import exit_code
 
     if outcome.error is not None:
         return outcome.error.exit_code
-    if outcome.result is not None and outcome.result.status != result_pb2.RUN_STATUS_SUCCEEDED:
-        return ExitCode.FAILED
-    return ExitCode.DONE
+    return ExitCode.DONE if outcome.result is None else exit_code(outcome.result)

@@ -13,10 +13,13 @@ from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
 from boardbench.cli.placement import placement_block
-from boardbench.cli.plain import printable
+from boardbench.cli.plain import cleaned
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.v1 import board_pb2, model_pb2, result_pb2
 
+# What they time is the emulator. The other names that a board gives are virtual machines, which run on
+# the real processor.
+EMULATORS = frozenset(("qemu", "qemu-user", "rosetta"))
 _SECTION_WIDTH = 10
 
 STAGES: dict[int, str] = {
@@ -40,24 +43,28 @@ _PHASES: dict[int, str] = {
 }
 
 
-def result_page(result: result_pb2.RunResult, *, whole: bool = False) -> RenderableType:
-    """A result as a page; ``whole`` adds every op, tensor and circumstance."""
+def result_page(result: result_pb2.RunResult, *, whole: bool = False, more: str = "") -> RenderableType:
+    """A result as a page; ``whole`` adds every op, tensor and circumstance.
+
+    ``more`` says how to see the whole page, where something had to be cut off.
+    """
+    result = cleaned(result)
     grid = Table.grid(padding=(0, 2), expand=False)
     grid.add_column(width=_SECTION_WIDTH, style=STRONG, no_wrap=True)
     grid.add_column(overflow="fold")
-    for title, body in _sections(result, whole):
+    for title, body in _sections(result, whole, more):
         grid.add_row(title, body)
     return Group(
         _headline(result),
         *_banners(result),
-        Padding(_setting(result), (0, 0, 0, 2)),
+        Padding(_setting(result, whole), (0, 0, 0, 2)),
         Padding(grid, (0, 0, 1, 2)),
     )
 
 
-def _sections(result: result_pb2.RunResult, whole: bool) -> Iterator[tuple[str, RenderableType]]:
+def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[tuple[str, RenderableType]]:
     if result.HasField("error"):
-        yield "Error", _error(result.error)
+        yield "Error", _error(result.error, whole)
     for index, warning in enumerate(result.warnings):
         yield "" if index else "Warnings", _warning(warning.code, warning.message)
     if result.HasField("latency") and result.latency.count:
@@ -69,7 +76,6 @@ def _sections(result: result_pb2.RunResult, whole: bool) -> Iterator[tuple[str, 
         yield "Memory", _memory(result.memory)
     if result.HasField("placement"):
         asked = result.runtime.device or result.spec.device or "cpu"
-        more = f"boardbench show {result.run_id}"
         yield "Placement", placement_block(result.placement, asked=asked, whole=whole, more=more)
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED and not result.HasField("placement"):
         yield "Placement", Text("unknown: the run tells nothing about it", DOUBTFUL)
@@ -77,13 +83,13 @@ def _sections(result: result_pb2.RunResult, whole: bool) -> Iterator[tuple[str, 
         yield "Tensors", _tensors(result)
     around = _around(result.environment, whole)
     if around:
-        yield "Around it", Text(around)
+        yield "Conditions", Text(around)
     yield "Run", _run(result, whole)
 
 
 def _headline(result: result_pb2.RunResult) -> Text:
     text = Text()
-    name = printable(result.model.name) or result.model.sha256[:12]
+    name = result.model.name or result.model.sha256[:12]
     board = board_name(result.board)
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
         text.append("✓ ", GOOD)
@@ -108,10 +114,15 @@ def _headline(result: result_pb2.RunResult) -> Text:
 def _where_failed(error: result_pb2.RunError) -> str:
     where = "" if error.stage == result_pb2.STAGE_UNSPECIFIED else f" while {_while(error.stage)}"
     if error.signal:
-        return f"{where}, the worker was ended by {printable(error.signal)}"
-    if error.HasField("exit_code"):
+        return f"{where}, the worker was ended by {error.signal}"
+    if error.HasField("exit_code") and _died(error):
         return f"{where}, the worker ended with exit code {error.exit_code}"
     return where
+
+
+def _died(error: result_pb2.RunError) -> bool:
+    """Whether the worker came to grief without a word of its own: then its last output is all there is."""
+    return error.code.startswith("worker_") or error.code in ("", "deadline", "internal", "out_of_memory")
 
 
 def _while(stage: int) -> str:
@@ -122,29 +133,28 @@ def _while(stage: int) -> str:
 
 def _banners(result: result_pb2.RunResult) -> list[RenderableType]:
     banners: list[RenderableType] = []
-    if result.board.emulator:
+    names = {*result.standins, result.board.emulator} - {""}
+    emulators = sorted(names & EMULATORS)
+    standins = sorted(set(result.standins) - EMULATORS)
+    if emulators:
         banners.append(
-            _banner(
-                f"EMULATED ({printable(result.board.emulator)}): "
-                "these timings are not the performance of any board"
-            )
+            _banner(f"EMULATED ({', '.join(emulators)}): these timings are not the performance of any board")
         )
-    standins = sorted({printable(name) for name in result.standins})
     if standins or result.placement.standin:
-        names = f" ({', '.join(standins)})" if standins else ""
+        called = f" ({', '.join(standins)})" if standins else ""
         banners.append(
             _banner(
-                f"STAND-IN{names}: no accelerator had a part in this; it says nothing about real hardware"
+                f"STAND-IN{called}: no accelerator had a part in this; it says nothing about real hardware"
             )
         )
     return banners
 
 
 def _banner(text: str) -> RenderableType:
-    return Padding(Text(f"! {text}", "bold red"), (0, 0, 0, 2))
+    return Padding(Text(f"! {text}", BAD), (0, 0, 0, 2))
 
 
-def _setting(result: result_pb2.RunResult) -> Text:
+def _setting(result: result_pb2.RunResult, whole: bool) -> Text:
     runtime = result.runtime
     parts: list[str] = []
     name = runtime.name or result.spec.runtime
@@ -156,25 +166,29 @@ def _setting(result: result_pb2.RunResult) -> Text:
     spec = result.effective_spec if result.HasField("effective_spec") else result.spec
     if spec.HasField("threads"):
         parts.append(figures.plural(spec.threads, "thread"))
-    parts.extend(f"{key}={value}" for key, value in sorted((runtime.options or spec.options).items()))
+    # The engine's own defaults are many; what somebody asked for is few.
+    options = runtime.options if whole else result.spec.options
+    parts.extend(f"{key}={value}" for key, value in sorted(options.items()))
     if result.board.model and result.board.model != result.board.hostname:
         parts.append(result.board.model)
     if result.board.architecture:
         parts.append(result.board.architecture)
-    return Text(" · ".join(printable(part) for part in parts), QUIET)
+    if result.board.emulator and result.board.emulator not in EMULATORS:
+        parts.append(f"virtual machine ({result.board.emulator})")
+    return Text(" · ".join(part for part in parts), QUIET)
 
 
-def _error(error: result_pb2.RunError) -> RenderableType:
+def _error(error: result_pb2.RunError, whole: bool) -> RenderableType:
     parts: list[RenderableType] = [_warning(error.code or "unknown", error.message, BAD)]
-    tail = printable(error.output_tail, keep_lines=True).strip("\n")
-    if tail:
+    tail = error.output_tail.strip("\n")
+    if tail and (whole or _died(error)):
         parts.append(Text("the last output of the worker:", QUIET))
         parts.extend(Text("│ " + line, overflow="fold") for line in tail.split("\n"))
     return Group(*parts)
 
 
 def _warning(code: str, message: str, style: str = DOUBTFUL) -> RenderableType:
-    return Text.assemble((printable(code), style), "  ", printable(message, keep_lines=True))
+    return Text.assemble((code, style), "  ", message)
 
 
 def _latency(latency: result_pb2.Latency) -> RenderableType:
@@ -184,9 +198,11 @@ def _latency(latency: result_pb2.Latency) -> RenderableType:
         table.add_column(justify="right", no_wrap=True)
     median = next((p.seconds for p in latency.percentiles if p.percentile == 50), latency.mean_seconds)
     length, sign = figures.seconds_unit(median)
+    # As many decimals as the median needs for four digits, and the same for all: they are compared.
+    decimals = len(figures.digits(median / length).partition(".")[2])
 
     def shown(seconds: float) -> str:
-        return figures.digits(seconds / length)
+        return f"{seconds / length:,.{decimals}f}"
 
     for index, percentile in enumerate(latency.percentiles):
         table.add_row(
@@ -200,7 +216,7 @@ def _latency(latency: result_pb2.Latency) -> RenderableType:
         f" · fastest {shown(latency.min_seconds)} · slowest {shown(latency.max_seconds)}"
     )
     if latency.HasField("stdev_seconds"):
-        line += f" · standard deviation {shown(latency.stdev_seconds)}"
+        line += f" · stdev {shown(latency.stdev_seconds)}"
     line += f" {sign}"
     if not latency.percentiles:
         return Group(Text("too few inferences for any percentile", DOUBTFUL), Text(line))
@@ -254,12 +270,12 @@ def _tensors(result: result_pb2.RunResult) -> RenderableType:
     table.add_column(overflow="fold")
     for kind, tensors in (("in", result.inputs), ("out", result.outputs)):
         for tensor in tensors:
-            table.add_row(kind, printable(tensor.name) or "–", _tensor(tensor))
+            table.add_row(kind, tensor.name or "–", _tensor(tensor))
     return table
 
 
 def _tensor(tensor: model_pb2.TensorInfo) -> str:
-    text = f"{printable(tensor.dtype)}[{', '.join('?' if size < 0 else str(size) for size in tensor.shape)}]"
+    text = f"{tensor.dtype}[{', '.join('?' if size < 0 else str(size) for size in tensor.shape)}]"
     if tensor.HasField("quantization"):
         quantization = tensor.quantization
         text += f"  scale {figures.digits(quantization.scale)}, zero point {quantization.zero_point}"
@@ -272,7 +288,7 @@ def _around(environment: board_pb2.Environment, whole: bool) -> str:
     if temperatures:
         parts.append(f"{temperatures} °C")
     if environment.cpu_governor:
-        parts.append(f"governor {printable(environment.cpu_governor)}")
+        parts.append(f"governor {environment.cpu_governor}")
     if environment.HasField("cpu_frequency_hertz"):
         parts.append(f"{environment.cpu_frequency_hertz / 1e9:.2f} GHz")
     load = _change(environment, "load_average_before", "load_average_after", "{:.2f}")
@@ -295,7 +311,7 @@ def _around(environment: board_pb2.Environment, whole: bool) -> str:
     if whole and environment.HasField("clock_read_seconds"):
         parts.append(f"clock read costs {figures.seconds(environment.clock_read_seconds)}")
     if whole and environment.boardbench_version:
-        parts.append(f"boardbench {printable(environment.boardbench_version)}")
+        parts.append(f"boardbench {environment.boardbench_version}")
     return " · ".join(parts)
 
 
@@ -319,18 +335,18 @@ def _run(result: result_pb2.RunResult, whole: bool) -> RenderableType:
         parts.append(f"inputs from a file ({data.sha256[:12]})")
     elif data.HasField("seed"):
         parts.append(f"inputs from seed {data.seed}")
-    lines: list[RenderableType] = [Text(" · ".join(printable(part) for part in parts), QUIET)]
+    lines: list[RenderableType] = [Text(" · ".join(part for part in parts), QUIET)]
     if whole:
         model = result.model
         lines.append(
             Text(
-                f"{printable(model.format) or 'unknown format'}, {figures.whole(model.size_bytes)} bytes, "
+                f"{model.format or 'unknown format'}, {figures.whole(model.size_bytes)} bytes, "
                 f"sha256 {model.sha256}",
                 QUIET,
             )
         )
         lines.extend(
-            Text(f"output {printable(name)}: sha256 {digest}", QUIET)
+            Text(f"output {name}: sha256 {digest}", QUIET)
             for name, digest in sorted(result.output_sha256.items())
         )
     return Group(*lines)
@@ -339,5 +355,5 @@ def _run(result: result_pb2.RunResult, whole: bool) -> RenderableType:
 def board_name(board: board_pb2.Board) -> str:
     """What to call a board: its host name, and its identity where that is something else."""
     if board.hostname and board.device_id and board.hostname != board.device_id:
-        return f"{printable(board.hostname)} ({printable(board.device_id)})"
-    return printable(board.hostname or board.device_id)
+        return f"{board.hostname} ({board.device_id})"
+    return board.hostname or board.device_id

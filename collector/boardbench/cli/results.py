@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ def results(
     if output.json:
         output.show_json(found)
     elif found:
-        output.show(results_table(found))
+        output.show(results_table(found), table=True)
     else:
         output.note(f"the collector at {collector} has no such results")
     return ExitCode.DONE
@@ -116,11 +117,11 @@ def show(run_id: str, collector: Address, **values: Any) -> ExitCode:
     RUN is the id of the run or the first digits of it. Every op, tensor and circumstance is shown. The exit
     code says whether the result was found, not how the run ended. With --format json: the RunResult.
     """
-    output = output_from(values)
+    output = dataclasses.replace(output_from(values), full=True)
     from boardbench.cli.answer import answer
     from boardbench.cli.client import CollectorClient
 
     with CollectorClient(collector) as client:
         result = client.result(run_id)
-    answer(result, output, whole=True)
+    answer(result, output)
     return ExitCode.DONE

@@ -14,15 +14,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from boardbench.cli.errors import CliError, ExitCode, worst
+from boardbench.cli.errors import CliError, ExitCode, WrongUse, worst
 from boardbench.cli.spec import Spec, spec_from, spec_options
-from boardbench.cli.terminal import Output, output_from, output_options
+from boardbench.cli.terminal import Output, full_option, output_from, output_options
 
 if TYPE_CHECKING:
     from boardbench.cli.progress import Watched
     from boardbench.v1 import agent_pb2, result_pb2
 
 _STDERR_LINES = 40  # of a child that breaks: a traceback and what led to it
+_AGENT_USAGE = 2  # exit code of boardbench-agent for a request that it can't even begin with
 _END_SECONDS = 10.0  # from the last event to the end of the process; then it is killed
 
 
@@ -42,6 +43,7 @@ Examples:
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
 )
 @spec_options
+@full_option
 @output_options
 def run(paths: tuple[Path, ...], **values: Any) -> ExitCode:
     """Run models on this machine, without an agent.
@@ -74,13 +76,13 @@ def run(paths: tuple[Path, ...], **values: Any) -> ExitCode:
                 codes.append(exit_code(result))
                 if not output.json:
                     with progress.paused():
-                        answer(result, output)
+                        answer(result, output, more="--full shows all")
             if local.interrupted:
                 codes.append(ExitCode.INTERRUPTED)
                 break
     _conclude(results, len(paths), output)
     if not output.json and len(results) > 1:
-        output.show(comparison_table(results))
+        output.show(comparison_table(results), table=True)
     code = worst(codes)
     if code == ExitCode.INTERRUPTED:
         output.complain("interrupted")
@@ -185,6 +187,8 @@ class LocalRun:
                 "pip install 'boardbench[agent,tflite,onnx]'"
             )
         words = said.strip() or f"it ended with exit code {code} and said nothing"
+        if code == _AGENT_USAGE:
+            return WrongUse(_without_prefix(words))
         return CliError(f"{self.path.name} could not be run here: {_without_prefix(words)}")
 
     @staticmethod
@@ -208,4 +212,4 @@ def _keep(stream: IO[str], said: collections.deque[str]) -> None:
 
 def _without_prefix(words: str) -> str:
     """``words`` without the name of the program that said them, which is not the one the user called."""
-    return re.sub(r"^(boardbench-agent|Error): ", "", words)
+    return re.sub(r"^boardbench-agent(?: run)?: (?:error: )?", "", words, flags=re.MULTILINE)

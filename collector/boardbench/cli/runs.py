@@ -11,7 +11,7 @@ from boardbench.cli.address import Address
 from boardbench.cli.board import board_option, run_id_on
 from boardbench.cli.errors import ExitCode
 from boardbench.cli.spec import Seconds
-from boardbench.cli.terminal import output_from, output_options
+from boardbench.cli.terminal import full_option, output_from, output_options
 
 
 @click.command()
@@ -32,7 +32,7 @@ def runs(address: Address, **values: Any) -> ExitCode:
     if output.json:
         output.show_json(found)
     elif found:
-        output.show(runs_table(found))
+        output.show(runs_table(found), table=True)
     else:
         output.note(f"no runs on {address}")
     return ExitCode.DONE
@@ -48,6 +48,7 @@ def runs(address: Address, **values: Any) -> ExitCode:
     show_default=True,
     help="Go on trying this long when the connection to the board is lost.",
 )
+@full_option
 @output_options
 def watch(run_id: str, address: Address, retry_for: float, **values: Any) -> ExitCode:
     """Follow a run on a board to its result.
@@ -71,7 +72,7 @@ def watch(run_id: str, address: Address, retry_for: float, **values: Any) -> Exi
                 progress.happened(whole[:8], event)
                 if event.HasField("result"):
                     result = event.result
-    return answer(result, output)
+    return answer(result, output, more="--full shows all")
 
 
 @click.command()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from boardbench.cli.errors import BadFile, CliError
+from boardbench.cli.errors import CliError, WrongUse
 
 CHUNK_BYTES = (
     1 << 20
@@ -21,7 +21,7 @@ _HASH_BYTES = 1 << 20  # stays in the cache of a laptop between read and hash
 class Source:
     """An open file. ``sha256`` is that of the bytes it had when it was opened; memory stays at one chunk.
 
-    Chunks may be read by several threads. Raises BadFile where the file can't be read, is empty
+    Chunks may be read by several threads. Raises WrongUse where the file can't be read, is empty
     or is no regular file.
     """
 
@@ -32,22 +32,22 @@ class Source:
         self._lock = threading.Lock()
         try:
             if not stat.S_ISREG(path.stat().st_mode):
-                raise BadFile(f"{path} is not a regular file: give the path of a model file")
+                raise WrongUse(f"{path} is not a regular file: give the path of a model file")
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise BadFile(f"{path} can't be read: {error.strerror or error}") from error
+            raise WrongUse(f"{path} can't be read: {error.strerror or error}") from error
         try:
             self._opened_as = os.fstat(self._file.fileno())
             self.size_bytes = self._opened_as.st_size
             if self.size_bytes == 0:
-                raise BadFile(
+                raise WrongUse(
                     f"{path} is empty (0 bytes): there is nothing to send; was its download finished?"
                 )
             self.sha256 = self._hash()
         except OSError as error:
             self.close()
-            raise BadFile(f"{path} can't be read: {error.strerror or error}") from error
-        except BadFile:
+            raise WrongUse(f"{path} can't be read: {error.strerror or error}") from error
+        except WrongUse:
             self.close()
             raise
 

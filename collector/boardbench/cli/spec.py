@@ -80,11 +80,11 @@ class Spec:
             ("--timeout", self.timeout),
         ):
             if value is not None:
-                arguments += [name, str(value)]
+                arguments.append(f"{name}={value}")
         for name, text in self.options.items():
-            arguments += ["--option", f"{name}={text}"]
+            arguments.append(f"--option={name}={text}")
         for name, shape in self.shapes.items():
-            arguments += ["--shape", f"{name}={','.join(map(str, shape))}"]
+            arguments.append(f"--shape={name}={','.join(map(str, shape))}")
         return arguments
 
 

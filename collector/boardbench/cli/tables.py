@@ -13,11 +13,13 @@ from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
 from boardbench.cli.placement import placement_known
-from boardbench.cli.plain import printable
+from boardbench.cli.plain import cleaned
 from boardbench.cli.report import STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, result_pb2
 
+_FIGURES = ("p50", "p90", "memory")
+_NUMBERS = (*_FIGURES, "size", "results")
 _ID_DIGITS = 8  # `show` and `cancel` take the first digits of an id; 8 tell a million runs apart
 
 _STATUS: dict[int, tuple[str, str]] = {
@@ -28,76 +30,65 @@ _STATUS: dict[int, tuple[str, str]] = {
 }
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+def _table(*columns: str, whole: Sequence[str] = ()) -> Table:
+    """An empty table. Where the width does not do, any column but those in ``whole`` takes more lines."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=STRONG, show_edge=False, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        right = column in _NUMBERS
+        table.add_column(
+            column, justify="right" if right else "left", overflow="fold", no_wrap=right or column in whole
+        )
     return table
 
 
 def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result: when, where, what, how fast, how much memory, where its ops ran."""
     table = _table(
-        "ended",
-        "board",
-        "model",
-        "runtime",
-        "p50",
-        "p90",
-        "memory",
-        "accelerated",
-        "status",
-        "run",
-        right=("p50", "p90", "memory"),
+        *("ended", "board", "model", "runtime", *_FIGURES, "accelerated", "status", "run"),
+        whole=("run",),
     )
-    for result in results:
-        memory = result.memory
+    for result in map(cleaned, results):
+        ended = _time(result.finished_at if result.HasField("finished_at") else None)
         table.add_row(
-            _time(result.finished_at if result.HasField("finished_at") else None),
-            board_name(result.board),
-            printable(result.model.name),
+            ended,
+            result.board.hostname or result.board.device_id,
+            result.model.name,
             _runtime(result),
-            _percentile(result.latency, 50),
-            _percentile(result.latency, 90),
-            figures.count_bytes(memory.peak_rss_bytes) if memory.HasField("peak_rss_bytes") else "–",
+            *_figures(result),
             _accelerated(result),
             _status(result),
-            printable(result.run_id[:_ID_DIGITS]),
+            result.run_id[:_ID_DIGITS],
         )
     return table
 
 
 def comparison_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result of one command, to be read from top to bottom."""
-    table = _table(
-        "model",
-        "board",
-        "runtime",
-        "p50",
-        "p90",
-        "memory",
-        "accelerated",
-        "status",
-        right=("p50", "p90", "memory"),
-    )
-    for result in results:
-        memory = result.memory
+    table = _table("model", "board", "runtime", *_FIGURES, "accelerated", "status")
+    for result in map(cleaned, results):
         table.add_row(
-            printable(result.model.name),
-            board_name(result.board),
+            result.model.name,
+            result.board.hostname or result.board.device_id,
             _runtime(result),
-            _percentile(result.latency, 50),
-            _percentile(result.latency, 90),
-            figures.count_bytes(memory.peak_rss_bytes) if memory.HasField("peak_rss_bytes") else "–",
+            *_figures(result),
             _accelerated(result),
             _status(result),
         )
     return table
 
 
+def _figures(result: result_pb2.RunResult) -> tuple[str, str, str]:
+    memory = result.memory
+    return (
+        _percentile(result.latency, 50),
+        _percentile(result.latency, 90),
+        figures.count_bytes(memory.peak_rss_bytes) if memory.HasField("peak_rss_bytes") else "–",
+    )
+
+
 def _runtime(result: result_pb2.RunResult) -> str:
-    name = printable(result.runtime.name or result.spec.runtime) or "–"
-    device = printable(result.runtime.device or result.spec.device)
+    name = result.runtime.name or result.spec.runtime or "–"
+    device = result.runtime.device or result.spec.device
     return f"{name} {device}" if device and device != "cpu" else name
 
 
@@ -118,16 +109,16 @@ def _accelerated(result: result_pb2.RunResult) -> Text:
     if placement.accelerated_ops == 0:
         asked = result.runtime.device or result.spec.device or "cpu"
         return Text("no", "" if asked == "cpu" else BAD)
-    style = GOOD if placement.cpu_ops == 0 else DOUBTFUL
-    return Text(
-        f"{placement.accelerated_ops:,} of {total:,}" + (" (stand-in)" if placement.standin else ""), style
-    )
+    counts = f"{placement.accelerated_ops:,} of {total:,}"
+    if placement.standin:
+        return Text(f"{counts} (stand-in)", BAD)
+    return Text(counts, GOOD if placement.cpu_ops == 0 else DOUBTFUL)
 
 
 def _status(result: result_pb2.RunResult) -> Text:
     word, style = _STATUS.get(result.status, ("unknown", DOUBTFUL))
     if result.HasField("error") and result.error.code:
-        word += f" {printable(result.error.code)}"
+        word += f" {result.error.code}"
     elif result.warnings:
         return Text(word, style).append(f" ({figures.plural(len(result.warnings), 'warning')})", DOUBTFUL)
     return Text(word, style)
@@ -135,16 +126,16 @@ def _status(result: result_pb2.RunResult) -> Text:
 
 def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
     """A line a board that the collector knows."""
-    table = _table("board", "model", "up", "runs", "address", "queue", "results", right=("results",))
+    table = _table("board", "model", "up", "runs", "address", "queue", "results")
     now = datetime.datetime.now(datetime.timezone.utc)
-    for device in devices:
+    for device in map(cleaned, devices):
         board = device.board
         table.add_row(
             Text(board_name(board), STRONG),
             _hardware(board),
             _up(device, now),
             Text("\n").join(_runtime_status(status, short=True) for status in device.runtimes) or "–",
-            printable(device.address) or "–",
+            device.address or "–",
             _queue(device.heartbeat.running_run_id, device.heartbeat.queued_runs),
             figures.whole(device.results),
         )
@@ -161,28 +152,24 @@ def _up(device: collector_pb2.Device, now: datetime.datetime) -> Text:
 
 
 def _hardware(board: board_pb2.Board) -> Text:
-    text = Text(
-        ", ".join(printable(part) for part in (board.model, board.soc, board.architecture) if part) or "–"
-    )
+    text = Text(", ".join(part for part in (board.model, board.soc, board.architecture) if part) or "–")
     if board.emulator:
-        text.append(f" EMULATED ({printable(board.emulator)})", BAD)
+        text.append(f" EMULATED ({board.emulator})", BAD)
     for accelerator in board.accelerators:
-        text.append(
-            f"\n{printable(accelerator.name or accelerator.kind)}", BAD if accelerator.standin else GOOD
-        )
+        text.append(f"\n{accelerator.name or accelerator.kind}", BAD if accelerator.standin else GOOD)
         if accelerator.standin:
             text.append(" (stand-in)", BAD)
     return text
 
 
 def _runtime_status(status: board_pb2.RuntimeStatus, *, short: bool = False) -> Text:
-    name = printable(status.name)
+    name = status.name
     if not status.available:
         return Text(
-            f"{name}: no" if short else f"{printable(status.reason) or 'not available'}",
+            f"{name}: no" if short else f"{status.reason or 'not available'}",
             QUIET if short else DOUBTFUL,
         )
-    return Text(name if short else printable(status.version))
+    return Text(name if short else status.version)
 
 
 def _queue(running: str, waiting: int) -> str:
@@ -194,25 +181,20 @@ def _queue(running: str, waiting: int) -> str:
 
 def board_page(address: str, described: agent_pb2.DescribeResponse) -> RenderableType:
     """What a board says about itself: hardware, runtimes or why not, stores, link."""
+    described = cleaned(described)
     board = described.board
     head = Text(f"{board_name(board) or address}", STRONG).append(f" at {address}", "")
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=10, style=STRONG, no_wrap=True)
     grid.add_column(overflow="fold")
-    cpu = (
-        f"{board.cpu_count} × {printable(board.cpu_model) or printable(board.architecture)}"
-        if board.cpu_count
-        else ""
-    )
+    cpu = f"{board.cpu_count} × {board.cpu_model or board.architecture}" if board.cpu_count else ""
     memory = figures.count_bytes(board.memory_bytes) if board.memory_bytes else ""
     grid.add_row("Board", _hardware(board))
-    grid.add_row(
-        "", " · ".join(part for part in (cpu, memory, printable(board.os), printable(board.kernel)) if part)
-    )
+    grid.add_row("", " · ".join(part for part in (cpu, memory, board.os, board.kernel) if part))
     if board.labels:
         grid.add_row(
             "Labels",
-            " · ".join(f"{printable(key)}={printable(value)}" for key, value in sorted(board.labels.items())),
+            " · ".join(f"{key}={value}" for key, value in sorted(board.labels.items())),
         )
     grid.add_row("Runtimes", _runtimes(described.runtimes))
     grid.add_row("Agent", _agent(described))
@@ -239,20 +221,20 @@ def _runtimes(statuses: Sequence[board_pb2.RuntimeStatus]) -> RenderableType:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for status in statuses:
-        name = Text(printable(status.name), STRONG if status.available else "")
+        name = Text(status.name, STRONG if status.available else "")
         mark = Text("✓", GOOD) if status.available else Text("✗", BAD)
         line = _runtime_status(status)
         if status.available:
-            takes = ", ".join(map(printable, status.formats))
-            line.append(f"  {takes} on {', '.join(map(printable, status.devices)) or 'cpu'}", QUIET)
+            takes = ", ".join(status.formats)
+            line.append(f"  {takes} on {', '.join(status.devices) or 'cpu'}", QUIET)
             if status.interpreter.version:
-                line.append(f" · {printable(status.interpreter.version)}", QUIET)
+                line.append(f" · {status.interpreter.version}", QUIET)
         table.add_row(mark, name, line)
     return table
 
 
 def _agent(described: agent_pb2.DescribeResponse) -> str:
-    parts = [f"version {printable(described.agent_version)}"]
+    parts = [f"version {described.agent_version}"]
     if described.HasField("started_at"):
         parts.append(f"since {_time(described.started_at)}")
     parts.append(_queue(described.running_run_id, described.queued_runs))
@@ -262,21 +244,21 @@ def _agent(described: agent_pb2.DescribeResponse) -> str:
 def _link(link: agent_pb2.CollectorLinkStatus) -> Text:
     if not link.address:
         return Text("none: results stay on the board", QUIET)
-    text = Text(f"{printable(link.address)} ")
+    text = Text(f"{link.address} ")
     if link.connected:
         return text.append("connected", GOOD)
-    return text.append(f"not connected: {printable(link.error) or 'trying'}", BAD)
+    return text.append(f"not connected: {link.error or 'trying'}", BAD)
 
 
 def models_table(models: Iterable[agent_pb2.StoredModel]) -> RenderableType:
     """A line a file that a board keeps."""
-    table = _table("sha256", "name", "format", "size", "used", "", right=("size",))
-    for stored in models:
+    table = _table("sha256", "name", "format", "size", "used", "", whole=("sha256",))
+    for stored in map(cleaned, models):
         inputs = stored.kind == agent_pb2.FILE_KIND_INPUTS
         table.add_row(
-            printable(stored.model.sha256[:12]),
-            printable(stored.model.name),
-            "inputs" if inputs else printable(stored.model.format) or "unknown",
+            stored.model.sha256[:12],
+            stored.model.name,
+            "inputs" if inputs else stored.model.format or "unknown",
             figures.count_bytes(stored.model.size_bytes),
             _time(stored.used_at if stored.HasField("used_at") else None),
             "in use" if stored.in_use else "",
@@ -286,11 +268,11 @@ def models_table(models: Iterable[agent_pb2.StoredModel]) -> RenderableType:
 
 def runs_table(runs: Iterable[agent_pb2.RunSummary]) -> RenderableType:
     """A line a run of a board."""
-    table = _table("run", "model", "accepted", "state")
-    for run in runs:
+    table = _table("run", "model", "accepted", "state", whole=("run",))
+    for run in map(cleaned, runs):
         table.add_row(
-            printable(run.run_id[:_ID_DIGITS]),
-            printable(run.model.name) or run.model.sha256[:12],
+            run.run_id[:_ID_DIGITS],
+            run.model.name or run.model.sha256[:12],
             _time(run.created_at if run.HasField("created_at") else None),
             _state(run),
         )
@@ -308,4 +290,4 @@ def _state(run: agent_pb2.RunSummary) -> Text:
 
 
 def _time(stamp: Timestamp | None) -> str:
-    return "–" if stamp is None else figures.moment(stamp.ToDatetime(datetime.timezone.utc))
+    return "–" if stamp is None else figures.minute(stamp.ToDatetime(datetime.timezone.utc))

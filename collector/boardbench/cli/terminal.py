@@ -41,23 +41,36 @@ def console_for(file: TextIO) -> Console:
     )
 
 
+TABLE_PIPE_WIDTH = 1000  # no name is as long, so that each row is one line for grep and awk
+
+
 @dataclass(frozen=True)
 class Output:
     """How a command was asked to speak."""
 
     json: bool
     quiet: bool
+    full: bool = False
 
     @property
     def shows_progress(self) -> bool:
         """Whether somebody watches: stderr is a terminal, and --quiet was not given."""
         return not self.quiet and sys.stderr.isatty()
 
-    def show(self, *parts: RenderableType) -> None:
-        """Writes renderable parts to stdout, one after the other."""
+    def show(self, *parts: RenderableType, table: bool = False) -> None:
+        """Writes renderable parts to stdout, one after the other.
+
+        The rows of a ``table`` stay on one line each where a program reads them.
+        """
         console = console_for(sys.stdout)
-        for part in parts:
-            console.print(part)
+        if table and not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+            console.width = TABLE_PIPE_WIDTH
+        with console.capture() as captured:
+            for part in parts:
+                console.print(part)
+        # Rich fills lines up with spaces, which nobody wants in a file or a mail.
+        sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+        sys.stdout.flush()
 
     def show_json(self, value: Message | Sequence[Message]) -> None:
         """Writes one JSON document to stdout: protobuf's JSON with the proto's names of the fields."""
@@ -99,6 +112,15 @@ def output_options(command: _Command) -> _Command:
     )(command)
 
 
+def full_option(command: _Command) -> _Command:
+    """Adds ``--full``; :func:`output_from` reads it."""
+    return click.option("--full", is_flag=True, help="Show every op, tensor and circumstance of a result.")(
+        command
+    )
+
+
 def output_from(values: dict[str, Any]) -> Output:
     """What the options say; takes them out of ``values``."""
-    return Output(json=values.pop("form") == "json", quiet=values.pop("quiet"))
+    return Output(
+        json=values.pop("form") == "json", quiet=values.pop("quiet"), full=values.pop("full", False)
+    )

@@ -1,0 +1,65 @@
+"""Files on their way to a board."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+from boardbench.cli.errors import CliError, WrongUse
+from boardbench.cli.source import CHUNK_BYTES, Source
+
+
+def test_hash_size_and_chunks(tmp_path):
+    data = os.urandom(2 * CHUNK_BYTES + 5)
+    path = tmp_path / "m.tflite"
+    path.write_bytes(data)
+    with Source(path) as source:
+        assert source.sha256 == hashlib.sha256(data).hexdigest()
+        assert source.size_bytes == len(data)
+        assert [(at, len(chunk)) for at, chunk in source.chunks(0)] == [
+            (0, CHUNK_BYTES),
+            (CHUNK_BYTES, CHUNK_BYTES),
+            (2 * CHUNK_BYTES, 5),
+        ]
+        assert b"".join(chunk for _, chunk in source.chunks(7)) == data[7:]
+        assert list(source.chunks(len(data))) == []
+        assert not source.changed()
+
+
+def test_a_file_that_is_replaced_is_still_the_one_that_was_opened(tmp_path):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(b"old")
+    with Source(path) as source:
+        path.unlink()
+        path.write_bytes(b"new and longer")
+        assert [chunk for _, chunk in source.chunks(0)] == [b"old"]
+        assert not source.changed()
+
+
+def test_a_file_that_shrinks_is_told(tmp_path):
+    path = tmp_path / "m.tflite"
+    path.write_bytes(b"12345")
+    with Source(path) as source:
+        path.write_bytes(b"")
+        assert source.changed()
+        with pytest.raises(CliError, match="became shorter"):
+            list(source.chunks(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "can't be read: No such file"),
+        (lambda path: path.touch(), r"is empty \(0 bytes\)"),
+        (lambda path: path.mkdir(), "is not a regular file"),
+        (lambda path: os.mkfifo(path), "is not a regular file"),
+    ],
+)
+def test_what_can_not_be_sent_is_told_with_exit_code_2(tmp_path, make, words):
+    path = tmp_path / "m.tflite"
+    make(path)
+    with pytest.raises(WrongUse, match=words) as caught:
+        Source(path)
+    assert caught.value.exit_code == 2
