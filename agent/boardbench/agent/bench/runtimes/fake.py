@@ -171,8 +171,13 @@ class FakeModel:
         for tensor in self.inputs:
             state.update(feeds[tensor.name].tobytes())
         outputs = {}
+        # An open size of an output is that of the first input, as a batch is.
+        first = self.inputs[0].shape if self.inputs else ()
         for tensor in self.outputs:
-            shape = tuple(1 if size < 0 else size for size in tensor.shape)
+            shape = tuple(
+                size if size >= 0 else (first[at] if at < len(first) else 1)
+                for at, size in enumerate(tensor.shape)
+            )
             pattern = np.frombuffer(state.digest(), dtype=np.uint8)
             outputs[tensor.name] = np.resize(pattern, shape).astype(tensor.dtype)
         return outputs

@@ -1,0 +1,207 @@
+"""Small models for the engines, made in code; every function gives the bytes of a file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+
+def _tflite_builder() -> Any:
+    build = pytest.importorskip("boardbench.cli.tflite_build")
+    pytest.importorskip("flatbuffers")
+    pytest.importorskip("ai_edge_litert.schema_py_generated")
+    return build
+
+
+def tflite_affine(*, batch: int = 1, names: tuple[str, str] = ("x", "y")) -> bytes:
+    """Float [batch, 4] → RELU → ADD → float [batch, 4]; ``batch`` -1 leaves it open."""
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    graph = model.subgraph()
+    x = graph.tensor(names[0], [batch, 4], "float32")
+    positive = graph.tensor("positive", [batch, 4], "float32")
+    y = graph.tensor(names[1], [batch, 4], "float32")
+    graph.operator("RELU", [x], [positive])
+    graph.operator("ADD", [positive, x], [y], build.Options("AddOptions"))
+    graph.inputs(x)
+    graph.outputs(y)
+    return bytes(model.finish())
+
+
+def tflite_dead_end() -> bytes:
+    """RELU, whose result is the output, and NEG, whose result nobody uses."""
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    graph = model.subgraph()
+    x, y, unused = (graph.tensor(name, [1, 4], "float32") for name in ("x", "y", "unused"))
+    graph.operator("RELU", [x], [y])
+    graph.operator("NEG", [x], [unused], build.Options("NegOptions"))
+    graph.inputs(x)
+    graph.outputs(y)
+    return bytes(model.finish())
+
+
+def tflite_nameless() -> bytes:
+    """Two inputs and two outputs without names, of different types."""
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    graph = model.subgraph()
+    a, c = graph.tensor("", [2], "float32"), graph.tensor("", [2], "float32")
+    b, d = graph.tensor("", [3], "float32"), graph.tensor("", [3], "float32")
+    graph.operator("RELU", [a], [c])
+    graph.operator("RELU", [b], [d])
+    graph.inputs(a, b)
+    graph.outputs(c, d)
+    return bytes(model.finish())
+
+
+def tflite_while() -> bytes:
+    """A loop: the operations of its body are in subgraphs of their own."""
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    main, condition, body = model.subgraph("main"), model.subgraph("condition"), model.subgraph("body")
+    x, y = main.tensor("x", [1], "float32"), main.tensor("y", [1], "float32")
+    main.operator(
+        "WHILE", [x], [y], build.Options("WhileOptions", {"condSubgraphIndex": 1, "bodySubgraphIndex": 2})
+    )
+    main.inputs(x)
+    main.outputs(y)
+    value, limit = (
+        condition.tensor("v", [1], "float32"),
+        condition.tensor("ten", [1], "float32", data=_float(10)),
+    )
+    less = condition.tensor("less", [1], "bool")
+    condition.operator("LESS", [value, limit], [less], build.Options("LessOptions"))
+    condition.inputs(value)
+    condition.outputs(less)
+    value, one = body.tensor("v", [1], "float32"), body.tensor("one", [1], "float32", data=_float(1))
+    more = body.tensor("more", [1], "float32")
+    body.operator("ADD", [value, one], [more], build.Options("AddOptions"))
+    body.inputs(value)
+    body.outputs(more)
+    return bytes(model.finish())
+
+
+def tflite_of_unknown_ops(name: str, version: int = 1) -> bytes:
+    """One operation that no engine has, or not in that version."""
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    graph = model.subgraph()
+    x, y = graph.tensor("x", [1, 4], "float32"), graph.tensor("y", [1, 4], "float32")
+    graph.operator(name, [x], [y], version=version)
+    graph.inputs(x)
+    graph.outputs(y)
+    return bytes(model.finish())
+
+
+def _float(value: float) -> bytes:
+    import struct
+
+    return struct.pack("<f", value)
+
+
+def onnx_affine(*, batch: int | str = 1) -> bytes:
+    """Float [batch, 4] → Relu → Add → float [batch, 4]; a text leaves the batch open."""
+    helper, types, finish = _onnx_builder()
+    x, y = (helper.make_tensor_value_info(name, types.FLOAT, [batch, 4]) for name in "xy")
+    nodes = [
+        helper.make_node("Relu", ["x"], ["positive"], name="relu"),
+        helper.make_node("Add", ["positive", "x"], ["y"], name="add"),
+    ]
+    return finish(nodes, [x], [y])
+
+
+def onnx_of_node(node: str, *, domain: str = "", dtype: str = "FLOAT", opset: int = 17, ir: int = 8) -> bytes:
+    """One node from x to y."""
+    helper, types, finish = _onnx_builder()
+    x, y = (helper.make_tensor_value_info(name, getattr(types, dtype), [1, 4]) for name in "xy")
+    return finish(
+        [helper.make_node(node, ["x"], ["y"], domain=domain)], [x], [y], opset=opset, ir=ir, domain=domain
+    )
+
+
+def onnx_of_external_data() -> bytes:
+    """Weights in a file of their own that is not there."""
+    import onnx
+
+    helper, types, finish = _onnx_builder()
+    weight = onnx.TensorProto(name="w", data_type=types.FLOAT, dims=[4])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    entry = weight.external_data.add()
+    entry.key, entry.value = "location", "weights.bin"
+    x, y = (helper.make_tensor_value_info(name, types.FLOAT, [4]) for name in "xy")
+    return finish([helper.make_node("Add", ["x", "w"], ["y"])], [x], [y], constants=[weight])
+
+
+def onnx_of_sequence() -> bytes:
+    """Two outputs: a tensor, and a sequence of tensors."""
+    helper, types, finish = _onnx_builder()
+    x, y = (helper.make_tensor_value_info(name, types.FLOAT, [2, 4]) for name in "xy")
+    parts = helper.make_tensor_sequence_value_info("parts", types.FLOAT, None)
+    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("SplitToSequence", ["x"], ["parts"])]
+    return finish(nodes, [x], [y, parts])
+
+
+def onnx_of_division() -> bytes:
+    """0 / 0 in the only output."""
+    helper, types, finish = _onnx_builder()
+    x, y = (helper.make_tensor_value_info(name, types.FLOAT, [4]) for name in "xy")
+    nodes = [helper.make_node("Sub", ["x", "x"], ["zero"]), helper.make_node("Div", ["zero", "zero"], ["y"])]
+    return finish(nodes, [x], [y])
+
+
+def onnx_relu_unique() -> bytes:
+    """Relu, which every provider has, and Unique, which few have."""
+    helper, types, finish = _onnx_builder()
+    x = helper.make_tensor_value_info("x", types.FLOAT, [1, 64])
+    y = helper.make_tensor_value_info("y", types.FLOAT, None)
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Mul", ["r", "r"], ["m"]),
+        helper.make_node("Unique", ["m"], ["y"]),
+    ]
+    return finish(nodes, [x], [y])
+
+
+def onnx_gather(rows: int) -> bytes:
+    """A table of that many rows, looked up: an index beyond it fails when the model runs."""
+    helper, types, finish = _onnx_builder()
+    ids = helper.make_tensor_value_info("ids", types.INT64, [8])
+    y = helper.make_tensor_value_info("y", types.FLOAT, None)
+    table = helper.make_tensor("table", types.FLOAT, [rows, 2], [0.5] * rows * 2)
+    return finish([helper.make_node("Gather", ["table", "ids"], ["y"])], [ids], [y], constants=[table])
+
+
+def _onnx_builder() -> tuple[Any, Any, Any]:
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+
+    def finish(
+        nodes: Any,
+        inputs: Any,
+        outputs: Any,
+        *,
+        constants: Any = (),
+        opset: int = 17,
+        ir: int = 8,
+        domain: str = "",
+    ) -> bytes:
+        graph = helper.make_graph(nodes, "graph", inputs, outputs, list(constants))
+        opsets = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+        data: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=ir).SerializeToString()
+        return data
+
+    return helper, onnx.TensorProto, finish
+
+
+def fake(*, batch: int = 1) -> bytes:
+    """A model of the fake engine."""
+    tensor = {"dtype": "float32", "shape": [batch, 4]}
+    content = {
+        "inputs": [{"name": "x", **tensor}],
+        "outputs": [{"name": "y", **tensor}],
+        "ops": [{"type": "RELU", "unit": "UNIT_TPU"}, {"type": "ADD", "unit": "UNIT_CPU"}],
+    }
+    return b"boardbench-fake/1\n" + json.dumps(content).encode()
