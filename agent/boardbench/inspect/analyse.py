@@ -5,20 +5,27 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
+from boardbench.inspect import coreml, executorch, onnx, opaque, openvino, tflite_report, torchscript
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat
 from boardbench.inspect.fit import EDGETPU_CACHE, fit, memory_of
-from boardbench.inspect.onnx import report as report_onnx
-from boardbench.inspect.report import ModelReport
+from boardbench.inspect.report import Fit, ModelReport
 from boardbench.inspect.sniff import sniff_bytes
-from boardbench.inspect.tflite_report import EDGETPU
-from boardbench.inspect.tflite_report import report as report_tflite
 
+EDGETPU = tflite_report.EDGETPU
 TARGETS = (EDGETPU,)
 
 _PIECE_BYTES = 1 << 20
+_READERS: Dict[str, Callable[[ModelReport, memoryview], ModelReport]] = {
+    "coreml": coreml.report,
+    "ell": opaque.report_library,
+    "executorch": executorch.report,
+    "onnx": onnx.report,
+    "tensorrt": opaque.report_engine,
+    "torchscript": torchscript.report,
+}
 
 
 def inspect(
@@ -31,26 +38,69 @@ def inspect(
     """What the model file says without being run.
 
     ``original`` is the file that ``path`` was compiled from; ``target`` asks for the placement on an
-    accelerator, one of TARGETS; ``fits`` are boards, sizes or caches to fit into. Raises InspectError.
+    accelerator, one of TARGETS; ``fits`` are boards, sizes or caches to fit into. Raises InspectError, whose
+    message names the file.
     """
     if target and target not in TARGETS:
         raise InspectError(f"no rules are known for target {target!r}; known: {', '.join(TARGETS)}")
     for each in fits:
         memory_of(each)
+    try:
+        found = _inspect(path, original, target)
+    except Malformed as error:
+        raise Malformed(f"{path}: {error}") from error
+    return _with_fits(found, fits)
+
+
+def _inspect(path: Path, original: Optional[Path], target: str) -> ModelReport:
+    if path.is_dir():
+        if not (path / coreml.MANIFEST).is_file():
+            raise UnknownFormat(f"{path}: a folder, and no Core ML package (.mlpackage)")
+        found = coreml.report_folder(path)
+        _refuse_request(found, original, target)
+        return found
     with Opened(path) as data:
         if len(data) == 0:
-            raise Malformed(f"{path}: the file is empty")
+            raise Malformed("the file is empty")
         base = ModelReport(path.name, _digest(data), len(data), sniff_bytes(data))
-        if base.format == "onnx":
-            found = report_onnx(base, data)
-        elif base.format != "tflite":
-            raise UnknownFormat(f"{path}: not a model format that can be inspected")
-        elif original is None:
-            found = report_tflite(base, data, None, target)
-        else:
-            with Opened(original) as source:
-                found = replace(report_tflite(base, data, source, target), original_sha256=_digest(source))
-    return _with_fits(found, fits)
+        if base.format == "tflite":
+            return _inspect_tflite(base, data, original, target)
+        _refuse_request(base, original, target)
+        if base.format == "openvino":
+            if bytes(data[:2]) == b"PK":
+                raise UnknownFormat(f"{path}: unpack the archive, and inspect the .xml file in it")
+            return openvino.report(base, data, openvino.weights_of(path))
+        read = _READERS.get(base.format)
+        if read is None:
+            what = "arrays and no model" if base.format == "npz" else "not a model format that is known"
+            raise UnknownFormat(
+                f"{path}: {what}; inspected are {', '.join(sorted((*_READERS, 'openvino', 'tflite')))}"
+            )
+        return read(base, data)
+
+
+def _inspect_tflite(
+    base: ModelReport, data: memoryview, original: Optional[Path], target: str
+) -> ModelReport:
+    if original is None:
+        return tflite_report.report(base, data, None, target)
+    with Opened(original) as source:
+        if sniff_bytes(source) != "tflite":
+            raise InspectError(
+                f"{original}: the original of a compiled .tflite file is a .tflite file, and this is none"
+            )
+        return replace(tflite_report.report(base, data, source, target), original_sha256=_digest(source))
+
+
+def _refuse_request(base: ModelReport, original: Optional[Path], target: str) -> None:
+    if original is not None:
+        raise InspectError(
+            f"{base.name}: only .tflite files compiled for the Edge TPU have an original; this is {base.format}"
+        )
+    if target == EDGETPU:
+        raise InspectError(
+            f"{base.name}: the Edge TPU runs .tflite files, and this is {base.format}: convert it first"
+        )
 
 
 def _digest(data: memoryview) -> str:
@@ -61,13 +111,37 @@ def _digest(data: memoryview) -> str:
 
 
 def _with_fits(found: ModelReport, fits: Sequence[str]) -> ModelReport:
-    parameters = None
-    if found.edgetpu is not None:
-        parameters = found.edgetpu.parameters_cached_bytes + found.edgetpu.parameters_streamed_bytes
-    elif any(use.purpose == "weights" for use in found.bytes):
-        parameters = sum(use.size_bytes for use in found.bytes if use.purpose == "weights")
     asked = list(fits)
     if found.target == EDGETPU and EDGETPU_CACHE not in asked:
         asked.append(EDGETPU_CACHE)
-    answers = [fit(each, found.size_bytes, found.arena_estimate_bytes, parameters) for each in asked]
-    return replace(found, fits=tuple(answer for answer in answers if answer is not None))
+    answers = [
+        _cache_fit(found)
+        if each.strip().lower() == EDGETPU_CACHE
+        else fit(each, found.size_bytes, found.arena_estimate_bytes)
+        for each in asked
+    ]
+    return replace(found, fits=tuple(answers))
+
+
+def _cache_fit(found: ModelReport) -> Fit:
+    available = memory_of(EDGETPU_CACHE)
+    if found.edgetpu is not None:
+        streamed = found.edgetpu.parameters_streamed_bytes
+        needed = found.edgetpu.parameters_cached_bytes + streamed
+        return Fit(
+            EDGETPU_CACHE,
+            needed,
+            available,
+            streamed == 0,
+            f"by the compiler's own account: {streamed} bytes are sent at every inference"
+            if streamed
+            else "by the compiler's own account: all parameters are kept",
+        )
+    needed = sum(use.size_bytes for use in found.bytes if use.purpose == "weights")
+    return Fit(
+        EDGETPU_CACHE,
+        needed,
+        available,
+        needed <= available,
+        "all constants against the roughly 8 MB of the chip; what does not fit is sent at every inference",
+    )

@@ -133,7 +133,9 @@ def _sizes64(extra: bytes, size: int, compressed: int, header: int) -> Tuple[int
 def read_entry(data: Readable, entry: Entry, limit_bytes: int) -> bytes:
     """The content of one file, at most ``limit_bytes`` of it; raises Malformed when it is larger."""
     if entry.size_bytes > limit_bytes:
-        raise Malformed(f"ZIP archive: {entry.name!r} is {entry.size_bytes} bytes; at most {limit_bytes} are read")
+        raise Malformed(
+            f"ZIP archive: {entry.name!r} is {entry.size_bytes} bytes; at most {limit_bytes} are read"
+        )
     packed = bytes(data[entry.data_start : entry.data_start + entry.compressed_bytes])
     if entry.method == _STORED:
         return packed
@@ -147,3 +149,16 @@ def read_entry(data: Readable, entry: Entry, limit_bytes: int) -> bytes:
     if len(unpacked) > limit_bytes or not unpacker.eof:
         raise Malformed(f"ZIP archive: {entry.name!r} does not unpack to its {entry.size_bytes} bytes")
     return unpacked
+
+
+def read_head(data: Readable, entry: Entry, size_bytes: int) -> bytes:
+    """The first bytes of one file's content; fewer where it is shorter or does not unpack."""
+    packed = bytes(data[entry.data_start : entry.data_start + min(entry.compressed_bytes, 4 * size_bytes)])
+    if entry.method == _STORED:
+        return packed[:size_bytes]
+    if entry.method != _DEFLATED:
+        return b""
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size_bytes)
+    except zlib.error:
+        return b""

@@ -10,7 +10,9 @@ from boardbench.inspect.tflite import Operator, Subgraph, Tensor
 # Interpreters lay tensors out at multiples of this (TensorFlow Lite's kDefaultTensorAlignment).
 _ALIGNMENT_BYTES = 64
 # Operations that run other graphs, as often as the data says.
-_CONTROL = frozenset(("IF", "WHILE", "CALL", "CALL_ONCE", "STABLEHLO_WHILE", "STABLEHLO_COMPOSITE", "STABLEHLO_CASE"))
+_CONTROL = frozenset(
+    ("IF", "WHILE", "CALL", "CALL_ONCE", "STABLEHLO_WHILE", "STABLEHLO_COMPOSITE", "STABLEHLO_CASE")
+)
 # A product of sizes beyond this is no model but a damaged shape.
 _LARGEST = 1 << 62
 
@@ -88,7 +90,9 @@ def _counted(graph: Subgraph, operator: Operator) -> Optional[int]:
 
 def _recurrent(operator: Operator, inputs: "list[Optional[Tensor]]", source: Tensor) -> Optional[int]:
     matrices = [
-        product(tensor.shape) for tensor in inputs[1:] if tensor is not None and tensor.constant and len(tensor.shape) == 2
+        product(tensor.shape)
+        for tensor in inputs[1:]
+        if tensor is not None and tensor.constant and len(tensor.shape) == 2
     ]
     weights = sum(count for count in matrices if count is not None)
     if operator.type in ("UNIDIRECTIONAL_SEQUENCE_LSTM", "UNIDIRECTIONAL_SEQUENCE_RNN"):
@@ -129,8 +133,8 @@ def arena_bytes(graph: Subgraph) -> Optional[int]:
     the gaps between tensors of different life.
     """
     last = len(graph.operators)
-    born: Dict[int, int] = {tensor: 0 for tensor in graph.inputs}
-    dies: Dict[int, int] = {tensor: last for tensor in (*graph.inputs, *graph.outputs)}
+    born: Dict[int, int] = dict.fromkeys(graph.inputs, 0)
+    dies: Dict[int, int] = dict.fromkeys((*graph.inputs, *graph.outputs), last)
     for tensor in graph.tensors:
         if tensor.variable:
             born[tensor.index], dies[tensor.index] = 0, last

@@ -193,5 +193,3 @@ def _read_layers(root: Table, field: int) -> Tuple[Layer, ...]:
         )
         for layer in layers
     )
-
-

@@ -159,7 +159,7 @@ def map_original(compiled: Model, original: Model) -> Mapping:
         inputs = {tensor_of.get(graph.tensors[i].name, -1) for i in operator.inputs if i >= 0} - {-1}
         known += len(outputs)
         mapped |= closure(source, outputs, inputs)
-    if compiled_nodes(compiled) and known == 0 or len(unmatched) == len(graph.operators):
+    if (compiled_nodes(compiled) and known == 0) or len(unmatched) == len(graph.operators):
         raise InspectError(
             "the original file is not the one that was compiled: none of the compiled file's tensors is in it; "
             "give the .tflite file that was handed to edgetpu_compiler"
@@ -171,9 +171,7 @@ def _key(graph: Subgraph, operator: Operator) -> Tuple[str, Tuple[str, ...]]:
     return operator.type, tuple(graph.tensors[i].name for i in operator.outputs if i >= 0)
 
 
-def place_with_original(
-    compiled: Model, original: Model
-) -> Tuple[Placement, Tuple[ReportWarning, ...]]:
+def place_with_original(compiled: Model, original: Model) -> Tuple[Placement, Tuple[ReportWarning, ...]]:
     """Where every operation of the original runs, why those on the CPU are there, and doubts about it."""
     mapping = map_original(compiled, original)
     graph = original.main
@@ -221,7 +219,9 @@ def predict(model: Model) -> Placement:
     stayed = set(range(len(graph.operators))) - mapped
     reasons = _explain(model, mapped, stayed, own)
     ops = [
-        _placed(graph, operator, Unit.TPU if operator.index in mapped else Unit.CPU, reasons.get(operator.index))
+        _placed(
+            graph, operator, Unit.TPU if operator.index in mapped else Unit.CPU, reasons.get(operator.index)
+        )
         for operator in graph.operators
     ]
     return _placement(ops, Evidence.PREDICTION, "would be compiled")
@@ -236,7 +236,9 @@ def first_partition(graph: Subgraph, supported: Set[int]) -> Set[int]:
     made_by = producers(graph)
     needs = {
         operator.index: {
-            made_by[tensor] for tensor in operator.inputs if tensor in made_by and made_by[tensor] != operator.index
+            made_by[tensor]
+            for tensor in operator.inputs
+            if tensor in made_by and made_by[tensor] != operator.index
         }
         for operator in graph.operators
     }
@@ -249,7 +251,9 @@ def first_partition(graph: Subgraph, supported: Set[int]) -> Set[int]:
     for operator in graph.operators:
         if waiting[operator.index] == 0:
             ready[operator.index in supported].append(operator.index)
-    kind = bool(graph.operators) and (not ready[False] or (bool(ready[True]) and ready[True][0] < ready[False][0]))
+    kind = bool(graph.operators) and (
+        not ready[False] or (bool(ready[True]) and ready[True][0] < ready[False][0])
+    )
     while ready[True] or ready[False]:
         taken: Set[int] = set()
         while ready[kind]:

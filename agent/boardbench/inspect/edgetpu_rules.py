@@ -171,7 +171,9 @@ _WEIGHTED = frozenset(("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANS
 
 def _type_remedy(operator: Operator, tensor: Tensor) -> str:
     if operator.type == "QUANTIZE" and tensor.index in operator.inputs:
-        return "convert with inference_input_type = tf.uint8 or tf.int8, so that the input is quantised already"
+        return (
+            "convert with inference_input_type = tf.uint8 or tf.int8, so that the input is quantised already"
+        )
     if operator.type == "DEQUANTIZE":
         return (
             "convert with inference_output_type = tf.uint8 or tf.int8, and scale the result on the host; a "
@@ -344,7 +346,9 @@ def _no_batch_reduction(context: Context, operator: Operator) -> Optional[Reason
     if tensor is None:
         return None
     if _batch_axis(tensor) in _axes(context, operator, 1, len(tensor.fixed_shape)):
-        return Reason(LIMITATION, "it reduces the batch dimension", "reduce over height, width and channels only")
+        return Reason(
+            LIMITATION, "it reduces the batch dimension", "reduce over height, width and channels only"
+        )
     return None
 
 
@@ -455,7 +459,9 @@ def _plain_strides(context: Context, operator: Operator) -> Optional[Reason]:
         return Reason(LIMITATION, f"strides {list(strides)}; only 1 is supported", "slice with stride 1")
     for option, name in (("ellipsis_mask", "an ellipsis"), ("new_axis_mask", "a new axis")):
         if operator.option(option):
-            return Reason(LIMITATION, f"the slice has {name}", "write the slice out, with one range a dimension")
+            return Reason(
+                LIMITATION, f"the slice has {name}", "write the slice out, with one range a dimension"
+            )
     return None
 
 
@@ -558,8 +564,8 @@ PARAMETERS: Mapping[str, Mapping[int, str]] = {
     "TRANSPOSE": {1: "order"},
     "TRANSPOSE_CONV": {0: "output shape", 1: "filter", 3: "bias"},
     "UNIDIRECTIONAL_SEQUENCE_LSTM": {
-        **{position: "weights" for position in range(1, 9)},
-        **{position: "bias" for position in range(12, 16)},
+        **dict.fromkeys(range(1, 9), "weights"),
+        **dict.fromkeys(range(12, 16), "bias"),
     },
 }
 

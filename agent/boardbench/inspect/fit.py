@@ -77,26 +77,19 @@ def memory_of(target: str) -> int:
     )
 
 
-def fit(target: str, size_bytes: int, arena_bytes: Optional[int], parameters_bytes: Optional[int]) -> Optional[Fit]:
-    """Whether the model fits the target; None for the cache where the file does not tell the parameters.
-
-    A board needs the file and the memory between operations; the cache needs the parameters alone.
-    """
+def fit(target: str, size_bytes: int, arena_bytes: Optional[int]) -> Fit:
+    """Whether the model fits the memory: the file, and the tensors between operations."""
     available = memory_of(target)
-    if target.strip().lower() == EDGETPU_CACHE:
-        if parameters_bytes is None:
-            return None
-        return Fit(
-            EDGETPU_CACHE,
-            parameters_bytes,
-            available,
-            parameters_bytes <= available,
-            "parameters against roughly 8 MB; what does not fit is sent at every inference",
-        )
     needed = size_bytes + (arena_bytes or 0)
-    detail = "the file and the tensors between operations" if arena_bytes is not None else (
-        "the file alone: the tensors between operations are not known"
+    detail = (
+        "the file and the tensors between operations"
+        if arena_bytes is not None
+        else "the file alone: the tensors between operations are not known"
     )
     return Fit(
-        target, needed, available, needed <= available, f"{detail}; without the runtime and the operating system"
+        target,
+        needed,
+        available,
+        needed <= available,
+        f"{detail}; without the runtime and the operating system",
     )

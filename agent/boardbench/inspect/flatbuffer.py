@@ -74,13 +74,17 @@ class FlatBuffer:
 
     def broken(self, how: str, at: int) -> Malformed:
         """The error to raise: ``how`` continues the name of the buffer."""
-        return Malformed(f"{self.what} {how} (byte {at} of {self.size}): the file is truncated or damaged; copy it again")
+        return Malformed(
+            f"{self.what} {how} (byte {at} of {self.size}): the file is truncated or damaged; copy it again"
+        )
 
     def table_at(self, at: int, purpose: str = GRAPH) -> "Table":
         """The table at a position."""
         self._tables_left -= 1
         if self._tables_left < 0:
-            raise Malformed(f"{self.what} has more tables than any model of its size: damaged, or made to harm")
+            raise Malformed(
+                f"{self.what} has more tables than any model of its size: damaged, or made to harm"
+            )
         if at < 0 or at + 4 > self.size:
             raise self.broken("points outside the file", at)
         vtable = at - _BACK.unpack_from(self.data, at)[0]

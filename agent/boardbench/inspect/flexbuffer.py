@@ -20,7 +20,13 @@ _BLOB, _BOOL, _VECTOR_BOOL = 25, 26, 36
 _SIGNED = {1: "<b", 2: "<h", 4: "<i", 8: "<q"}
 _UNSIGNED = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 _FLOATS = {2: "<e", 4: "<f", 8: "<d"}
-_TYPED = {_VECTOR_INT: _INT, _VECTOR_UINT: _UINT, _VECTOR_FLOAT: _FLOAT, _VECTOR_KEY: _KEY, _VECTOR_BOOL: _BOOL}
+_TYPED = {
+    _VECTOR_INT: _INT,
+    _VECTOR_UINT: _UINT,
+    _VECTOR_FLOAT: _FLOAT,
+    _VECTOR_KEY: _KEY,
+    _VECTOR_BOOL: _BOOL,
+}
 # Options are small; what is larger is no map of options.
 _MOST_VALUES = 10_000
 _LONGEST_KEY = 256
@@ -61,7 +67,9 @@ class _Reader:
 
     def _number(self, formats: Dict[int, str], at: int, width: int) -> Union[int, float]:
         if width not in formats or at < 0 or at + width > len(self._data):
-            raise Malformed(f"the operator's options point outside themselves (byte {at} of {len(self._data)})")
+            raise Malformed(
+                f"the operator's options point outside themselves (byte {at} of {len(self._data)})"
+            )
         found: Union[int, float] = struct.unpack_from(formats[width], self._data, at)[0]
         return found
 
@@ -109,7 +117,8 @@ class _Reader:
             count = self._size_before(target, child_width, child_width)
             element = _TYPED[kind] << 2
             return tuple(
-                self.value(target + index * child_width, child_width, element, depth + 1) for index in range(count)
+                self.value(target + index * child_width, child_width, element, depth + 1)
+                for index in range(count)
             )
         # Fixed vectors of two to four numbers, vectors of deprecated strings: in no options known here.
         return None
@@ -128,7 +137,8 @@ class _Reader:
         count = self._size_before(at, width, width + 1)
         types = at + count * width
         return tuple(
-            self.value(at + index * width, width, self._data[types + index], depth + 1) for index in range(count)
+            self.value(at + index * width, width, self._data[types + index], depth + 1)
+            for index in range(count)
         )
 
     def _map(self, at: int, width: int, depth: int) -> Dict[str, Value]:

@@ -49,7 +49,9 @@ class Ledger:
     ) -> None:
         """Notes that the bytes from ``start`` up to ``stop`` serve the purpose."""
         if stop > start:
-            self.claims.append((self.base + start, self.base + stop, purpose, dtype, op_type, elements, zeros))
+            self.claims.append(
+                (self.base + start, self.base + stop, purpose, dtype, op_type, elements, zeros)
+            )
 
     def fill(self, purpose: str) -> None:
         """Says what all bytes serve that nobody claims, for formats without gaps."""

@@ -90,7 +90,15 @@ class _Reader:
             count *= max(0, size)
         count = count if count < 1 << 62 else 0
         claimed = False
-        for field, stored in ((9, dtype), (4, "float32"), (10, "float64"), (5, ""), (7, ""), (11, ""), (6, "")):
+        for field, stored in (
+            (9, dtype),
+            (4, "float32"),
+            (10, "float64"),
+            (5, ""),
+            (7, ""),
+            (11, ""),
+            (6, ""),
+        ):
             for start, stop in message.spans(field):
                 # Fields of integers hold variable lengths, so their zeros can't be counted at a glance.
                 zeros = count_zeros(self.data[start:stop], stored) if stored else None
@@ -212,7 +220,11 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in known.values() if tensor.dtype},
     )
     macs, arena = costs(
-        nodes, values, set(reader.constants), [tensor.name for tensor in given], [tensor.name for tensor in results]
+        nodes,
+        values,
+        set(reader.constants),
+        [tensor.name for tensor in given],
+        [tensor.name for tensor in results],
     )
     types: Dict[str, int] = {}
     for node in nodes:
@@ -298,4 +310,6 @@ def _warnings(reader: _Reader, inputs: List[TensorInfo], nodes: List[Node]) -> L
     return warnings
 
 
-_KNOWN_DOMAINS = frozenset(("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.preview.training"))
+_KNOWN_DOMAINS = frozenset(
+    ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "ai.onnx.preview.training")
+)

@@ -98,7 +98,10 @@ def _follow_numbers(node: Node, values: Mapping[str, Value], numbers: Dict[str, 
         second = inputs[1]
         if len(first) == len(second) or 1 in (len(first), len(second)):
             long = max(len(first), len(second))
-            a, b = first * (long // len(first) if first else 0), second * (long // len(second) if second else 0)
+            a, b = (
+                first * (long // len(first) if first else 0),
+                second * (long // len(second) if second else 0),
+            )
             if node.type == "Div" and 0 in b:
                 return
             found = tuple(_ARITHMETIC[node.type](x, y) for x, y in zip(a, b))
@@ -115,28 +118,20 @@ _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 # Operations whose result is like their first input.
 _ALIKE = frozenset(
-    "Relu LeakyRelu PRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Tanh Softmax LogSoftmax Softplus Softsign Gelu "
-    "Mish Clip Abs Neg Exp Log Sqrt Reciprocal Floor Ceil Round Sign Erf Sin Cos Identity Dropout Cast "
-    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization LpNormalization LRN "
-    "MeanVarianceNormalization QuantizeLinear DequantizeLinear Not CumSum ThresholdedRelu DynamicQuantizeLinear "
-    "FastGelu QuickGelu QLinearSigmoid QLinearLeakyRelu QLinearSoftmax".split()
+    ["Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Softmax", "LogSoftmax", "Softplus", "Softsign", "Gelu", "Mish", "Clip", "Abs", "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Floor", "Ceil", "Round", "Sign", "Erf", "Sin", "Cos", "Identity", "Dropout", "Cast", "BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization", "LpNormalization", "LRN", "MeanVarianceNormalization", "QuantizeLinear", "DequantizeLinear", "Not", "CumSum", "ThresholdedRelu", "DynamicQuantizeLinear", "FastGelu", "QuickGelu", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"]
 )
 _BROADCAST = frozenset(
-    "Add Sub Mul Div Pow Mod Max Min Sum Mean And Or Xor Equal Less Greater LessOrEqual GreaterOrEqual Where "
-    "BitShift".split()
+    ["Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Sum", "Mean", "And", "Or", "Xor", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Where", "BitShift"]
 )
 _LINEAR_BROADCAST = frozenset(("QLinearAdd", "QLinearMul"))
 _REDUCE = frozenset(
-    "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp "
-    "ReduceSumSquare".split()
+    ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"]
 )
-_BOOLEAN = frozenset("And Or Xor Not Equal Less Greater LessOrEqual GreaterOrEqual IsNaN IsInf".split())
+_BOOLEAN = frozenset(["And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf"])
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "FusedConv": 1}
 _PRODUCTS = {"MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "FusedMatMul": 1}
 _POOLS = frozenset(("MaxPool", "AveragePool", "LpPool", "QLinearAveragePool"))
-_GLOBAL_POOLS = frozenset(
-    ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "QLinearGlobalAveragePool")
-)
+_GLOBAL_POOLS = frozenset(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "QLinearGlobalAveragePool"))
 _CELLS = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
@@ -215,7 +210,9 @@ def _moved(
         order = node.attributes.get("perm", tuple(reversed(range(rank))))
         return tuple(first[i] for i in order) if sorted(order) == list(range(rank)) else None
     if kind == "Reshape":
-        return _reshaped(first, numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None, node.one("allowzero", 0))
+        return _reshaped(
+            first, numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None, node.one("allowzero", 0)
+        )
     if kind == "Concat" and position == 0:
         return _joined([shape for _, shape in inputs], node.one("axis", 0))
     if kind in ("Squeeze", "Unsqueeze"):
@@ -235,7 +232,9 @@ def _moved(
         return _reduced(node, first, numbers)
     if kind == "Split" and rank:
         axis = node.one("axis", 0) % rank
-        sizes = node.attributes.get("split") or (numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None)
+        sizes = node.attributes.get("split") or (
+            numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        )
         if sizes is None:
             count = len(node.outputs)
             if first[axis] % count:
@@ -255,10 +254,14 @@ def _moved(
         return _valid(sizes) if sizes is not None and len(sizes) == rank else None
     if kind == "DepthToSpace" and rank == 4:
         block = node.one("blocksize", 1)
-        return (first[0], first[1] // (block * block), first[2] * block, first[3] * block) if block > 0 else None
+        return (
+            (first[0], first[1] // (block * block), first[2] * block, first[3] * block) if block > 0 else None
+        )
     if kind == "SpaceToDepth" and rank == 4:
         block = node.one("blocksize", 1)
-        return (first[0], first[1] * block * block, first[2] // block, first[3] // block) if block > 0 else None
+        return (
+            (first[0], first[1] * block * block, first[2] // block, first[3] // block) if block > 0 else None
+        )
     if kind == "Slice":
         return _sliced(node, first, numbers)
     if kind == "Shape":
@@ -291,7 +294,12 @@ def _windowed(node: Node, sizes: Shape, kernel: Sequence[int]) -> Optional[Shape
     strides = node.attributes.get("strides", (1,) * count)
     dilations = node.attributes.get("dilations", (1,) * count)
     pads = node.attributes.get("pads", (0,) * (2 * count))
-    if len(strides) != count or len(dilations) != count or len(pads) != 2 * count or min(strides, default=1) < 1:
+    if (
+        len(strides) != count
+        or len(dilations) != count
+        or len(pads) != 2 * count
+        or min(strides, default=1) < 1
+    ):
         return None
     if bytes(node.attributes.get("auto_pad", ())).startswith(_SAME):
         return tuple(-(-size // stride) for size, stride in zip(sizes, strides))
@@ -350,7 +358,9 @@ def _reshaped(first: Shape, target: Optional[Tuple[int, ...]], keep_zero: int) -
     total = product(first)
     if target is None or total is None:
         return None
-    sizes = [first[i] if size == 0 and not keep_zero and i < len(first) else size for i, size in enumerate(target)]
+    sizes = [
+        first[i] if size == 0 and not keep_zero and i < len(first) else size for i, size in enumerate(target)
+    ]
     if sizes.count(-1) == 1:
         rest = 1
         for size in sizes:
@@ -425,7 +435,9 @@ def _sliced(node: Node, first: Shape, numbers: Mapping[str, Tuple[int, ...]]) ->
     for start, stop, axis, step in zip(starts, stops, axes, steps):
         if not -len(first) <= axis < len(first):
             return None
-        sizes[axis] = len(range(*slice(start, stop, step).indices(first[axis]))) if first[axis] < 1 << 31 else 0
+        sizes[axis] = (
+            len(range(*slice(start, stop, step).indices(first[axis]))) if first[axis] < 1 << 31 else 0
+        )
     return tuple(sizes)
 
 

@@ -38,7 +38,9 @@ class Wire:
 
     def broken(self, how: str, at: int) -> Malformed:
         """The error to raise: ``how`` continues the name of the file."""
-        return Malformed(f"{self.what} {how} (byte {at} of {len(self.data)}): truncated or damaged; copy it again")
+        return Malformed(
+            f"{self.what} {how} (byte {at} of {len(self.data)}): truncated or damaged; copy it again"
+        )
 
 
 class Message:
@@ -57,7 +59,9 @@ class Message:
         while at < stop:
             wire.left -= 1
             if wire.left < 0:
-                raise Malformed(f"{wire.what} has more fields than any model of its size: damaged, or made to harm")
+                raise Malformed(
+                    f"{wire.what} has more fields than any model of its size: damaged, or made to harm"
+                )
             key, at = read_varint(wire, at, stop)
             number, kind = key >> 3, key & 7
             if number == 0:

@@ -9,21 +9,20 @@ microsoft/ELL ``libraries/model/src/IRMapCompiler.cpp`` for the names that a com
 
 from __future__ import annotations
 
-import mmap
 import re
 import struct
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple, Union
+from typing import Iterator, Optional, Sequence, Tuple
 
-from boardbench.inspect.archive import Entry, is_archive, read_archive, read_entry
-from boardbench.inspect.errors import Malformed, Unreadable
-
-Readable = Union[bytes, memoryview]
+from boardbench.inspect.archive import is_archive, read_archive, read_head
+from boardbench.inspect.content import Opened
+from boardbench.inspect.errors import Malformed
+from boardbench.inspect.protobuf import Wire, read_varint
 
 FORMATS = ("tflite", "onnx", "openvino", "executorch", "torchscript", "coreml", "tensorrt", "ell", "npz")
 
 _MANIFEST = "Manifest.json"
-_SMALL_TEXT_BYTES = 65536
+_HEAD_BYTES = 4096
 _LIBRARY_HEADS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xce\xfa\xed\xfe", b"MZ")
 # The first name is in every compiled ELL module, the second only in modules made of a map.
 _ELL_NAMES = (b"_GetInputSize\x00", b"_Predict\x00")
@@ -32,6 +31,7 @@ _ONNX_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25
 # GraphProto of onnx.proto.
 _ONNX_GRAPH_FIELDS = frozenset((1, 2, 5, 10, 11, 12, 13, 14, 15, 16))
 _MOST_FIELDS = 20_000
+_MOST_TEXTS = 16
 _OPENVINO_ROOT = re.compile(rb"(?:<\?xml[^>]*\?>\s*|<!--.*?-->\s*)*<net\b[^>]*\bversion\s*=", re.DOTALL)
 
 
@@ -42,7 +42,7 @@ def sniff(path: Path) -> str:
     """
     if path.is_dir():
         return "coreml" if (path / _MANIFEST).is_file() else ""
-    with _opened(path) as data:
+    with Opened(path, mapped=True) as data:
         return sniff_bytes(data)
 
 
@@ -54,7 +54,7 @@ def check(path: Path, format: str) -> Optional[str]:
     """
     if path.is_dir():
         return None if sniff(path) == format else f"the folder holds no {format} model"
-    with _opened(path) as data:
+    with Opened(path, mapped=True) as data:
         if len(data) == 0:
             return "the file is empty"
         found = sniff_bytes(data)
@@ -67,34 +67,7 @@ def check(path: Path, format: str) -> Optional[str]:
     return None
 
 
-class _opened:
-    """The bytes of a file as a memory map, so that only the pages that are looked at are read."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._map: Optional[mmap.mmap] = None
-        self._view: Optional[memoryview] = None
-
-    def __enter__(self) -> memoryview:
-        try:
-            with self._path.open("rb") as file:
-                if self._path.stat().st_size == 0:
-                    self._view = memoryview(b"")
-                else:
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    self._view = memoryview(self._map)
-        except (OSError, ValueError) as error:
-            raise Unreadable(f"{self._path}: can't be read: {error}") from error
-        return self._view
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._view is not None:
-            self._view.release()
-        if self._map is not None:
-            self._map.close()
-
-
-def sniff_bytes(data: Readable) -> str:
+def sniff_bytes(data: memoryview) -> str:
     """Format of the bytes; empty when it is none that is known."""
     head = bytes(data[:64])
     mark = head[4:8]
@@ -110,12 +83,12 @@ def sniff_bytes(data: Readable) -> str:
         return _sniff_archive(data)
     if head[:4] in _LIBRARY_HEADS or head[:2] == b"MZ":
         return "ell" if _holds_all(data, _ELL_NAMES) else ""
-    if _is_openvino_xml(data):
+    if _is_openvino_xml(bytes(data[:_HEAD_BYTES])):
         return "openvino"
     return _sniff_protobuf(data)
 
 
-def _engine_start(data: Readable) -> Optional[int]:
+def _engine_start(data: memoryview) -> Optional[int]:
     """Where a TensorRT plan begins: 0, or after the JSON that Ultralytics puts before it."""
     head = bytes(data[:8])
     if head[:4] in (b"ftrt", b"ptrt"):
@@ -127,7 +100,7 @@ def _engine_start(data: Readable) -> Optional[int]:
     return None
 
 
-def _sniff_archive(data: Readable) -> str:
+def _sniff_archive(data: memoryview) -> str:
     try:
         archive = read_archive(data)
     except Malformed:
@@ -135,12 +108,13 @@ def _sniff_archive(data: Readable) -> str:
         first = bytes(data[30 : 30 + struct.unpack_from("<H", data, 26)[0]]) if len(data) > 30 else b""
         return _format_of_names([first.decode("utf-8", "replace")])
     found = _format_of_names(archive.names())
-    if not found and any(_is_openvino_entry(data, entry) for entry in archive.entries):
+    texts = [] if found else [entry for entry in archive.entries if entry.name.endswith(".xml")]
+    if any(_is_openvino_xml(read_head(data, entry, _HEAD_BYTES)) for entry in texts[:_MOST_TEXTS]):
         return "openvino"
     return found
 
 
-def _format_of_names(names: Union[List[str], Tuple[str, ...]]) -> str:
+def _format_of_names(names: Sequence[str]) -> str:
     leaves = {name.split("/", 1)[-1] for name in names if "/" in name}
     if leaves & {"bytecode.pkl", "constants.pkl"} or any(leaf.startswith("code/") for leaf in leaves):
         return "torchscript"
@@ -153,23 +127,14 @@ def _format_of_names(names: Union[List[str], Tuple[str, ...]]) -> str:
     return ""
 
 
-def _is_openvino_entry(data: Readable, entry: Entry) -> bool:
-    if not entry.name.endswith(".xml"):
-        return False
-    try:
-        return _is_openvino_xml(read_entry(data, entry, 1 << 28))
-    except Malformed:
-        return False
-
-
-def _is_openvino_xml(data: Readable) -> bool:
-    head = bytes(data[:4096]).lstrip(b"\xef\xbb\xbf \t\r\n")
+def _is_openvino_xml(head: bytes) -> bool:
+    head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head.startswith(b"<"):
         return False
     return _OPENVINO_ROOT.match(head) is not None
 
 
-def _holds_all(data: Readable, needles: Tuple[bytes, ...]) -> bool:
+def _holds_all(data: memoryview, needles: Tuple[bytes, ...]) -> bool:
     """Whether all are in the bytes; looks at a window at a time, so that memory stays small."""
     window, overlap = 1 << 20, max(map(len, needles))
     missing = set(needles)
@@ -181,44 +146,31 @@ def _holds_all(data: Readable, needles: Tuple[bytes, ...]) -> bool:
     return False
 
 
-def _fields(data: Readable, start: int, stop: int) -> Iterator[Tuple[int, int, int, int]]:
+def _fields(data: memoryview, start: int, stop: int) -> Iterator[Tuple[int, int, int, int]]:
     """(number, wire type, start, stop) of each field; ends with stop > ``stop`` where one is cut off."""
+    wire = Wire(data, "the file")
     at = start
     for _ in range(_MOST_FIELDS):
         if at >= stop:
             return
-        key, at = _varint(data, at, stop)
-        number, wire = key >> 3, key & 7
-        if number == 0 or wire not in (0, 1, 2, 5):
-            raise Malformed(f"not protobuf at byte {at}")
-        if wire == 0:
-            begin = at
-            _, at = _varint(data, at, stop)
-        elif wire == 2:
-            length, begin = _varint(data, at, stop)
+        key, at = read_varint(wire, at, stop)
+        number, kind = key >> 3, key & 7
+        if number == 0 or kind not in (0, 1, 2, 5):
+            raise wire.broken("is no protocol buffer", at)
+        begin = at
+        if kind == 0:
+            _, at = read_varint(wire, at, stop)
+        elif kind == 2:
+            length, begin = read_varint(wire, at, stop)
             at = begin + length
         else:
-            begin = at
-            at += 8 if wire == 1 else 4
-        yield number, wire, begin, at
+            at += 8 if kind == 1 else 4
+        yield number, kind, begin, at
         if at > stop:
             return
 
 
-def _varint(data: Readable, at: int, stop: int) -> Tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= stop:
-            raise Malformed("the file ends inside a number: it is truncated; copy it again")
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise Malformed(f"not protobuf at byte {at}")
-
-
-def _sniff_protobuf(data: Readable) -> str:
+def _sniff_protobuf(data: memoryview) -> str:
     seen = {}
     try:
         for number, wire, start, stop in _fields(data, 0, len(data)):
@@ -239,7 +191,7 @@ def _sniff_protobuf(data: Readable) -> str:
     return "coreml" if 2 in kinds and any(200 <= number <= 3100 for number in kinds) else ""
 
 
-def _check_flatbuffer(data: Readable) -> None:
+def _check_flatbuffer(data: memoryview) -> None:
     size = len(data)
     if size < 8:
         raise Malformed("the file ends inside its header: it is truncated; copy it again")
@@ -251,7 +203,23 @@ def _check_flatbuffer(data: Readable) -> None:
         raise Malformed("the first table points outside the file: it is truncated or damaged; copy it again")
 
 
-def _check_protobuf(data: Readable) -> None:
+def _check_tflite(data: memoryview) -> None:
+    # The first tables of a FlatBuffer are at its beginning and what they point to is behind them, so only
+    # following everything shows that the end is missing.
+    from boardbench.inspect.ledger import Ledger
+    from boardbench.inspect.tflite import read_model
+
+    read_model(data, Ledger())
+
+
+def _check_executorch(data: memoryview) -> None:
+    from boardbench.inspect import executorch
+    from boardbench.inspect.report import ModelReport
+
+    executorch.report(ModelReport("", "", len(data), "executorch"), data)
+
+
+def _check_protobuf(data: memoryview) -> None:
     size = len(data)
     for number, _, _, stop in _fields(data, 0, size):
         if stop > size:
@@ -260,35 +228,35 @@ def _check_protobuf(data: Readable) -> None:
             )
 
 
-def _check_archive(data: Readable) -> None:
+def _check_archive(data: memoryview) -> None:
     read_archive(data)
 
 
-def _check_torchscript(data: Readable) -> None:
+def _check_torchscript(data: memoryview) -> None:
     if bytes(data[4:8]) == b"PTMF":
         _check_flatbuffer(data)
     else:
         _check_archive(data)
 
 
-def _check_coreml(data: Readable) -> None:
+def _check_coreml(data: memoryview) -> None:
     (_check_archive if is_archive(bytes(data[:4])) else _check_protobuf)(data)
 
 
-def _check_openvino(data: Readable) -> None:
+def _check_openvino(data: memoryview) -> None:
     if is_archive(bytes(data[:4])):
         _check_archive(data)
     elif not bytes(data[-64:]).rstrip().endswith(b"</net>"):
         raise Malformed("the XML does not end with </net>: the file is truncated; copy it again")
 
 
-def _check_engine(data: Readable) -> None:
+def _check_engine(data: memoryview) -> None:
     start = _engine_start(data) or 0
     if len(data) < start + 24:
         raise Malformed("the engine ends inside its header: the file is truncated; copy it again")
 
 
-def _check_library(data: Readable) -> None:
+def _check_library(data: memoryview) -> None:
     if bytes(data[:4]) != b"\x7fELF":
         return
     size = len(data)
@@ -308,8 +276,8 @@ def _check_library(data: Readable) -> None:
 
 
 _CHECKS = {
-    "tflite": _check_flatbuffer,
-    "executorch": _check_flatbuffer,
+    "tflite": _check_tflite,
+    "executorch": _check_executorch,
     "onnx": _check_protobuf,
     "coreml": _check_coreml,
     "openvino": _check_openvino,
@@ -318,5 +286,3 @@ _CHECKS = {
     "tensorrt": _check_engine,
     "ell": _check_library,
 }
-
-__all__ = ["FORMATS", "check", "sniff", "sniff_bytes"]

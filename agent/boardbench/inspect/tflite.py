@@ -197,7 +197,9 @@ def _read_quantisation(table: Optional[Table]) -> Optional[Quantisation]:
     if not scales:
         return None
     return Quantisation(
-        tuple(float(scale) for scale in scales), tuple(int(point) for point in zero_points), table.integer(6, I32)
+        tuple(float(scale) for scale in scales),
+        tuple(int(point) for point in zero_points),
+        table.integer(6, I32),
     )
 
 
@@ -290,9 +292,7 @@ def _read_subgraph(
     for tensor in (*inputs, *outputs):
         if not 0 <= tensor < len(tensors):
             raise table.buffer.broken(f"has a graph on tensor {tensor} of {len(tensors)}", table.at)
-    operators = tuple(
-        _read_operator(i, t, codes, len(tensors), size) for i, t in enumerate(table.tables(3))
-    )
+    operators = tuple(_read_operator(i, t, codes, len(tensors), size) for i, t in enumerate(table.tables(3)))
     return Subgraph(index, table.text(4, NAMES), tensors, operators, inputs, outputs)
 
 
@@ -303,7 +303,9 @@ def _read_signature(table: Table) -> Signature:
 
 def producers(graph: Subgraph) -> Dict[int, int]:
     """Tensor → the operation that writes it."""
-    return {tensor: operator.index for operator in graph.operators for tensor in operator.outputs if tensor >= 0}
+    return {
+        tensor: operator.index for operator in graph.operators for tensor in operator.outputs if tensor >= 0
+    }
 
 
 def consumers(graph: Subgraph) -> Dict[int, List[int]]:

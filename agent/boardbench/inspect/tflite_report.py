@@ -53,7 +53,9 @@ def read(data: memoryview) -> Read:
                     ledger.claim(span[0], span[1], darwinn.OPTIONS, "", operator.type)
                 continue
             if span is None:
-                raise Malformed(f"operation {operator.index}, an {darwinn.CUSTOM_OP}, holds nothing: compile again")
+                raise Malformed(
+                    f"operation {operator.index}, an {darwinn.CUSTOM_OP}, holds nothing: compile again"
+                )
             if span not in read_options:
                 read_options[span] = darwinn.read_packages(data[span[0] : span[1]], ledger.at(span[0]))
             if graph.index == 0:
@@ -107,7 +109,8 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
         )
     else:
         ops = tuple(
-            OpPlacement(operator.index, operator.type, edgetpu.op_name(graph, operator)) for operator in graph.operators
+            OpPlacement(operator.index, operator.type, edgetpu.op_name(graph, operator))
+            for operator in graph.operators
         )
         filled = replace(filled, ops=ops, placement=_unknown())
     return replace(filled, warnings=tuple(warnings))
@@ -161,7 +164,11 @@ def _compiled(
             ReportWarning(
                 "cpu_fallback",
                 f"{slow} operations were left to the CPU by the compiler"
-                + ("; the causes stand beside them" if original is not None else "; give --original to learn why"),
+                + (
+                    "; the causes stand beside them"
+                    if original is not None
+                    else "; give --original to learn why"
+                ),
             )
         )
     version = report_of.min_runtime_version
@@ -264,7 +271,9 @@ def _warnings(found: Read) -> List[ReportWarning]:
     model = found.model
     warnings: List[ReportWarning] = []
     open_inputs = [
-        model.main.tensors[index].name or f"#{index}" for index in model.main.inputs if min(model.main.tensors[index].shape or (0,)) < 0
+        model.main.tensors[index].name or f"#{index}"
+        for index in model.main.inputs
+        if min(model.main.tensors[index].shape or (0,)) < 0
     ]
     if open_inputs:
         warnings.append(
@@ -297,5 +306,3 @@ def _warnings(found: Read) -> List[ReportWarning]:
             )
         )
     return warnings
-
-

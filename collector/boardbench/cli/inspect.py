@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from boardbench.cli.errors import BadFile
+from boardbench.cli.errors import WrongUse
 from boardbench.cli.terminal import full_option, output_from, output_options
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def inspect(file: Path, original: Path | None, target: str, fits: tuple[str, ...
     try:
         found = analyse.inspect(file, original=original, target=target, fits=fits)
     except InspectError as error:
-        raise BadFile(str(error)) from error
+        raise WrongUse(str(error)) from error
     report = report_message(found)
     if output.json:
         output.show_json(report)
