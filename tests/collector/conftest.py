@@ -1,4 +1,4 @@
-"""A collector to talk to (in this process or as a real one), boards that talk to it, and results to tell it."""
+"""Collectors (in this process or as one of their own), boards that talk to them, and results to tell."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ DEADLINE_SECONDS = 30.0
 """Nothing here takes a second; a loaded machine may make it several."""
 
 
-def wait_until(condition: Callable[[], object], what: str, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+def wait_until(
+    condition: Callable[[], object], what: str, deadline_seconds: float = DEADLINE_SECONDS
+) -> None:
     """Returns when the condition holds, looking again and again; fails the test when it never does."""
     deadline = time.monotonic() + deadline_seconds
     while not condition():
@@ -138,7 +140,9 @@ def build_hello(device_id: str = "pi5", spool_id: str = "spool-1") -> collector_
     hello.runtimes.add(
         name="tflite", available=True, version="ai-edge-litert 2.3.0", formats=["tflite"], devices=["cpu"]
     )
-    hello.runtimes.add(name="onnxruntime", available=False, reason="not installed; pip install boardbench[onnx]")
+    hello.runtimes.add(
+        name="onnxruntime", available=False, reason="not installed; pip install boardbench[onnx]"
+    )
     return hello
 
 
@@ -155,7 +159,9 @@ def make_hello() -> Callable[..., collector_pb2.Hello]:
 class Board:
     """The agent's side of a report, over a real connection."""
 
-    def __init__(self, stub: collector_pb2_grpc.CollectorServiceAsyncStub, hello: collector_pb2.Hello) -> None:
+    def __init__(
+        self, stub: collector_pb2_grpc.CollectorServiceAsyncStub, hello: collector_pb2.Hello
+    ) -> None:
         self.hello = hello
         self.call = stub.Report()
         self.welcome: collector_pb2.Welcome | None = None
@@ -168,9 +174,7 @@ class Board:
         self.welcome = answer.welcome
         return answer.welcome
 
-    async def send(
-        self, sequence: int, result: result_pb2.RunResult, *, spool_id: str | None = None
-    ) -> None:
+    async def send(self, sequence: int, result: result_pb2.RunResult, *, spool_id: str | None = None) -> None:
         """Sends a result."""
         spooled = collector_pb2.SpooledResult(
             spool_id=self.hello.spool_id if spool_id is None else spool_id, sequence=sequence, result=result
@@ -205,9 +209,8 @@ class Board:
         assert await asyncio.wait_for(self.call.code(), DEADLINE_SECONDS) is grpc.StatusCode.OK
 
     async def end(self) -> tuple[grpc.StatusCode, str]:
-        """Returns (status, message) with which the collector ended the stream; answers before it are skipped."""
-        with_answers = asyncio.wait_for(self._drain(), DEADLINE_SECONDS)
-        await with_answers
+        """Returns (status, message) with which the collector ended the stream, skipping answers before it."""
+        await asyncio.wait_for(self._drain(), DEADLINE_SECONDS)
         return await self.call.code(), await self.call.details()
 
     async def _drain(self) -> None:
@@ -312,6 +315,7 @@ class CollectorProcess:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
+        self.killed = False
         self.port_file = folder / "ports.json"
         self.port_file.unlink(missing_ok=True)
         self._log = (folder / "collector.log").open("ab")
@@ -326,7 +330,9 @@ class CollectorProcess:
             stderr=self._log,
             stdin=subprocess.DEVNULL,
         )
-        wait_until(lambda: self.port_file.exists() or self.process.poll() is not None, "the collector listens")
+        wait_until(
+            lambda: self.port_file.exists() or self.process.poll() is not None, "the collector listens"
+        )
         if not self.port_file.exists():
             pytest.fail(f"the collector ended with {self.process.returncode}:\n{self.log()}")
         ports = json.loads(self.port_file.read_text())
@@ -348,6 +354,7 @@ class CollectorProcess:
 
     def kill(self) -> None:
         """Ends it as a power cut would, as far as a process can know."""
+        self.killed = True
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         self._log.close()

@@ -147,7 +147,13 @@ async def test_a_poisoned_record_is_rejected_and_the_rest_goes_on(collector, mak
         (5, ""),
     ]
     reasons = " | ".join(refusal.reason for refusal in rejected)
-    for word in ("run_id is missing", "at most 100,000", "other contents", "count from 1", "spool_id is missing"):
+    for word in (
+        "run_id is missing",
+        "at most 100,000",
+        "other contents",
+        "count from 1",
+        "spool_id is missing",
+    ):
         assert word in reasons
     # In order: what came before a refusal was acknowledged before it.
     assert answers[0].acknowledgement.sequence == 1
@@ -391,14 +397,16 @@ async def test_a_board_is_known_by_its_hello_and_heartbeats(collector, make_resu
         (only,) = (await collector.stub.ListDevices(collector_pb2.ListDevicesRequest())).devices
         return only
 
-    while not (found := await device()).HasField("heartbeat"):
-        await asyncio.sleep(0.01)
+    # A stream is in order: when what came after the heartbeat is answered, the heartbeat was taken.
+    await board.send(2, make_result("run-2"))
+    await board.acknowledged(2)
+    found = await device()
     assert found.board == board.hello.board
     assert found.agent_version == "0.1.0"
     assert found.runtimes == board.hello.runtimes
     assert found.address == "pi5.lab:7341"
     assert found.up
-    assert found.results == 1
+    assert found.results == 2
     assert (found.heartbeat.spool_pending, found.heartbeat.running_run_id) == (3, "run-9")
     assert found.first_seen_at.ToNanoseconds() <= found.last_seen_at.ToNanoseconds()
     await board.leave()
@@ -446,9 +454,7 @@ async def test_listing_pages_through_filters_and_rejects_foreign_tokens(
     assert "other filters" in await refused(collector.stub.ListResults(question))
 
 
-async def test_a_page_of_large_results_fits_a_plain_client(
-    collector_over, make_result: MakeResult
-) -> None:
+async def test_a_page_of_large_results_fits_a_plain_client(collector_over, make_result: MakeResult) -> None:
     async with collector_over(MemoryResultStore()) as collector:
         board = collector.board()
         await board.join()

@@ -150,11 +150,11 @@ async def test_another_programs_database_is_left_alone(path: Path) -> None:
         await SqliteResultStore.open(path)
 
 
-async def test_a_file_that_is_no_database_is_left_alone(path: Path) -> None:
+def test_a_file_that_is_no_database_is_left_alone(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"dear diary, " * 400)
     with pytest.raises(StoreForeign, match=r"results\.db is not an SQLite file"):
-        await SqliteResultStore.open(path)
+        asyncio.run(SqliteResultStore.open(path))
     assert path.read_bytes() == b"dear diary, " * 400
 
 
@@ -192,9 +192,9 @@ async def test_a_record_that_was_changed_is_found(path: Path, make_result: MakeR
     store = await SqliteResultStore.open(path)
     await store.append("pi5", "spool-1", 1, make_result("run-1"))
     await store._write(
-        lambda db: db.execute(
-            "UPDATE results SET summary = ?", (make_result("run-2").SerializeToString(),)
-        ).rowcount
+        lambda db: (
+            db.execute("UPDATE results SET summary = ?", (make_result("run-2").SerializeToString(),)).rowcount
+        )
     )
     with pytest.raises(StoreDamaged, match=r"run-1 .* says 'run-2'"):
         await store.check()
@@ -262,9 +262,7 @@ async def test_one_commit_takes_what_came_within_the_window(path: Path, make_res
     store = await SqliteResultStore.open(path, commit_window_seconds=0.05)
     commits: list[str] = []
     store._db.set_trace_callback(lambda text: commits.append(text) if text == "COMMIT" else None)
-    await asyncio.gather(
-        *(store.append("pi5", "spool-1", n, make_result(f"run-{n}")) for n in range(1, 101))
-    )
+    await asyncio.gather(*(store.append("pi5", "spool-1", n, make_result(f"run-{n}")) for n in range(1, 101)))
     assert len(commits) <= 2  # one, or two when the writer woke between the first append and the others
     await store.close()
 

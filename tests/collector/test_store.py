@@ -30,7 +30,9 @@ async def test_appending_does_not_touch_the_callers_message(
     assert result == make_result()
 
 
-async def test_the_same_place_in_the_spool_is_stored_once(store: ResultStore, make_result: MakeResult) -> None:
+async def test_the_same_place_in_the_spool_is_stored_once(
+    store: ResultStore, make_result: MakeResult
+) -> None:
     assert await store.append("pi5", "spool-1", 1, make_result("run-1")) is True
     assert await store.append("pi5", "spool-1", 1, make_result("run-1")) is False
     assert await store.append("pi5", "spool-1", 1, make_result("run-2")) is False
@@ -88,9 +90,7 @@ async def test_a_result_whose_forerunner_was_lost_waits_for_it(
 
 
 async def test_calls_take_effect_in_their_order(store: ResultStore, make_result: MakeResult) -> None:
-    waiting = [
-        store.append("pi5", "spool-1", n, make_result(f"run-{n}"), after=n - 1) for n in range(1, 201)
-    ]
+    waiting = [store.append("pi5", "spool-1", n, make_result(f"run-{n}"), after=n - 1) for n in range(1, 201)]
     waiting += [store.append("pi5", "spool-1", n, make_result(f"run-{n}")) for n in range(1, 201)]
     answers = await asyncio.gather(*waiting)
     assert answers == [True] * 200 + [False] * 200

@@ -49,8 +49,8 @@ class Address:
                 f"{text!r} is no address; write an IPv6 address in brackets, as [::1]:{default_port}"
             )
         else:
-            host, colon, port = text.partition(":")
-            if not host and colon:
+            host, _, port = text.partition(":")
+            if not host and port:
                 host = "0.0.0.0"
         if not host:
             raise ValueError(f"{text!r} names no host; write HOST:PORT, as 127.0.0.1:{default_port}")

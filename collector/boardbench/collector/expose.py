@@ -265,10 +265,12 @@ class FleetCollector(Collector):
         series_ttl_seconds: float,
         series_per_device: int,
         seconds_before: float = 0.0,
+        python: str | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._snapshot = snapshot
         self._version = version
+        self._python = python or platform.python_version()
         self._series_ttl_seconds = series_ttl_seconds
         self._series_per_device = series_per_device
         self._seconds_before = seconds_before
@@ -318,7 +320,7 @@ class FleetCollector(Collector):
                     (_label(outcomes.device_id), _enum_label(result_pb2.RunStatus, outcomes.status)),
                     outcomes.total,
                 )
-        for name, labels, value in _collector_samples(snapshot, self._version):
+        for name, labels, value in _collector_samples(snapshot, self._version, self._python):
             page.add(name, labels, value)
         page.add(
             "boardbench_collector_scrape_duration_seconds",
@@ -494,9 +496,9 @@ def _device_samples(view: DeviceView) -> Iterator[_Sample]:
             yield "boardbench_runtime_info", (*device, name, _label(runtime.version)), 1
 
 
-def _collector_samples(snapshot: Snapshot, version: str) -> Iterator[_Sample]:
+def _collector_samples(snapshot: Snapshot, version: str, python: str) -> Iterator[_Sample]:
     tally = snapshot.tally
-    yield "boardbench_collector_build_info", (version, platform.python_version()), 1
+    yield "boardbench_collector_build_info", (version, python), 1
     yield "boardbench_collector_open_streams", (), snapshot.open_streams
     yield "boardbench_collector_streams_total", (), tally.streams
     yield "boardbench_collector_streams_superseded_total", (), tally.superseded

@@ -59,6 +59,10 @@ class Session:
         self.ended: asyncio.Future[StreamEnded] = asyncio.get_running_loop().create_future()
         """Done when the collector wants the stream to end, with what to tell the agent."""
 
+    def sighting(self) -> Sighting:
+        """Returns when the board was last heard of, and its last heartbeat."""
+        return Sighting(self.device_id, self.last_seen_at, self.heartbeat)
+
     def end(self, reason: StreamEnded) -> None:
         """Asks the stream to end; the first reason stays."""
         if not self.ended.done():
@@ -118,9 +122,7 @@ class Fleet:
             del self._sessions[session.device_id]
         if not self._sessions:
             self._empty.set()
-        self._departed[session.device_id] = Sighting(
-            session.device_id, session.last_seen_at, session.heartbeat
-        )
+        self._departed[session.device_id] = session.sighting()
 
     def heard(self, session: Session, heartbeat: collector_pb2.Heartbeat | None = None) -> None:
         """A message came in."""
@@ -130,9 +132,14 @@ class Fleet:
         if heartbeat is not None:
             session.heartbeat = heartbeat
 
-    def session(self, device_id: str) -> Session | None:
-        """Returns the open stream of the board, or None."""
-        return self._sessions.get(device_id)
+    def is_up(self, device_id: str) -> bool:
+        """Whether the board's stream is open."""
+        return device_id in self._sessions
+
+    def sighting(self, device_id: str) -> Sighting | None:
+        """Returns when the board was last heard of, as far as the store may not know it yet; else None."""
+        session = self._sessions.get(device_id)
+        return session.sighting() if session is not None else self._departed.get(device_id)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -156,23 +163,22 @@ class Fleet:
 
     async def flush(self) -> None:
         """Returns once the store knows when every board was last seen; what it can't take now is kept."""
-        departed, self._departed = self._departed, {}
-        sightings = dict(departed)
+        departed = dict(self._departed)
         dirty = [session for session in self if session.dirty]
         for session in dirty:
             session.dirty = False
-            sightings[session.device_id] = Sighting(
-                session.device_id, session.last_seen_at, session.heartbeat
-            )
+        sightings = departed | {session.device_id: session.sighting() for session in dirty}
         if not sightings:
             return
         try:
             await self._store.saw(tuple(sightings.values()))
         except StoreError:
-            self._departed = departed | self._departed
             for session in dirty:
                 session.dirty = True
             raise
+        for device_id, sighting in departed.items():
+            if self._departed.get(device_id) is sighting:
+                del self._departed[device_id]
 
     async def watch(self) -> None:
         """Ends silent streams and flushes, until cancelled."""

@@ -78,14 +78,13 @@ class ReadModel:
         """Returns every board that ever said hello, by its identity."""
         views = []
         for record in await self._store.devices():
-            session = self._fleet.session(record.device_id)
+            sighting = self._fleet.sighting(record.device_id)
             heartbeat, last_seen_at = record.heartbeat, record.last_seen_at
-            if session is not None:
-                heartbeat = session.heartbeat or heartbeat
-                last_seen_at = max(last_seen_at, session.last_seen_at)
-            views.append(
-                DeviceView(record.hello, session is not None, last_seen_at, record.first_seen_at, heartbeat)
-            )
+            if sighting is not None:
+                heartbeat = sighting.heartbeat or heartbeat
+                last_seen_at = max(last_seen_at, sighting.at)
+            up = self._fleet.is_up(record.device_id)
+            views.append(DeviceView(record.hello, up, last_seen_at, record.first_seen_at, heartbeat))
         return tuple(views)
 
     async def devices(self) -> tuple[collector_pb2.Device, ...]:
