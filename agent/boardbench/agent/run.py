@@ -164,7 +164,7 @@ def plan(
     if not _given(asked, "timeout_seconds"):
         spec.timeout_seconds += spec.duration_seconds + spec.warm_up_seconds
     found = Plan(status, spec)
-    if len(_job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 2 * _PATH_BYTES:
+    if len(_job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 3 * _PATH_BYTES:
         raise InvalidRequest("options and shapes together are too long: a job has at most 24 KiB")
     return found
 
@@ -203,7 +203,7 @@ def _choose(
     )
 
 
-def _job_line(plan: Plan, format: str, model: Path, inputs: Path | None) -> bytes:
+def _job_line(plan: Plan, format: str, model: Path, inputs: Path | None, sys_root: Path = Path("/")) -> bytes:
     spec = plan.spec
     job: dict[str, object] = {
         "kind": "run",
@@ -230,6 +230,8 @@ def _job_line(plan: Plan, format: str, model: Path, inputs: Path | None) -> byte
         job["allow_fallback"] = True
     if _given(spec, "profile_runs"):
         job["profile_runs"] = spec.profile_runs
+    if sys_root != Path("/"):
+        job["sys_root"] = str(sys_root)
     return json.dumps(job, separators=(",", ":")).encode()
 
 
@@ -331,7 +333,11 @@ class Attempt:
             self._worker = await worker.start(
                 self._job.interpreter,
                 _job_line(
-                    self._job.plan, self._job.model.format, self._job.model_path, self._job.inputs_path
+                    self._job.plan,
+                    self._job.model.format,
+                    self._job.model_path,
+                    self._job.inputs_path,
+                    self._sys_root,
                 ),
                 self._job.scratch,
                 self._heard,

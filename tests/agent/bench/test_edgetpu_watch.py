@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from boardbench.agent.bench import placement
+from boardbench.agent.bench import measure, placement
 from boardbench.agent.bench.runtimes import edgetpu
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Unit, Verdict
 
@@ -255,3 +255,12 @@ def test_what_is_captured_reaches_stderr_after_all(capfd: pytest.CaptureFixture[
         os.write(2, b"from native code\n")
     assert captured == ["from native code\n"]
     assert capfd.readouterr().err == "from native code\n"
+
+
+def test_the_queue_is_read_from_the_kernel_s_three_numbers(tmp_path: Path) -> None:
+    schedstat = tmp_path / "schedstat"
+    schedstat.write_text("1000 2700000000 9\n")
+    assert measure.queued_seconds(schedstat) == 2.7
+    schedstat.write_text("none\n")
+    assert measure.queued_seconds(schedstat) is None
+    assert measure.queued_seconds(tmp_path / "nowhere") is None
