@@ -122,6 +122,13 @@ def onnx_of_node(node: str, *, domain: str = "", dtype: str = "FLOAT", opset: in
     )
 
 
+def onnx_of_two(first: str, second: str) -> bytes:
+    """Two nodes, one after the other."""
+    helper, types, finish = _onnx_builder()
+    x, y = (helper.make_tensor_value_info(name, types.FLOAT, [1, 4]) for name in "xy")
+    return finish([helper.make_node(first, ["x"], ["m"]), helper.make_node(second, ["m"], ["y"])], [x], [y])
+
+
 def onnx_of_external_data() -> bytes:
     """Weights in a file of their own that is not there."""
     import onnx

@@ -350,7 +350,8 @@ def test_without_an_engine_the_reasons_and_the_command_are_told(monkeypatch: pyt
         tflite.TfliteRuntime().version()
     said = str(caught.value)
     assert "no-such-engine: ModuleNotFoundError" in said
-    assert said.endswith(f"{sys.executable} -m pip install ai-edge-litert")
+    package = "ai-edge-litert" if sys.version_info >= (3, 10) else "tflite-runtime 'numpy<2'"
+    assert said.endswith(f"{sys.executable} -m pip install {package}")
 
 
 def test_a_broken_engine_is_passed_over_for_the_next(

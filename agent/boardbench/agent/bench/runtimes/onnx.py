@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -404,7 +405,7 @@ def _rejected(model: Path, error: Exception) -> ModelRejected:
         todo = "it is newer than this engine: update onnxruntime, or export with an older opset or IR version"
     elif "fallback to cpu ep has been explicitly disabled" in lower:
         todo = "operations are left on the CPU, and the option allow_fallback=off forbids that"
-    elif "protobuf parsing failed" in lower or "no graph was found" in lower:
+    elif re.search("protobuf parsing failed|no graph was found|modelproto does not have a graph", lower):
         todo = "is the file whole, and is it an ONNX model?"
     else:
         todo = "does it pass onnx.checker.check_model?"
