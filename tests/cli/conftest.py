@@ -88,6 +88,8 @@ def measure(board: ScriptedBoard, run: ScriptedRun) -> None:
 class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
     """An agent whose files are in memory and whose runs follow a script, on a real port."""
 
+    RUN = ScriptedRun
+
     def __init__(self) -> None:
         self.board = board_pb2.Board(
             device_id="test-board",

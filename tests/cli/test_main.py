@@ -119,10 +119,11 @@ def test_a_misspelt_command_is_told_with_the_likely_one(boardbench):
         (["push", "{model}", "--to", "x", "--detach", "--no-run"], "exclude one another"),
         (["push", "{model}", "--to", "x", "--no-run", "--threads", "2"], "leave out the options of the run"),
         (["push", "{empty}", "--to", "127.0.0.1:1"], "is empty (0 bytes)"),
-        (["run", "/dev/null"], "is not a regular file"),
+        (["push", "/dev/null", "--to", "x"], "is not a regular file"),
         (["results", "--since", "yesterday"], "is not a time"),
         (["results", "--limit", "0"], "0 is not from 1 to 100000"),
-        (["models"], "say what to do"),
+        (["models"], "Missing option '--to'"),
+        (["models", "rm", "abc"], "Missing option '--to'"),
         (["cancel", "abc"], "Missing option '--to'"),
     ],
 )

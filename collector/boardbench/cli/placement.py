@@ -192,8 +192,11 @@ def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, with_unit: bool = Tru
 
 
 def _op_unit(op: placement_pb2.OpPlacement) -> str:
-    name = _UNITS.get(op.unit, "unknown")
-    return f"{name}: {op.delegate}" if op.delegate else name
+    if op.unit == placement_pb2.UNIT_CPU_DELEGATE and op.delegate:
+        return f"{op.delegate} (CPU)"
+    if op.unit == placement_pb2.UNIT_DELEGATE and op.delegate:
+        return op.delegate
+    return _UNITS.get(op.unit, "unknown")
 
 
 def _reason(op: placement_pb2.OpPlacement) -> Text:

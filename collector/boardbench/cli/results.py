@@ -77,9 +77,9 @@ def results(
     collector: Address,
     **values: Any,
 ) -> ExitCode:
-    """List the results that the collector keeps, the latest first.
+    """List the results that the collector keeps.
 
-    With --format json: an array of RunResult.
+    The latest comes first. With --format json: an array of RunResult.
     """
     output = output_from(values)
     from boardbench.cli.client import CollectorClient
