@@ -760,7 +760,7 @@ LIVES = st.lists(
     ],
     seed=0,
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_result_is_stored_once_whatever_ends_the_agent(caplog, tmp_path_factory, lives, seed: int):
     caplog.set_level(logging.CRITICAL)
     folder = tmp_path_factory.mktemp("lives")

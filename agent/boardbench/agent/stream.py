@@ -80,6 +80,9 @@ def open_channel(
             # takes, as gRPC sets Linux's TCP_USER_TIMEOUT to the same timeout.
             ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(keepalive_timeout_seconds * 1000)),
+            # A keepalive ping waits for a ping that is on its way (one that measures bandwidth, say), whose
+            # own timeout is a minute.
+            ("grpc.http2.ping_timeout_ms", int(keepalive_timeout_seconds * 1000)),
             ("grpc.http2.max_pings_without_data", 0),
             # A channel of its own: with the shared pool a new one inherits the old one's connection.
             ("grpc.use_local_subchannel_pool", 1),
@@ -102,6 +105,7 @@ class CollectorLink:
         channel: Callable[[str], grpc.aio.Channel] = open_channel,
         pace: Pace | None = None,
         jitter: Callable[[], float] = random.random,
+        sleep: Callable[[float], Coroutine[object, object, None]] = asyncio.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Calls ``hello`` at every connection and ``heartbeat`` at every beat; adds what the spool knows."""
@@ -112,6 +116,7 @@ class CollectorLink:
         self._channel = channel
         self._pace = pace or Pace()
         self._jitter = jitter
+        self._sleep = sleep
         self._monotonic = monotonic
         self._wake = asyncio.Event()
         self._connected = False
@@ -153,7 +158,7 @@ class CollectorLink:
                 bound = min(self._pace.longest_retry_seconds, self._pace.first_retry_seconds * 2**failures)
                 # 2^64 is enough to reach any bound.
                 failures = min(failures + 1, 64)
-                await asyncio.sleep(bound * self._jitter())
+                await self._sleep(bound * self._jitter())
         finally:
             unsubscribe()
             self._connected, self._error = False, "the agent is stopping"
