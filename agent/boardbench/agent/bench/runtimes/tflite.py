@@ -41,6 +41,7 @@ PACKAGES = (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-run
 """Module and distribution, the preferred first."""
 
 DELEGATE_NODE = "DELEGATE"
+CONTROL_FLOW = ("CALL", "CALL_ONCE", "IF", "WHILE")
 XNNPACK = "TfLiteXNNPackDelegate"
 """What the delegate calls itself (tensorflow/lite/delegates/xnnpack/xnnpack_delegate.cc)."""
 
@@ -266,7 +267,7 @@ class TfliteModel:
             outputs=set(self._output_indices.values()),
             external_before=self._nodes_before_default_delegates,
             external=self._external,
-            other_subgraphs=_subgraph_count(self._interpreter) - 1,
+            other_subgraphs=_other_subgraphs(self._interpreter),
             tensor_name=self._tensor_name,
         )
 
@@ -379,11 +380,12 @@ def _has_delegate(interpreter: Any) -> bool:
         return True
 
 
-def _subgraph_count(interpreter: Any) -> int:
+def _other_subgraphs(interpreter: Any) -> Optional[int]:
+    """Number of subgraphs beside the first; None where the interpreter does not tell."""
     try:
-        return int(interpreter._interpreter.NumSubgraphs())
-    except AttributeError:  # tflite-runtime before 2.8
-        return 1
+        return int(interpreter._interpreter.NumSubgraphs()) - 1
+    except AttributeError:  # tflite-runtime
+        return None
 
 
 def _place(
@@ -392,7 +394,7 @@ def _place(
     outputs: Set[int],
     external_before: Optional[int],
     external: Optional[External],
-    other_subgraphs: int,
+    other_subgraphs: Optional[int],
     tensor_name: Callable[[int], str],
 ) -> Placement:
     """The placement that the nodes amount to; see the head of this file.
@@ -459,7 +461,7 @@ def _dead_ends(originals: Mapping[int, Node], producer: Mapping[int, int], outpu
     return set(originals) - _closure(everything, originals, producer)
 
 
-def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: int) -> str:
+def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: Optional[int]) -> str:
     parts = []
     for delegate in sorted({op.delegate for op in ops if op.delegate}):
         taken = sum(op.delegate == delegate for op in ops)
@@ -474,7 +476,10 @@ def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: in
     detail = "; ".join(parts) or "the model has no operation"
     if delegate_nodes > 1:
         detail += f"; the delegates' operations are in {delegate_nodes} parts"
-    if other_subgraphs > 0:
+    if other_subgraphs is None:
+        if any(op.type in CONTROL_FLOW for op in ops):
+            detail += "; the bodies of control flow are not listed"
+    elif other_subgraphs > 0:
         which = "bodies of control flow, other signatures"
         detail += f"; {other_subgraphs} further subgraphs ({which}) are not listed"
     return detail
