@@ -59,7 +59,7 @@ docs: $(BIN)/python  ## Build the documentation into site/
 	$(BIN)/python -m pip install -q -e . --group docs
 	$(BIN)/sphinx-build -W -q -b html docs site
 
-bench: $(VENV)/.dev  ## Measure boardbench against other tools (minutes; wants a calm machine)
+bench: $(VENV)/.dev $(SYSTEM)/.prometheus  ## Measure boardbench against other tools (minutes; wants a calm machine)
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python benchmarks/all.py $(BENCH_ARGS)
 
 soak: $(VENV)/.dev $(SYSTEM)/.prometheus  ## The long tests

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> Report:
     rows: list[list[object]] = []
     with programs.folder() as root, contextlib.ExitStack() as stack:
-        collector_pid, ports = stack.enter_context(programs.collector(root, "--heartbeat-seconds", "1"))
+        collector_pid, ports = stack.enter_context(programs.collector(root, "--heartbeat", "1"))
         agent_pid, _ = stack.enter_context(
             programs.agent(root, "--collector", f"127.0.0.1:{ports['grpc']}", "--device-id", "idle-board")
         )
@@ -126,7 +126,7 @@ def assert_connected(http_port: int) -> None:
 def _up(http_port: int) -> bool:
     text = urllib.request.urlopen(f"http://127.0.0.1:{http_port}/metrics", timeout=5).read().decode()
     return any(
-        line.startswith("boardbench_device_up") and 'device_id="idle-board"' in line and line.endswith(" 1.0")
+        line.startswith("boardbench_device_up") and 'device="idle-board"' in line and line.endswith(" 1.0")
         for line in text.splitlines()
     )
 
