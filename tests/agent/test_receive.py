@@ -97,10 +97,12 @@ async def stores(tmp_path: Path):
         await store.close()
 
 
-def tflite(size_bytes: int, seed: int = 0) -> bytes:
-    """Bytes with the outer structure of a TensorFlow Lite file."""
-    head = struct.pack("<I4si", 8, b"TFL3", 4)
-    return head + random.Random(seed).randbytes(size_bytes - len(head))
+def tflite(size_bytes: int, seed: object = 0) -> bytes:
+    """A TensorFlow Lite file with one empty graph, and random bytes behind it."""
+    model = struct.pack("<I4s5H2xiI", 20, b"TFL3", 10, 8, 0, 0, 4, 12, 4)
+    graph = struct.pack("<II2Hi", 1, 8, 4, 4, 4)
+    head = model + graph
+    return head + random.Random(str(seed)).randbytes(size_bytes - len(head))
 
 
 def onnx(size_bytes: int) -> bytes:
@@ -219,7 +221,7 @@ async def test_inputs_are_kept_apart_by_kind(stores):
 
 
 @given(
-    size=st.integers(12, 5 * MIB),
+    size=st.integers(44, 5 * MIB),
     breaks=st.lists(st.tuples(st.floats(0, 1), st.integers(1, CHUNK_LIMIT_BYTES), st.booleans()), max_size=4),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
