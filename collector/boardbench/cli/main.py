@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
     "models": Command("boardbench.cli.models", "models", "List or delete the files that a board keeps."),
     "runs": Command("boardbench.cli.runs", "runs", "List the runs of a board."),
     "watch": Command("boardbench.cli.runs", "watch", "Follow a run on a board to its result."),
-    "cancel": Command("boardbench.cli.runs", "cancel", "End a run on a board."),
+    "cancel": Command("boardbench.cli.runs", "cancel", "End a run on a board, waiting or running."),
     "demo": Command(
         "boardbench.cli.demo", "demo", "Try everything on this machine, with models built on the spot."
     ),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _STDERR_LINES = 40  # of a child that breaks: a traceback and what led to it
 _AGENT_USAGE = 2  # exit code of boardbench-agent for a request that it can't even begin with
 _END_SECONDS = 10.0  # from the last event to the end of the process; then it is killed
+_KILL_SECONDS = 1.0  # as the board has it: a run ends within a second of being told to
 
 
 _EXAMPLES = """\b
@@ -68,8 +69,9 @@ def run(paths: tuple[Path, ...], **values: Any) -> ExitCode:
             try:
                 result = _followed(local, progress)
             except CliError as error:
-                with progress.paused():
-                    output.complain(str(error) if len(paths) == 1 else f"{path.name}: {error}")
+                if not local.interrupted:  # or it ended, as it was told to, before it had anything to tell
+                    with progress.paused():
+                        output.complain(str(error) if len(paths) == 1 else f"{path.name}: {error}")
                 codes.append(error.exit_code)
             else:
                 results.append(result)
@@ -119,6 +121,7 @@ class LocalRun:
         """Starts nothing yet."""
         self.path = path
         self.interrupted = False
+        self._told = False
         self._command = [
             *(sys.executable, "-m", "boardbench.agent", "run", "--format", "jsonl"),
             *spec.arguments(),
@@ -147,6 +150,7 @@ class LocalRun:
         try:
             for line in process.stdout:
                 event = self._event(line)
+                self._told = event.HasField("result")
                 yield event
                 if event.HasField("result"):
                     return
@@ -191,18 +195,15 @@ class LocalRun:
             return WrongUse(_without_prefix(words))
         return CliError(f"{self.path.name} could not be run here: {_without_prefix(words)}")
 
-    @staticmethod
-    def _end(process: subprocess.Popen[str]) -> None:
-        """Waits for the child, which ends by itself after its result; one that does not is killed."""
-        try:
-            process.wait(_END_SECONDS if process.poll() is None and not sys.exc_info()[0] else 0)
-        except subprocess.TimeoutExpired:
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        """Lets the child end after its result, and ends one that has none to tell or does not end."""
+        if not self._told:
             process.terminate()
-            try:
-                process.wait(_END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        try:
+            process.wait(_END_SECONDS if self._told else _KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _keep(stream: IO[str], said: collections.deque[str]) -> None:
