@@ -198,6 +198,15 @@ async def test_one_hello_is_enough(collector) -> None:
     assert (await board.end())[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_a_heartbeat_is_small(collector) -> None:
+    board = collector.board()
+    await board.join()
+    await board.beat(running_run_id="x" * 5000)
+    code, message = await board.end()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 4,096" in message
+
+
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [

@@ -114,10 +114,12 @@ class Fleet:
         self._sessions[device_id] = session
         self._empty.clear()
         self.tally.streams += 1
+        _log.info("device %s: connected from %s", device_id, peer)
         return session
 
     def leave(self, session: Session) -> None:
         """The stream has ended."""
+        _log.info("device %s: the stream from %s has ended", session.device_id, session.peer)
         if self._sessions.get(session.device_id) is session:
             del self._sessions[session.device_id]
         if not self._sessions:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc
 from aiohttp import web
+from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from boardbench.collector.config import Address, CollectorConfig
@@ -126,7 +126,7 @@ async def _start_grpc(
     )
     service = CollectorService(config, store, fleet, look, version=version())
     collector_pb2_grpc.add_CollectorServiceServicer_to_server(service, server)
-    health = HealthServicer()
+    health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
         (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),

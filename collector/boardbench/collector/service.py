@@ -43,6 +43,9 @@ SERVICE_NAME = collector_pb2.DESCRIPTOR.services_by_name["CollectorService"].ful
 _MAX_HELLO_BYTES = 256 * 1024
 """A hello is kept for every board and read at every scrape: real ones have 2 KiB."""
 
+_MAX_HEARTBEAT_BYTES = 4096
+"""The last one of every board is kept in memory: real ones have 50 bytes."""
+
 _STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (NotFound, grpc.StatusCode.NOT_FOUND),
@@ -211,6 +214,11 @@ class _Conversation:
                 self._fleet.heard(self._session)
                 await self._take(request.result)
             elif kind == "heartbeat":
+                if request.heartbeat.ByteSize() > _MAX_HEARTBEAT_BYTES:
+                    raise InvalidRequest(
+                        f"a heartbeat has {request.heartbeat.ByteSize():,} bytes;"
+                        f" at most {_MAX_HEARTBEAT_BYTES:,} are taken"
+                    )
                 self._fleet.heard(self._session, request.heartbeat)
             elif kind == "hello":
                 raise InvalidRequest("a report has one hello, at its beginning")
