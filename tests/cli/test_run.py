@@ -98,9 +98,7 @@ def test_ctrl_c_shows_what_the_cancelled_run_has_to_tell(
     running.process.send_signal(signal.SIGINT)
     done = running.finished()
     assert done.code == 130
-    assert json.loads(done.out) == [{"run_id": "r", "status": "RUN_STATUS_CANCELLED"}], (
-        "the second never began"
-    )
+    assert json.loads(done.out) == [{"status": "RUN_STATUS_CANCELLED"}], "the second never began"
     assert done.err == "boardbench: interrupted\n"
 
 
