@@ -95,7 +95,8 @@ def _inspect_tflite(
 def _refuse_request(base: ModelReport, original: Optional[Path], target: str) -> None:
     if original is not None:
         raise InspectError(
-            f"{base.name}: only .tflite files compiled for the Edge TPU have an original; this is {base.format}"
+            f"{base.name}: only .tflite files compiled for the Edge TPU have an original; this is "
+            f"{base.format}"
         )
     if target == EDGETPU:
         raise InspectError(

@@ -184,8 +184,8 @@ def _read(base: ModelReport, data: memoryview) -> Tuple[ModelReport, _Read]:
         warnings.append(
             ReportWarning(
                 "nested_graphs",
-                f"{found.nested} more operations are in blocks inside operations (cond, while_loop); they are not "
-                "counted, because the data decides how often they run",
+                f"{found.nested} more operations are in blocks inside operations (cond, while_loop); they "
+                "are not counted, because the data decides how often they run",
             )
         )
     metadata = description.message(100) if description is not None else None
@@ -211,7 +211,7 @@ def _read(base: ModelReport, data: memoryview) -> Tuple[ModelReport, _Read]:
             op_types=types,
             ops=tuple(OpPlacement(index, each.type, each.name) for index, each in enumerate(operations)),
             placement=Placement(
-                detail="the file does not say where its operations run; Core ML chooses on the device: run it on macOS"
+                detail="the file does not say where its operations run; Core ML chooses on the device: run it"
             ),
             parameter_count=found.parameters if operations else None,
             multiply_accumulates=found.macs if operations and not found.nested else None,
@@ -312,8 +312,7 @@ def _operation(
 ) -> None:
     kind = message.text(1)
     outputs = [(each.text(1), _mil_type(each.message(2))) for each in message.messages(3)]
-    for name, value in outputs:
-        shapes[name] = value
+    shapes.update(outputs)
     name = outputs[0][0] if outputs else ""
     inputs: Dict[str, str] = {}
     for entry in message.messages(2):
@@ -387,7 +386,7 @@ def _multiplied(
         return None if result is None or not weights else product((*result, weights[-1]))
     if kind == "matmul" and result is not None and first:
         second = shapes.get(inputs.get("y", ""), ("", None))[1]
-        # Which of the two sides is turned is a setting; the dimension that is in neither result side is summed.
+        # Which side is turned is a setting; the dimension that is not in the result is summed.
         if len(first) < 2 or not second or len(second) < 2:
             return None
         summed = first[-1] if first[-2] == result[-2] else first[-2]
@@ -404,8 +403,8 @@ def _weights(data: memoryview, found: Optional[_Found]) -> Tuple[ByteUse, ...]:
     for offset, dtype, kind, count in found.blobs if found is not None else ():
         if offset + 64 > len(data):
             raise Malformed(
-                f"a constant of the Core ML program is at byte {offset} of {len(data)} of its weights: the package is "
-                "truncated; copy it again"
+                f"a constant of the Core ML program is at byte {offset} of {len(data)} of its weights: the "
+                "package is truncated; copy it again"
             )
         sentinel, _, size, start = _BLOB.unpack_from(data, offset)
         if sentinel != _SENTINEL or start + size > len(data):

@@ -1,6 +1,7 @@
 """Names of Core ML's model kinds, layers and element types by their field numbers.
 
-Source: apple/coremltools ``mlmodel/format/Model.proto``, ``NeuralNetwork.proto``, ``FeatureTypes.proto``, ``MIL.proto``.
+Source: apple/coremltools ``mlmodel/format/``: ``Model.proto``, ``NeuralNetwork.proto``,
+``FeatureTypes.proto`` and ``MIL.proto``.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ MIL_TYPES: Mapping[int, str] = {
     41: "float8_e5m2",
 }
 
-# Layer's field → fields of its parameters that are weights (WeightParams); LSTM keeps its own one level deeper.
+# Layer's field → fields of its parameters that are weights (WeightParams); LSTM keeps them a level deeper.
 WEIGHTS: Mapping[int, Tuple[int, ...]] = {
     100: (90, 91),  # convolution
     140: (20, 21),  # innerProduct

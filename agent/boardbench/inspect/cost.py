@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Dict, List, Optional
 
-from boardbench.inspect.elements import BITS
+from boardbench.inspect.elements import BITS, aligned_bytes
 from boardbench.inspect.tflite import Operator, Subgraph, Tensor
 
-# Interpreters lay tensors out at multiples of this (TensorFlow Lite's kDefaultTensorAlignment).
-_ALIGNMENT_BYTES = 64
 # Operations that run other graphs, as often as the data says.
 _CONTROL = frozenset(
     ("IF", "WHILE", "CALL", "CALL_ONCE", "STABLEHLO_WHILE", "STABLEHLO_COMPOSITE", "STABLEHLO_CASE")
@@ -151,10 +149,10 @@ def arena_bytes(graph: Subgraph) -> Optional[int]:
         tensor = graph.tensors[index]
         if tensor.constant:
             continue
-        size = tensor_bytes(tensor)
-        if size is None:
+        count, bits = element_total(tensor), BITS.get(tensor.dtype)
+        if count is None or bits is None or not tensor.has_rank:
             return None
-        aligned = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        aligned = aligned_bytes(count, bits)
         change[start] += aligned
         change[dies[index] + 1] -= aligned
     alive = most = 0
@@ -162,11 +160,3 @@ def arena_bytes(graph: Subgraph) -> Optional[int]:
         alive += difference
         most = max(most, alive)
     return most if most <= _LARGEST else None
-
-
-def tensor_bytes(tensor: Tensor) -> Optional[int]:
-    """Size of the tensor in memory; None while a size is open, or for elements of no fixed size."""
-    count, bits = element_total(tensor), BITS.get(tensor.dtype)
-    if count is None or bits is None or not tensor.has_rank:
-        return None
-    return -(-count * bits // 8)

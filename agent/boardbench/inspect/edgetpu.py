@@ -100,8 +100,9 @@ def place_compiled(model: Model) -> Placement:
     )
     detail = f"{nodes} compiled Edge TPU subgraph{'s' if nodes != 1 else ''}"
     detail += (
-        f"; {len(cpu)} operation{'s' if len(cpu) != 1 else ''} left to the CPU ({_types(count_types(cpu))}). Why, and "
-        "what is inside the subgraph, only the original file can tell"
+        f"; {len(cpu)} operation{'s' if len(cpu) != 1 else ''} left to the CPU "
+        f"({_types(count_types(cpu))}). Why, and what is inside the subgraph, only the original file can "
+        "tell"
         if cpu
         else "; nothing is left to the CPU"
     )
@@ -161,8 +162,8 @@ def map_original(compiled: Model, original: Model) -> Mapping:
         mapped |= closure(source, outputs, inputs)
     if (compiled_nodes(compiled) and known == 0) or len(unmatched) == len(graph.operators):
         raise InspectError(
-            "the original file is not the one that was compiled: none of the compiled file's tensors is in it; "
-            "give the .tflite file that was handed to edgetpu_compiler"
+            "the original file is not the one that was compiled: none of the compiled file's tensors is in "
+            "it; give the .tflite file that was handed to edgetpu_compiler"
         )
     return Mapping(frozenset(cpu), frozenset(mapped), tuple(unmatched))
 
@@ -191,8 +192,8 @@ def place_with_original(compiled: Model, original: Model) -> Tuple[Placement, Tu
         warnings.append(
             ReportWarning(
                 "estimates_disagree",
-                f"what became of {len(doubtful)} operations can't be told for certain: the names of what is left "
-                "and the graph around the compiled part say different things"
+                f"what became of {len(doubtful)} operations can't be told for certain: the names of what is "
+                "left and the graph around the compiled part say different things"
                 + (f" ({told})" if told else "")
                 + (
                     f"; not in the original: {', '.join(mapping.cpu_unmatched[:_LISTED])}"
@@ -340,9 +341,10 @@ def _explain(
             found[index] = (
                 Reason(
                     LIMITATION,
-                    "nothing in the documented rules forbids it; it is the first of its branch that was left out",
-                    "mostly the tensors are too large: make the input smaller or split the operation, or let the "
-                    "compiler search (edgetpu_compiler -d)",
+                    "nothing in the documented rules forbids it; it is the first of its branch that was "
+                    "left out",
+                    "mostly the tensors are too large: make the input smaller or split the operation, or "
+                    "let the compiler search (edgetpu_compiler -d)",
                 ),
                 True,
             )
@@ -365,7 +367,8 @@ def _collateral(graph: Subgraph, blockers: Tuple[int, ...]) -> Reason:
     return Reason(
         ONE_SUBGRAPH,
         f"it needs the result of operation{several} {which} on the CPU",
-        f"change operation{several} {which} first; or edgetpu_compiler -a, which can be slower (#317, #461, #601)",
+        f"change operation{several} {which} first; or edgetpu_compiler -a, which can be slower (#317, #461, "
+        "#601)",
     )
 
 

@@ -211,7 +211,8 @@ def _version(_context: Context, operator: Operator) -> Optional[Reason]:
     return Reason(
         VERSION,
         f"version {operator.version}; compiler 16 knows {operator.type} up to {highest}",
-        "convert with an older TensorFlow (2.5 or before), or keep to features that those had (#187, #396, #420)",
+        "convert with an older TensorFlow (2.5 or before), or keep to features that those had (#187, #396, "
+        "#420)",
     )
 
 
@@ -221,7 +222,8 @@ def _rank(context: Context, operator: Operator) -> Optional[Reason]:
             return Reason(
                 RANK,
                 f"tensor {_name(tensor)} is {_shape(tensor)}",
-                "use batch 1, and no more than three dimensions larger than 1, the innermost ones (#30, #75, #274)",
+                "use batch 1, and no more than three dimensions larger than 1, the innermost ones (#30, "
+                "#75, #274)",
             )
     return None
 
@@ -409,7 +411,8 @@ def _fits_activation_memory(context: Context, operator: Operator) -> Optional[Re
         if size > ACTIVATION_MEMORY_BYTES:
             return Reason(
                 LIMITATION,
-                f"tensor {_name(tensor)} has {size} bytes, more than the {ACTIVATION_MEMORY_BYTES} on the chip",
+                f"tensor {_name(tensor)} has {size} bytes, more than the {ACTIVATION_MEMORY_BYTES} on the "
+                "chip",
                 "make the input smaller, or split the tensor (#512)",
                 observed=True,
             )
@@ -421,14 +424,14 @@ def _resize_precision(context: Context, operator: Operator) -> Optional[Reason]:
     if before is None or not after or len(before.fixed_shape) < 3 or len(after[0].fixed_shape) < 3:
         return None
     old, new = before.fixed_shape[-3:-1], after[0].fixed_shape[-3:-1]
-    factor = max(b / a if a else 0.0 for a, b in zip(old, new))
+    factor = max(new[axis] / old[axis] if old[axis] else 0.0 for axis in (0, 1))
     if max(new) <= LARGEST_RESIZED_SIDE and factor <= LARGEST_RESIZE_FACTOR:
         return None
     return Reason(
         LIMITATION,
         f"from {old[0]}x{old[1]} to {new[0]}x{new[1]}: refused by size, to avoid a loss of precision",
-        "resize in smaller steps and to less (64 to 128 was accepted, 256 to 512 was not), resize the result on "
-        "the host, or broadcast a 1x1 input instead (#31)",
+        "resize in smaller steps and to less (64 to 128 was accepted, 256 to 512 was not), resize the "
+        "result on the host, or broadcast a 1x1 input instead (#31)",
         observed=True,
     )
 

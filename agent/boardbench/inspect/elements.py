@@ -32,6 +32,8 @@ BITS: Dict[str, int] = {
     "complex64": 64,
     "complex128": 128,
 }
+# Interpreters lay tensors out at multiples of this (TensorFlow Lite's kDefaultTensorAlignment).
+_ALIGNMENT_BYTES = 64
 # A multiple of every element size.
 _PIECE_BYTES = 1 << 20
 # Clears the sign, so that a floating point -0.0 counts as the zero it is.
@@ -46,6 +48,12 @@ def element_count(size_bytes: int, dtype: str) -> Optional[int]:
     """How many elements of the type fill that many bytes; None for types without a fixed size."""
     bits = BITS.get(dtype)
     return None if bits is None else size_bytes * 8 // bits
+
+
+def aligned_bytes(count: int, bits: int) -> int:
+    """Bytes that so many elements of so many bits take in an interpreter's memory."""
+    size = (count * bits + 7) // 8
+    return (size + _ALIGNMENT_BYTES - 1) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
 
 
 def count_zeros(data: memoryview, dtype: str, zero_point: int = 0) -> Optional[int]:

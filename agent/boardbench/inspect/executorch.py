@@ -1,8 +1,8 @@
 """An ExecuTorch program (``.pte``): its operations, what was delegated at export, and its planned memory.
 
 Source of the format: pytorch/executorch ``schema/program.fbs``, ``schema/scalar_type.fbs`` and
-``runtime/executor``'s extended header. Delegation is decided when the program is exported, so the file itself is
-evidence of it.
+``runtime/executor``'s extended header. Delegation is decided when the program is exported, so the file itself
+is evidence of it.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class _Plan:
     outputs: Tuple[int, ...]
     ops: Tuple[Tuple[str, bool, Tuple[int, ...]], ...]
     delegates: Tuple[str, ...]
+    # Of each delegate: whether its data is in a segment, and in which (or in which inline entry).
     delegate_data: Tuple[Tuple[bool, int], ...]
     planned_bytes: int
 
@@ -111,8 +112,8 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
         ledger.claim(_HEADER_AT, _HEADER_AT + min(max(length, _HEADER.size), 64), GRAPH)
         if program_size > len(data) or segments_at > len(data):
             raise Malformed(
-                f"the ExecuTorch program needs {max(program_size, segments_at)} bytes and the file has {len(data)}: "
-                "it is truncated; copy it again"
+                f"the ExecuTorch program needs {max(program_size, segments_at)} bytes and the file has "
+                f"{len(data)}: it is truncated; copy it again"
             )
         size = program_size or len(data)
     buffer = FlatBuffer(data[:size], "the ExecuTorch program", ledger)
@@ -132,8 +133,8 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
         warnings.append(
             ReportWarning(
                 "more_methods",
-                f"the program has {len(plans)} methods ({', '.join(plan.name for plan in plans[:8])}); this report "
-                f"is about {main.name!r}",
+                f"the program has {len(plans)} methods ({', '.join(plan.name for plan in plans[:8])}); this "
+                f"report is about {main.name!r}",
             )
         )
     return replace(
@@ -268,7 +269,8 @@ def _claim_data(root: Table, data: memoryview, segments_at: int, plans: List[_Pl
         stop = start + each.integer(1, U64)
         if stop > len(data):
             raise Malformed(
-                f"the ExecuTorch program has data up to byte {stop} of {len(data)}: it is truncated; copy it again"
+                f"the ExecuTorch program has data up to byte {stop} of {len(data)}: it is truncated; copy "
+                "it again"
             )
         segments.append((start, stop))
     constants: List[Optional[Span]] = list(inline)
@@ -278,7 +280,7 @@ def _claim_data(root: Table, data: memoryview, segments_at: int, plans: List[_Pl
         if offsets and index < len(segments):
             start, stop = segments[index]
             ends = sorted({*(start + offset for offset in offsets if start + offset <= stop), stop})
-            following = dict(zip(ends, ends[1:]))
+            following = {begin: ends[number + 1] for number, begin in enumerate(ends[:-1])}
             constants = [
                 (start + offset, following[start + offset]) if start + offset in following else None
                 for offset in offsets
@@ -294,11 +296,11 @@ def _claim_data(root: Table, data: memoryview, segments_at: int, plans: List[_Pl
         for index, tensor in enumerate(plan.values):
             if tensor is not None and tensor.buffer and not tensor.planned:
                 readers.setdefault(tensor.buffer, (tensor, reading.get(index, "")))
-        for (in_segment, where), name in zip(plan.delegate_data, plan.delegates):
+        for number, (in_segment, where) in enumerate(plan.delegate_data):
             places = segments if in_segment else inline_delegates
             span = places[where] if 0 <= where < len(places) else None
             if span is not None:
-                ledger.claim(span[0], span[1], _DELEGATE, "", name)
+                ledger.claim(span[0], span[1], _DELEGATE, "", plan.delegates[number])
     for index, span in enumerate(constants):
         if span is None or index not in readers:
             continue
@@ -333,10 +335,7 @@ def _placement(ops: Tuple[OpPlacement, ...], plan: _Plan) -> Placement:
             cpu[op.type] = cpu.get(op.type, 0) + 1
     fast = sum(count for unit, count in counts.items() if unit in ACCELERATORS)
     slow = len(ops) - fast
-    if fast:
-        verdict = Verdict.PARTLY if slow else Verdict.ACCELERATED
-    else:
-        verdict = Verdict.NOT_ACCELERATED
+    accelerated = Verdict.PARTLY if slow else Verdict.ACCELERATED
     delegated = len(ops) - counts.get(Unit.CPU, 0)
     names = ", ".join(dict.fromkeys(plan.delegates))
     return Placement(
@@ -347,7 +346,7 @@ def _placement(ops: Tuple[OpPlacement, ...], plan: _Plan) -> Placement:
         cpu_op_types=cpu,
         units=tuple(UnitCount(unit, counts[unit]) for unit in Unit if unit in counts and unit is Unit.CPU),
         ops=ops,
-        verdict=verdict,
+        verdict=accelerated if fast else Verdict.NOT_ACCELERATED,
         detail=f"{counts.get(Unit.CPU, 0)} operations on portable kernels of the CPU"
         + (
             f", {delegated} calls of delegates ({names}); what is inside a delegate the file does not say"

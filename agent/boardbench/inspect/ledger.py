@@ -86,7 +86,7 @@ class Ledger:
                 total[2] = (total[2] or 0) + zeros
         _count_gap(data, cursor, size, gaps)
         purposes = (self._rest, self._rest) if self._rest else (PADDING, UNREFERENCED)
-        for purpose, gap in zip(purposes, gaps):
+        for purpose, gap in ((purposes[0], gaps[0]), (purposes[1], gaps[1])):
             if gap:
                 total = totals.setdefault((purpose, "", ""), [0, None, None])
                 total[0] = (total[0] or 0) + gap

@@ -12,7 +12,7 @@ from typing import Dict, List, Mapping, Optional, Set, Tuple
 from boardbench.inspect.elements import BITS, count_zeros
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import GRAPH, METADATA, NAMES, WEIGHTS, Ledger
-from boardbench.inspect.onnx_shapes import Node, costs, infer
+from boardbench.inspect.onnx_shapes import Node, Value, costs, infer
 from boardbench.inspect.protobuf import Message, Wire
 from boardbench.inspect.report import ModelReport, OpPlacement, Placement, ReportWarning, TensorInfo
 
@@ -208,17 +208,19 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
             reader.nested_nodes += 1
     ledger.fill(GRAPH)
     given = [_value(each) for each in inputs if each.text(1) not in reader.constants]
-    results = [_value(each) for each in outputs]
-    known = {tensor.name: tensor for tensor in (*given, *results)}
-    for each in main.messages(13):
+    known = {each.text(1): _value(each) for each in inputs if _has_shape(each)}
+    for each in (*outputs, *main.messages(13)):
         tensor = _value(each)
-        known.setdefault(tensor.name, tensor)
+        # Without a shape it may have any; with an empty one it is a scalar.
+        if _has_shape(each):
+            known.setdefault(tensor.name, tensor)
     values = infer(
         nodes,
         {name: (constant.dtype, constant.shape) for name, constant in reader.constants.items()},
         {name: constant.values for name, constant in reader.constants.items() if constant.values is not None},
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in known.values() if tensor.dtype},
     )
+    results = [_completed(each, values) for each in outputs]
     macs, arena = costs(
         nodes,
         values,
@@ -259,6 +261,19 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
     )
 
 
+def _has_shape(message: Message) -> bool:
+    kind = message.message(2)
+    tensor = kind.message(1) if kind is not None else None
+    return tensor is not None and 2 in tensor
+
+
+def _completed(message: Message, values: Mapping[str, Value]) -> TensorInfo:
+    """An output, with the shape that follows from the graph where the file gives none."""
+    tensor = _value(message)
+    inferred = values.get(tensor.name, ("", None))[1]
+    return replace(tensor, shape=inferred) if inferred is not None and not _has_shape(message) else tensor
+
+
 def _value(message: Message) -> TensorInfo:
     kind = message.message(2)
     tensor = kind.message(1) if kind is not None else None
@@ -287,8 +302,8 @@ def _warnings(reader: _Reader, inputs: List[TensorInfo], nodes: List[Node]) -> L
         warnings.append(
             ReportWarning(
                 "external_data",
-                f"constants lie in other files: {', '.join(sorted(names)[:8])}; the model does not run without them, "
-                "and their bytes are not in this report",
+                f"constants lie in other files: {', '.join(sorted(names)[:8])}; the model does not run "
+                "without them, and their bytes are not in this report",
             )
         )
     custom = sorted({f"{node.domain}.{node.type}" for node in nodes if node.domain not in _KNOWN_DOMAINS})
@@ -303,8 +318,8 @@ def _warnings(reader: _Reader, inputs: List[TensorInfo], nodes: List[Node]) -> L
         warnings.append(
             ReportWarning(
                 "nested_graphs",
-                f"{reader.nested_nodes} more operations are in graphs inside operations (If, Loop, Scan, functions); "
-                "they are not counted, because the data decides how often they run",
+                f"{reader.nested_nodes} more operations are in graphs inside operations (If, Loop, Scan, "
+                "functions); they are not counted, because the data decides how often they run",
             )
         )
     return warnings

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from boardbench.inspect.cost import product
-from boardbench.inspect.elements import BITS
+from boardbench.inspect.elements import BITS, aligned_bytes
 
 Shape = Tuple[int, ...]
 Value = Tuple[str, Optional[Shape]]
 
-_ALIGNMENT_BYTES = 64
 _SAME = b"SAME"
 _LARGEST = 1 << 62
 
@@ -51,18 +50,15 @@ def infer(
     numbers: Dict[str, Tuple[int, ...]] = dict(contents)
     for node in nodes:
         _follow_numbers(node, values, numbers)
-        inputs = [values.get(name, ("", None)) if name else ("", None) for name in node.inputs]
+        inputs: List[Value] = [values.get(name, ("", None)) if name else ("", None) for name in node.inputs]
         if not inputs and node.type != "Constant":
             continue
         for position, name in enumerate(node.outputs):
             if not name:
                 continue
-            dtype, shape = values.get(name, ("", None))
-            if shape is None:
-                shape = _shape(node, inputs, numbers, position)
-            if not dtype:
-                dtype = _dtype(node, inputs)
-            values[name] = (dtype, shape)
+            told: Value = values.get(name, ("", None))
+            found = _shape(node, inputs, numbers, position) if told[1] is None else told[1]
+            values[name] = (told[0] or _dtype(node, inputs), found)
     return values
 
 
@@ -97,14 +93,12 @@ def _follow_numbers(node: Node, values: Mapping[str, Value], numbers: Dict[str, 
     elif node.type in ("Mul", "Add", "Sub", "Div") and len(inputs) == 2 and inputs[1] is not None:
         second = inputs[1]
         if len(first) == len(second) or 1 in (len(first), len(second)):
-            long = max(len(first), len(second))
-            a, b = (
-                first * (long // len(first) if first else 0),
-                second * (long // len(second) if second else 0),
-            )
-            if node.type == "Div" and 0 in b:
+            if not first or not second or (node.type == "Div" and 0 in second):
                 return
-            found = tuple(_ARITHMETIC[node.type](x, y) for x, y in zip(a, b))
+            long = max(len(first), len(second))
+            found = tuple(
+                _ARITHMETIC[node.type](first[i % len(first)], second[i % len(second)]) for i in range(long)
+            )
             if all(abs(number) < _LARGEST for number in found):
                 numbers[out] = found
 
@@ -118,16 +112,102 @@ _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 # Operations whose result is like their first input.
 _ALIKE = frozenset(
-    ["Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Softmax", "LogSoftmax", "Softplus", "Softsign", "Gelu", "Mish", "Clip", "Abs", "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Floor", "Ceil", "Round", "Sign", "Erf", "Sin", "Cos", "Identity", "Dropout", "Cast", "BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization", "LpNormalization", "LRN", "MeanVarianceNormalization", "QuantizeLinear", "DequantizeLinear", "Not", "CumSum", "ThresholdedRelu", "DynamicQuantizeLinear", "FastGelu", "QuickGelu", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"]
+    [
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Tanh",
+        "Softmax",
+        "LogSoftmax",
+        "Softplus",
+        "Softsign",
+        "Gelu",
+        "Mish",
+        "Clip",
+        "Abs",
+        "Neg",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Reciprocal",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sign",
+        "Erf",
+        "Sin",
+        "Cos",
+        "Identity",
+        "Dropout",
+        "Cast",
+        "BatchNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "GroupNormalization",
+        "LpNormalization",
+        "LRN",
+        "MeanVarianceNormalization",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Not",
+        "CumSum",
+        "ThresholdedRelu",
+        "DynamicQuantizeLinear",
+        "FastGelu",
+        "QuickGelu",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearSoftmax",
+    ]
 )
 _BROADCAST = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Sum", "Mean", "And", "Or", "Xor", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Where", "BitShift"]
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Mod",
+        "Max",
+        "Min",
+        "Sum",
+        "Mean",
+        "And",
+        "Or",
+        "Xor",
+        "Equal",
+        "Less",
+        "Greater",
+        "LessOrEqual",
+        "GreaterOrEqual",
+        "Where",
+        "BitShift",
+    ]
 )
 _LINEAR_BROADCAST = frozenset(("QLinearAdd", "QLinearMul"))
 _REDUCE = frozenset(
-    ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"]
+    [
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceSumSquare",
+    ]
 )
-_BOOLEAN = frozenset(["And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf"])
+_BOOLEAN = frozenset(
+    ["And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf"]
+)
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3, "FusedConv": 1}
 _PRODUCTS = {"MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "FusedMatMul": 1}
 _POOLS = frozenset(("MaxPool", "AveragePool", "LpPool", "QLinearAveragePool"))
@@ -227,7 +307,7 @@ def _moved(
         return _unsqueezed(first, axes)
     if kind == "Gather" and len(inputs) > 1 and inputs[1][1] is not None and rank:
         axis = node.one("axis", 0) % rank
-        return first[:axis] + inputs[1][1] + first[axis + 1 :]
+        return (*first[:axis], *inputs[1][1], *first[axis + 1 :])
     if kind in _REDUCE or kind in ("ArgMax", "ArgMin"):
         return _reduced(node, first, numbers)
     if kind == "Split" and rank:
@@ -240,7 +320,7 @@ def _moved(
             if first[axis] % count:
                 return None
             sizes = (first[axis] // count,) * count
-        return first[:axis] + (sizes[position],) + first[axis + 1 :] if position < len(sizes) else None
+        return (*first[:axis], sizes[position], *first[axis + 1 :]) if position < len(sizes) else None
     if kind == "Pad":
         pads = node.attributes.get("pads") or (numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None)
         if pads is None or len(pads) != 2 * rank:
@@ -302,7 +382,7 @@ def _windowed(node: Node, sizes: Shape, kernel: Sequence[int]) -> Optional[Shape
     ):
         return None
     if bytes(node.attributes.get("auto_pad", ())).startswith(_SAME):
-        return tuple(-(-size // stride) for size, stride in zip(sizes, strides))
+        return tuple(-(-sizes[axis] // strides[axis]) for axis in range(count))
     up = node.one("ceil_mode", 0)
     found = []
     for axis in range(count):
@@ -382,7 +462,7 @@ def _joined(shapes: Sequence[Optional[Shape]], axis: int) -> Optional[Shape]:
             return None
         total += shape[axis]
     axis %= len(first)
-    return first[:axis] + (total,) + first[axis + 1 :]
+    return (*first[:axis], total, *first[axis + 1 :])
 
 
 def _unsqueezed(first: Shape, axes: Sequence[int]) -> Optional[Shape]:
@@ -432,12 +512,11 @@ def _sliced(node: Node, first: Shape, numbers: Mapping[str, Tuple[int, ...]]) ->
     if not len(starts) == len(stops) == len(axes) == len(steps) or 0 in steps:
         return None
     sizes = list(first)
-    for start, stop, axis, step in zip(starts, stops, axes, steps):
-        if not -len(first) <= axis < len(first):
+    for number, axis in enumerate(axes):
+        if not -len(first) <= axis < len(first) or first[axis] >= 1 << 31:
             return None
-        sizes[axis] = (
-            len(range(*slice(start, stop, step).indices(first[axis]))) if first[axis] < 1 << 31 else 0
-        )
+        picked = slice(starts[number], stops[number], steps[number])
+        sizes[axis] = len(range(*picked.indices(first[axis])))
     return tuple(sizes)
 
 
@@ -513,7 +592,7 @@ def _alive(
         count, bits = (None if shape is None else product(shape)), BITS.get(dtype)
         if count is None or bits is None:
             return None
-        size = -(-(-(-count * bits // 8)) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        size = aligned_bytes(count, bits)
         change[start] += size
         change[dies[name] + 1] -= size
     most = alive = 0

@@ -31,8 +31,8 @@ def report_engine(base: ModelReport, data: memoryview) -> ModelReport:
         warnings=(
             ReportWarning(
                 "not_portable",
-                "an engine runs only on the kind of GPU and the version of TensorRT that it was built for; push the "
-                "ONNX file to have it built on the board",
+                "an engine runs only on the kind of GPU and the version of TensorRT that it was built for; "
+                "push the ONNX file to have it built on the board",
             ),
         ),
     )

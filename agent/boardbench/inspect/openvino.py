@@ -1,7 +1,7 @@
 """An OpenVINO model: the graph in ``.xml``, the constants in the ``.bin`` beside it.
 
-Source of the format: openvinotoolkit/openvino, "Intermediate Representation" (docs.openvino.ai). Document types
-and entities are refused: the format has none, and they are how XML is made to harm.
+Source of the format: openvinotoolkit/openvino, "Intermediate Representation" (docs.openvino.ai). Document
+types and entities are refused: the format has none, and they are how XML is made to harm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from xml.parsers import expat
 
 from boardbench.inspect.content import Opened
 from boardbench.inspect.cost import product
-from boardbench.inspect.elements import BITS, count_zeros
+from boardbench.inspect.elements import BITS, aligned_bytes, count_zeros
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import WEIGHTS, Ledger
 from boardbench.inspect.report import ByteUse, ModelReport, OpPlacement, Placement, ReportWarning, TensorInfo
@@ -44,7 +44,6 @@ TYPES: Dict[str, str] = {
     "fp64": "float64",
     "bool": "bool",
 }
-_ALIGNMENT_BYTES = 64
 _MOST_ELEMENTS = 2_000_000
 _DEEPEST = 64
 _NOT_OPERATIONS = frozenset(("Parameter", "Const", "Result"))
@@ -197,8 +196,8 @@ def report(base: ModelReport, data: memoryview, weights: Optional[Path]) -> Mode
         warnings.append(
             ReportWarning(
                 "nested_graphs",
-                f"{graph.inner_layers} more layers are in graphs inside layers (If, Loop, TensorIterator); they are not "
-                "counted, because the data decides how often they run",
+                f"{graph.inner_layers} more layers are in graphs inside layers (If, Loop, TensorIterator); "
+                "they are not counted, because the data decides how often they run",
             )
         )
     inputs = tuple(
@@ -225,7 +224,7 @@ def report(base: ModelReport, data: memoryview, weights: Optional[Path]) -> Mode
         op_types=types,
         ops=tuple(OpPlacement(index, layer.type, layer.name) for index, layer in enumerate(operations)),
         placement=Placement(
-            detail="the file does not say where its operations run; that is OpenVINO's choice by device: run it"
+            detail="the file does not say where its operations run; OpenVINO chooses by device: run it"
         ),
         parameter_count=_parameters(graph),
         multiply_accumulates=None if graph.inner_layers else _multiplied(operations),
@@ -280,8 +279,8 @@ def _constants(graph: _Graph, reader: Dict[str, str], content: memoryview) -> Tu
         dtype = TYPES.get(layer.attributes.get("element_type", ""), "")
         if start + size > len(content):
             raise Malformed(
-                f"constant {layer.name!r} ends at byte {start + size} of {len(content)} of the .bin file: it is "
-                "truncated, or that of another model"
+                f"constant {layer.name!r} ends at byte {start + size} of {len(content)} of the .bin file: "
+                "it is truncated, or that of another model"
             )
         # Equal constants share their bytes.
         if (start, size) in seen:
@@ -372,7 +371,7 @@ def _alive(graph: _Graph, feeds: Dict[Tuple[str, str], Tuple[str, str]]) -> Opti
             born[value] = dies[value] = 0 if layer.type == "Parameter" else index
             if layer.type == "Parameter":
                 dies[value] = last
-            sizes[value] = -(-(-(-count * bits // 8)) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            sizes[value] = aligned_bytes(count, bits)
     for index, layer in enumerate(graph.layers):
         for port_id in layer.inputs:
             value = feeds.get((layer.identity, port_id), ("", ""))

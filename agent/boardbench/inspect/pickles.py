@@ -1,7 +1,7 @@
 """Pickles, read without running anything: what a pickle would call is told, and never called.
 
-The format: CPython's ``Lib/pickletools.py``. Only the binary operations are known here; those that hold numbers
-as text are refused, because nothing that is read here writes them and they cost time out of proportion.
+The format: CPython's ``Lib/pickletools.py``. Only the binary operations are known here; those that hold
+numbers as text are refused, because nothing that is read here writes them, and they cost too much time.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ class _Machine:
                 target.state = {}
             target = target.state
         if isinstance(target, dict):
-            for key, value in zip(items[::2], items[1::2]):
-                if isinstance(key, (str, int)):
-                    target[key] = value
+            for at in range(0, len(items) - 1, 2):
+                if isinstance(items[at], (str, int)):
+                    target[items[at]] = items[at + 1]
 
     def append_items(self, items: List[Any]) -> None:
         target = self.stack[-1]

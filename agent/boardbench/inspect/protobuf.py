@@ -15,8 +15,8 @@ from boardbench.inspect.errors import Malformed
 Span = Tuple[int, int]
 
 _F32 = struct.Struct("<f")
-# The largest public models have some hundred thousand fields in gigabytes; more than half a million in a small
-# file is not a model. Above 512 MB the allowance grows with the file.
+# The largest public models have some hundred thousand fields in gigabytes; more than half a million in a
+# small file is not a model. Above 512 MB the allowance grows with the file.
 _FIELDS = 500_000
 _FIELDS_PER_BYTE = 1 / 1024
 _LONGEST_TEXT = 4096

@@ -25,7 +25,7 @@ EDGETPU = "edgetpu"
 UNUSED = "unused constants"
 FILES = "associated files"
 
-# Runtime 14 is that of libedgetpu releases "frogfish" (16.0) and later; older installations refuse newer files.
+# That of libedgetpu 16.0 and later (api/runtime_version.h).
 _NEWEST_RUNTIME = 14
 _ZIP = b"PK\x03\x04"
 
@@ -103,8 +103,9 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
         warnings.append(
             ReportWarning(
                 "not_compiled",
-                "the file is not compiled for the Edge TPU: as it is, it runs wholly on the CPU there, without "
-                "an error. Compile it with edgetpu_compiler; the placement here is a prediction of what that would do",
+                "the file is not compiled for the Edge TPU: as it is, it runs wholly on the CPU there, "
+                "without an error. Compile it with edgetpu_compiler; the placement here is a prediction of "
+                "what that would do",
             )
         )
     else:
@@ -118,7 +119,7 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
 
 def _unknown() -> Placement:
     return Placement(
-        detail="the file does not say where its operations run: ask for a target (--target edgetpu), or run it"
+        detail="the file does not say where its operations run: ask for a target (edgetpu), or run it"
     )
 
 
@@ -153,9 +154,10 @@ def _compiled(
         warnings.append(
             ReportWarning(
                 "parameters_streamed",
-                f"{streamed} of {total} bytes of parameters are not kept in the Edge TPU's memory and are sent at "
-                "every inference: nothing falls back to the CPU, yet each inference waits for the bus. Use a smaller "
-                "model, compile it alone (co-compiled models share the memory), or split it over several Edge TPUs",
+                f"{streamed} of {total} bytes of parameters are not kept in the Edge TPU's memory and are "
+                "sent at every inference: nothing falls back to the CPU, yet each inference waits for the "
+                "bus. Use a smaller model, compile it alone (co-compiled models share the memory), or "
+                "split it over several Edge TPUs",
             )
         )
     slow = sum(op.unit is Unit.CPU for op in placement.ops)
@@ -176,8 +178,8 @@ def _compiled(
         warnings.append(
             ReportWarning(
                 "runtime_too_new",
-                f"the file needs Edge TPU runtime {version}; the newest public one is {_NEWEST_RUNTIME}: compile it "
-                f"with edgetpu_compiler --min_runtime_version {_NEWEST_RUNTIME}",
+                f"the file needs Edge TPU runtime {version}; the newest public one is {_NEWEST_RUNTIME}: "
+                f"compile it with edgetpu_compiler --min_runtime_version {_NEWEST_RUNTIME}",
             )
         )
     return filled, warnings
@@ -279,8 +281,8 @@ def _warnings(found: Read) -> List[ReportWarning]:
         warnings.append(
             ReportWarning(
                 "open_shapes",
-                f"inputs with open sizes: {', '.join(open_inputs[:8])}; name them with --shape when running, and fix "
-                "them before compiling for an accelerator",
+                f"inputs with open sizes: {', '.join(open_inputs[:8])}; name them with --shape when "
+                "running, and fix them before compiling for an accelerator",
             )
         )
     custom = sorted(
@@ -295,14 +297,16 @@ def _warnings(found: Read) -> List[ReportWarning]:
         warnings.append(
             ReportWarning(
                 "custom_operations",
-                f"operations that an interpreter may lack: {', '.join(custom[:8])}; it must be built with them",
+                f"operations that an interpreter may lack: {', '.join(custom[:8])}; it must be built with "
+                "them",
             )
         )
     if model.external_files:
         warnings.append(
             ReportWarning(
                 "external_data",
-                f"constants lie in other files: {', '.join(model.external_files[:8])}; push them with the model",
+                f"constants lie in other files: {', '.join(model.external_files[:8])}; push them with the "
+                "model",
             )
         )
     return warnings

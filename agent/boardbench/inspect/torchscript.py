@@ -1,8 +1,9 @@
 """A TorchScript archive (``.pt``, ``.ptl``): its tensors, and the operations that its code names.
 
-Source of the format: pytorch/pytorch ``torch/csrc/jit/docs/serialization.md``; for the lite interpreter's bytecode
-``torch/csrc/jit/mobile/import.cpp``. The archive is a ZIP: ``data.pkl`` (the module), ``constants.pkl``, ``data/*`` and
-``constants/*`` (raw tensors), ``code/*`` (the source of its methods) and, for mobile, ``bytecode.pkl``.
+Source of the format: pytorch/pytorch ``torch/csrc/jit/docs/serialization.md``; for the lite interpreter
+``torch/csrc/jit/mobile/import.cpp``. The archive is a ZIP: ``data.pkl`` (the module), ``constants.pkl``,
+``data/*`` and ``constants/*`` (raw tensors), ``code/*`` (the source of its methods) and, for mobile,
+``bytecode.pkl``.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
             warnings=(
                 ReportWarning(
                     "not_read",
-                    "the FlatBuffer form of the lite interpreter's files is not read here; save the model with "
-                    "_save_for_lite_interpreter(use_flatbuffer=False), or run it",
+                    "the FlatBuffer form of the lite interpreter's files is not read here; save the model "
+                    "with _save_for_lite_interpreter(use_flatbuffer=False), or run it",
                 ),
             ),
         )
@@ -77,8 +78,8 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
         warnings.append(
             ReportWarning(
                 "operations_from_source",
-                "the operations are those that the source in the archive names, each as often as it is written; a "
-                "method that is called twice runs them twice",
+                "the operations are those that the source in the archive names, each as often as it is "
+                "written; a method that is called twice runs them twice",
             )
         )
     version = _text(data, entries.get("version"))

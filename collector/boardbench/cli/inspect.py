@@ -55,8 +55,8 @@ def inspect(file: Path, original: Path | None, target: str, fits: tuple[str, ...
     """Say what is in a model file, without running it.
 
     Inputs and outputs, ops, parameters, where the bytes go, and for files compiled for the Edge TPU what
-    the compiler did. FILE is .tflite, .onnx, OpenVINO .xml, .pte, .ptl, .pt, .mlmodel or .mlpackage; the bytes
-    tell which, not the name. No engine is needed.
+    the compiler did. FILE is .tflite, .onnx, OpenVINO .xml, .pte, .ptl, .pt, .mlmodel or .mlpackage; the
+    bytes tell which, not the name. No engine is needed.
     """
     from boardbench.inspect import analyse
     from boardbench.inspect.errors import InspectError
@@ -103,8 +103,9 @@ def fill(message: _Message, value: object) -> _Message:
                 else:
                     repeated.append(item)
         elif isinstance(content, enum.Enum):
-            values = message.DESCRIPTOR.fields_by_name[field.name].enum_type.values_by_name
-            setattr(message, field.name, values[content.value].number)
+            kind = message.DESCRIPTOR.fields_by_name[field.name].enum_type
+            assert kind is not None
+            setattr(message, field.name, kind.values_by_name[content.value].number)
         else:
             setattr(message, field.name, content)
     return message

@@ -99,7 +99,9 @@ def _verdict(placement: placement_pb2.Placement) -> Text:
     }.get(placement.verdict, ("UNKNOWN", DOUBTFUL))
     if placement.HasField("accelerated_ops") and placement.verdict == placement_pb2.PLACEMENT_VERDICT_PARTLY:
         total = placement.accelerated_ops + placement.cpu_ops
-        word += f": {placement.accelerated_ops:,} of {total:,} ops on the TPU, {placement.cpu_ops:,} on the CPU"
+        word += (
+            f": {placement.accelerated_ops:,} of {total:,} ops on the TPU, {placement.cpu_ops:,} on the CPU"
+        )
     text = Text(word, style)
     if placement.evidence == placement_pb2.EVIDENCE_PREDICTION:
         return Text("predicted, not evidence: ", DOUBTFUL).append_text(text)
@@ -168,7 +170,11 @@ def _types(types: Mapping[str, int], whole: bool) -> str:
     ordered = sorted(types.items(), key=lambda item: (-item[1], item[0]))
     shown = ordered if whole else ordered[:_TYPES_SHOWN]
     text = ", ".join(f"{count} {printable(name)}" for name, count in shown)
-    return f"{text}, and {figures.plural(len(ordered) - len(shown), 'other type')}" if len(shown) < len(ordered) else text
+    return (
+        f"{text}, and {figures.plural(len(ordered) - len(shown), 'other type')}"
+        if len(shown) < len(ordered)
+        else text
+    )
 
 
 def _size(report: report_pb2.ModelReport) -> str:
@@ -197,7 +203,11 @@ def _bytes(report: report_pb2.ModelReport, whole: bool) -> RenderableType:
         )
     rest = sum(use.size_bytes for use in report.bytes[len(shown) :])
     if rest:
-        table.add_row(figures.count_bytes(rest), f"{rest / max(1, report.size_bytes):.1%}", Text(f"others: {_MORE}", QUIET))
+        table.add_row(
+            figures.count_bytes(rest),
+            f"{rest / max(1, report.size_bytes):.1%}",
+            Text(f"others: {_MORE}", QUIET),
+        )
     return table
 
 
@@ -206,6 +216,8 @@ def _fit(fit: report_pb2.Fit) -> Text:
     return (
         Text(f"{printable(fit.target)}: ")
         .append(word, style)
-        .append(f", {figures.count_bytes(fit.needed_bytes)} of {figures.count_bytes(fit.available_bytes)}", "")
+        .append(
+            f", {figures.count_bytes(fit.needed_bytes)} of {figures.count_bytes(fit.available_bytes)}", ""
+        )
         .append(f" ({printable(fit.detail)})", QUIET)
     )
