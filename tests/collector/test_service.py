@@ -343,10 +343,10 @@ async def test_what_was_handed_over_is_acknowledged_when_a_newer_stream_takes_ov
 async def test_a_silent_stream_is_ended_and_a_beating_one_is_not(
     collector_over, local_config: CollectorConfig
 ) -> None:
-    config = replace(local_config, heartbeat_seconds=0.3)
+    config = replace(local_config, heartbeat_seconds=0.6)
     async with collector_over(MemoryResultStore(), config) as collector:
         silent, beating = collector.board("silent"), collector.board("beating")
-        assert (await silent.join()).heartbeat_seconds == 0.3
+        assert (await silent.join()).heartbeat_seconds == 0.6
         await beating.join()
 
         async def beat() -> None:
@@ -379,14 +379,14 @@ async def test_a_stream_without_a_hello_is_ended(collector_over, local_config: C
 async def test_a_stream_that_waits_for_the_store_is_not_silent(
     collector_over, local_config: CollectorConfig, make_result: MakeResult
 ) -> None:
-    config = replace(local_config, heartbeat_seconds=0.1, in_flight_results=1)
+    config = replace(local_config, heartbeat_seconds=0.4, in_flight_results=1)
     store = HeldStore()
     async with collector_over(store, config) as collector:
         board = collector.board()
         await board.join()
         for n in (1, 2, 3):
             await board.send(n, make_result(f"run-{n}"))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.8)  # half as long again as silence is borne
         assert store.asked == [1]
         for n in (1, 2, 3):
             await until(lambda n=n: len(store.asked) == n, "the next one was handed over")  # type: ignore[misc]
