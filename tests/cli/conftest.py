@@ -465,3 +465,9 @@ def closed_port() -> Iterator[int]:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """The environment for a command that a test starts itself."""
+    return clean_environment()

@@ -29,7 +29,7 @@ from boardbench.v1 import agent_pb2
 
 # Drawing costs processor time, and `boardbench run` draws on the machine that it measures.
 _DRAWINGS_PER_SECOND = 4
-_LABEL_WIDTH = 44
+_LABEL_WIDTH = 36
 _PATIENT_SECONDS = 2.0  # a step that takes longer shows its time, so that nobody takes it as hung
 
 
@@ -109,13 +109,13 @@ class Live:
             SpinnerColumn(),
             TextColumn("{task.fields[label]}", markup=False),
             TextColumn("{task.fields[step]}", markup=False, style="bold"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             _Detail(),
             console=self._console,
             transient=True,
             refresh_per_second=_DRAWINGS_PER_SECOND,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, tuple[TaskID | None, str]] = {}
 
     def sending(self, job: str, sent_bytes: int, total_bytes: int) -> None:
         """Draws an upload."""
@@ -132,7 +132,7 @@ class Live:
             self._draw(job, STAGES.get(event.stage.stage, "running"), completed=0, total=None)
         elif kind == "progress":
             progress = event.progress
-            detail = figures.plural(progress.runs, "inference")
+            detail = figures.plural(progress.runs, "run")
             if progress.HasField("median_seconds"):
                 detail = f"p50 {figures.seconds(progress.median_seconds)}  {detail}"
             known = progress.HasField("fraction")
@@ -143,8 +143,6 @@ class Live:
                 total=1.0 if known else None,
                 detail=detail,
             )
-        elif kind == "warning":
-            self.note(f"! {event.warning.code}: {event.warning.message}")
 
     def _draw(
         self,
@@ -156,27 +154,26 @@ class Live:
         detail: str = "",
         upload: bool = False,
     ) -> None:
-        task = self._tasks.get(job)
-        if task is None:
-            label = printable(job)
-            if len(label) > _LABEL_WIDTH:
-                label = label[: _LABEL_WIDTH // 2] + "…" + label[-(_LABEL_WIDTH // 2 - 1) :]
+        task, before = self._tasks.get(job, (None, ""))
+        if task is None or before != step:
+            # A new step is a new bar: it begins from nothing, and the speed of the one before must not count.
+            if task is not None:
+                self._progress.remove_task(task)
             task = self._progress.add_task(
-                "", label=label, step=step, since=time.monotonic(), detail="", upload=upload, total=total
+                "",
+                label=_label(job),
+                step=step,
+                since=time.monotonic(),
+                detail="",
+                upload=upload,
+                total=total,
             )
-            self._tasks[job] = task
-        elif self._progress.tasks and self._step(task) != step:
-            # A new step begins from nothing; the speed of the one before must not count.
-            self._progress.reset(task, total=total, since=time.monotonic())
-            self._progress.update(task, total=total)
-        self._progress.update(task, step=step, completed=completed, total=total, detail=detail, upload=upload)
-
-    def _step(self, task: TaskID) -> str:
-        return next((str(entry.fields["step"]) for entry in self._progress.tasks if entry.id == task), "")
+            self._tasks[job] = task, step
+        self._progress.update(task, completed=completed, total=total, detail=detail)
 
     def ended(self, job: str) -> None:
         """Takes the bar away."""
-        task = self._tasks.pop(job, None)
+        task, _ = self._tasks.pop(job, (None, ""))
         if task is not None:
             self._progress.remove_task(task)
 
@@ -203,6 +200,12 @@ class Live:
     ) -> None:
         """Takes everything away and gives the cursor back."""
         self._progress.stop()
+
+
+def _label(job: str) -> str:
+    label = printable(job)
+    half = _LABEL_WIDTH // 2
+    return label if len(label) <= _LABEL_WIDTH else f"{label[:half]}…{label[1 - half :]}"
 
 
 def progress_for(output: Output) -> Live | Unwatched:
