@@ -94,6 +94,10 @@ def gone(pid: int) -> bool:
         return True
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 # --- a run that works
 
 
@@ -500,7 +504,7 @@ async def test_worker_dies_with_its_agent(
     assert agent.stdout is not None
     while b"STAGE_CREATE" not in await agent.stdout.readline():
         assert agent.returncode is None
-    (child,) = map(int, Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
+    (child,) = children(agent.pid)
     agent.kill()
     await agent.communicate()
     await until(lambda: gone(child), "the worker is gone")

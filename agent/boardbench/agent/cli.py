@@ -49,7 +49,10 @@ def _run(arguments: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
-        prog=PROGRAM, description="Runs models on this board and measures them.", allow_abbrev=False
+        prog=PROGRAM,
+        description="Runs models on this board and measures them.",
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run")
 
@@ -76,13 +79,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class _Help(argparse.HelpFormatter):
+    """Help of a fixed width: argparse asks shutil for the terminal's, for half a megabyte of memory."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)
+
+
 def _command(
     add: Callable[..., argparse.ArgumentParser],
     name: str,
     run: Callable[[argparse.Namespace, AgentConfig], int],
     summary: str,
 ) -> argparse.ArgumentParser:
-    command = add(name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
+    command = add(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
     command.set_defaults(run=run)
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="agent.toml (/etc/boardbench/agent.toml)"

@@ -31,6 +31,7 @@ class Engines:
         self._scratch = scratch
         self._known: Statuses = ()
         self._probed_at: float | None = None
+        self._closing = asyncio.Event()
         # Held while a run is measured, so that no probe disturbs it, and while a probe runs.
         self.quiet = asyncio.Lock()
         for name in config.runtimes:
@@ -69,6 +70,10 @@ class Engines:
             async with self.quiet:
                 await self._probe()
         return await self.statuses()
+
+    def close(self) -> None:
+        """Ends a probe that is going on, whose answers are then worth nothing. Idempotent."""
+        self._closing.set()
 
     async def _probe(self) -> None:
         found: dict[str, board_pb2.RuntimeStatus] = {}
@@ -114,6 +119,8 @@ class Engines:
             elif isinstance(event, result_pb2.RunError):
                 complaints.append(event.message)
 
+        if self._closing.is_set():
+            raise _NoAnswer("the agent is stopping")
         job = {"kind": "probe"} if name is None else {"kind": "probe", "runtime": name}
         try:
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -124,12 +131,17 @@ class Engines:
             raise _NoAnswer(
                 f"{python} can't be started: {error.strerror}; see [runtimes] in the agent's configuration"
             ) from error
+        ended = asyncio.ensure_future(child.ended())
+        closing = asyncio.ensure_future(self._closing.wait())
         try:
-            end = await asyncio.wait_for(child.ended(), self._timeout)
-        except asyncio.TimeoutError:
-            raise _NoAnswer(f"importing it under {python} was not over after {self._timeout:g} s") from None
+            await asyncio.wait([ended, closing], timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            in_time = ended.done()
         finally:
+            closing.cancel()
             child.kill()
+            end = await ended
+        if not in_time:
+            raise _NoAnswer(f"importing it under {python} was not over after {self._timeout:g} s")
         if answers:
             return answers[0]
         if end.signal:

@@ -135,7 +135,8 @@ class Runs:
     @property
     def running_run_id(self) -> str:
         """The run that is being measured; empty when idle."""
-        return self._running.order.run_id if self._running is not None else ""
+        run = self._measured()
+        return run.order.run_id if run is not None else ""
 
     @property
     def waiting(self) -> int:
@@ -144,7 +145,7 @@ class Runs:
 
     def summaries(self) -> list[agent_pb2.RunSummary]:
         """Running first, then waiting in their order, then ended, the latest first."""
-        running = [self._running] if self._running is not None else []
+        running = [run] if (run := self._measured()) is not None else []
         ended = [run for run in self._runs.values() if run.state == agent_pb2.RUN_STATE_ENDED]
         return [
             agent_pb2.RunSummary(
@@ -238,17 +239,19 @@ class Runs:
     async def stop(self, reason: str) -> None:
         """Takes no more runs and ends the one that is measured, with that reason. The others stay queued."""
         self._stopping = True
+        self._engines.close()
         self._news.set()
-        if self._running is not None and self._running.attempt is not None:
-            stage = stage_name(self._running.attempt.stage)
-            self._running.attempt.stop(
+        run = self._measured()
+        if run is not None and run.attempt is not None:
+            stage = stage_name(run.attempt.stage)
+            run.attempt.stop(
                 result_pb2.RunError(
                     code="agent_stopped",
                     message=f"the agent was stopped ({reason}) in the stage {stage}: run it again",
                 )
             )
-        for run in self._waiting:
-            run.wake()
+        for waiting in self._waiting:
+            waiting.wake()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -322,17 +325,19 @@ class Runs:
 
     async def _perform(self, run: _Run) -> None:
         order = run.order
+        result: result_pb2.RunResult | None = None
         try:
             plan_ = await self._settle(order)
         except AgentError as error:
-            await self._finish(run, self._failed(order, "not_runnable", str(error)))
-            return
+            result = self._failed(order, "not_runnable", str(error))
         async with self._engines.quiet:
             if self._stopping:
+                # Nothing of it has begun: it waits for the next life.
                 run.state = agent_pb2.RUN_STATE_QUEUED
                 run.wake()
                 return
-            result = await self._measure(run, plan_)
+            if result is None:
+                result = await self._measure(run, plan_)
         await self._finish(run, result)
 
     async def _measure(self, run: _Run, plan_: Plan) -> result_pb2.RunResult:
@@ -449,9 +454,14 @@ class Runs:
         result.error.code, result.error.message = code, message
         return result
 
+    def _measured(self) -> _Run | None:
+        """The run that is between its start and its result; its last traces may take a little longer."""
+        run = self._running
+        return run if run is not None and run.state == agent_pb2.RUN_STATE_RUNNING else None
+
     def _renumber(self) -> None:
         """Tells those that wait how many are before them, when that has changed."""
-        before = 0 if self._running is None else 1
+        before = 0 if self._measured() is None else 1
         for position, run in enumerate(self._waiting, before):
             if run.runs_ahead != position:
                 run.runs_ahead = position

@@ -569,7 +569,8 @@ class ModelStore:
                 format=str(told["format"]),
                 kind=FileKind(told["kind"]),
             )
-            if not _DIGEST.fullmatch(entry.sha256) or entry.format not in sniff.FORMATS:
+            formats = {*sniff.FORMATS, *(name for engine in runtimes.offered() for name in engine.formats)}
+            if not _DIGEST.fullmatch(entry.sha256) or entry.format not in formats:
                 raise ValueError("neither digest nor format can be")
             size_bytes = self._path(entry).stat().st_size
             if size_bytes != entry.size_bytes:

@@ -165,7 +165,7 @@ def plan(
         spec.timeout_seconds += spec.duration_seconds + spec.warm_up_seconds
     found = Plan(status, spec)
     if len(_job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 3 * _PATH_BYTES:
-        raise InvalidRequest("options and shapes together are too long: a job has at most 24 KiB")
+        raise InvalidRequest("options and shapes together are too long for a job")
     return found
 
 
@@ -177,6 +177,7 @@ def _choose(
 ) -> board_pb2.RuntimeStatus:
     available = [status for status in statuses if status.available]
     here = ", ".join(f"{status.name} ({status.version})" for status in available) or "none"
+    takers = [status for status in statuses if model.format in status.formats]
     if name:
         named = next((status for status in statuses if status.name == name), None)
         if named is None:
@@ -185,13 +186,12 @@ def _choose(
         if not named.available:
             raise NotRunnable(f"{name} is not available on this board: {named.reason}; available: {here}")
         if model.format not in named.formats:
-            takers = ", ".join(status.name for status in available if model.format in status.formats)
+            better = ", ".join(status.name for status in takers if status.available)
             raise NotRunnable(
                 f"{name} takes {', '.join(named.formats)} models and {model.name} is {model.format}"
-                + (f"; use {takers}, or no --runtime at all" if takers else "")
+                + (f"; use {better}, or name no runtime at all" if better else "")
             )
         return named
-    takers = [status for status in statuses if model.format in status.formats]
     for status in takers:
         if status.available:
             return status

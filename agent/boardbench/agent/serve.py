@@ -111,10 +111,15 @@ class _Agent:
     async def _keep_reporting(self) -> None:
         # The hello tells what the board can run.
         probe = asyncio.create_task(self._probe())
-        await asyncio.wait([probe], timeout=_PROBE_PATIENCE_SECONDS)
-        if self._link is not None:
-            await self._link.run()
-        await asyncio.Event().wait()
+        try:
+            await asyncio.wait([probe], timeout=_PROBE_PATIENCE_SECONDS)
+            if self._link is not None:
+                await self._link.run()
+            await probe
+            await asyncio.Event().wait()
+        finally:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
 
     async def _probe(self) -> None:
         for status in await self._engines.statuses():

@@ -155,8 +155,10 @@ async def start(
         await loop.connect_read_pipe(lambda: tail, os.fdopen(output_in, "rb", buffering=0))
     except BaseException:
         worker.kill()
+        await worker.ended()
         raise
-    if process.stdin is not None:
+    # It may have ended already, and its pipe with it.
+    if process.stdin is not None and not process.stdin.closed:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(job + b"\n")
             process.stdin.flush()
