@@ -29,7 +29,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.demo
 demo: $(VENV)/.demo  ## Run the main job here: collector, agent, two models, results, metrics
 	$(BIN)/boardbench demo $(DEMO_ARGS)
 
-test: lint $(SYSTEM)/.prometheus  ## Install what the tests need and run them
+test: lint $(SYSTEM)/.prometheus .cache/engines/.made  ## Install what the tests need and run them
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m 'not soak' $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Style, types, import rules, the wire
@@ -46,6 +46,10 @@ $(SYSTEM)/.prometheus:
 	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter
 	@touch $@
 
+.cache/engines/.made: tests/engine_venvs.sh | $(BIN)/python
+	@tests/engine_venvs.sh .cache/engines $(BIN)/python
+	@touch $@
+
 .cache/protos/.installed: pyproject.toml
 	@test -x .cache/protos/bin/python || "$(PYTHON)" -m venv .cache/protos
 	@.cache/protos/bin/python -m pip install -q --upgrade 'pip>=25.1'
@@ -55,14 +59,15 @@ $(SYSTEM)/.prometheus:
 protos: .cache/protos/.installed  ## Write protos/gen anew
 	.cache/protos/bin/python protos/generate.py protos/gen
 
-docs: $(BIN)/python  ## Build the documentation into site/
-	$(BIN)/python -m pip install -q -e . --group docs
+docs: $(VENV)/.demo  ## Build the documentation into site/
+	$(BIN)/python -m pip install -q --group docs
+	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build -W -q -b html docs site
 
 bench: $(VENV)/.dev $(SYSTEM)/.prometheus  ## Measure boardbench against other tools (minutes; wants a calm machine)
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python benchmarks/all.py $(BENCH_ARGS)
 
-soak: $(VENV)/.dev $(SYSTEM)/.prometheus  ## The long tests
+soak: $(VENV)/.dev $(SYSTEM)/.prometheus .cache/engines/.made  ## The long tests
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
 build: $(BIN)/python  ## Build the wheel and the source distribution into dist/

@@ -10,6 +10,17 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Interpreters with engines that can't live beside the others; `make test` builds them. Set here and not
+# in a fixture, because modules decide while they are collected what to skip.
+for _variable, _environment in {
+    "BOARDBENCH_TFLITE_RUNTIME_PYTHON": "tflite-runtime",
+    "BOARDBENCH_OPENVINO_PYTHON": "ort-openvino",
+    "BOARDBENCH_ORT_OPENVINO_PYTHON": "ort-openvino",
+}.items():
+    _python = REPOSITORY / ".cache" / "engines" / _environment / "bin" / "python"
+    if _python.exists():
+        os.environ.setdefault(_variable, str(_python))
+
 
 @pytest.fixture(scope="session")
 def shared_models() -> Path:

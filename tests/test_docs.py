@@ -35,8 +35,8 @@ def test_every_generated_page_is_included_somewhere(generator: ModuleType) -> No
 
 
 def test_every_error_code_of_a_run_is_explained() -> None:
-    explained = set(re.findall(r"^\| `([a-z_]+)` \|", (DOCS / "warnings-and-errors.md").read_text(), re.M))
-    explained |= set(re.findall(r"^\| `([a-z_]+)` \|", (DOCS / "generated" / "warnings.md").read_text(), re.M))
+    pages = (DOCS / "warnings-and-errors.md", DOCS / "generated" / "warnings.md")
+    explained = {code for page in pages for code in re.findall(r"^\| `([a-z_]+)` \|", page.read_text(), re.M)}
     used = set()
     for path in (REPOSITORY / "agent" / "boardbench" / "agent").rglob("*.py"):
         used |= set(re.findall(r"""\bcode=["']([a-z_]+)["']""", path.read_text()))

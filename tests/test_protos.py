@@ -31,9 +31,7 @@ def test_generated_code_is_what_the_protos_say(tmp_path: Path) -> None:
     names = {p.relative_to(fresh) for p in fresh.rglob("*") if p.is_file()}
     assert names, "the generator wrote nothing"
     assert names == {
-        p.relative_to(committed)
-        for p in committed.rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
+        p.relative_to(committed) for p in committed.rglob("*") if p.is_file() and "__pycache__" not in p.parts
     }, "run `make protos` and commit protos/gen"
     changed = [str(n) for n in sorted(names) if (fresh / n).read_bytes() != (committed / n).read_bytes()]
     assert not changed, f"run `make protos` and commit: {changed}"

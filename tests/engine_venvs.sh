@@ -1,0 +1,30 @@
+#!/bin/sh
+# Makes the environments of engines that can't live beside the others: engine_venvs.sh FOLDER PYTHON.
+#   tflite-runtime   ends at Python 3.11 and needs NumPy 1
+#   ort-openvino     ONNX Runtime with the OpenVINO provider replaces plain onnxruntime
+# Where one can't be made it says so, and the tests that need it skip and say so too.
+set -u
+folder=$1
+python=$2
+mkdir -p "$folder"
+
+make_venv() { # NAME PYTHON REQUIREMENT…
+    name=$1 interpreter=$2
+    shift 2
+    [ -x "$folder/$name/bin/python" ] && return
+    if ! "$interpreter" -m venv "$folder/$name" >/dev/null 2>&1 ||
+        ! "$folder/$name/bin/python" -m pip install -q "$@" >"$folder/$name.log" 2>&1; then
+        echo "note: no environment for $name ($(tail -n 1 "$folder/$name.log" 2>/dev/null)); its tests will be skipped" >&2
+        rm -rf "${folder:?}/$name"
+    fi
+}
+
+older=$(for name in python3.11 python3.10; do
+    path=$(command -v "$name") && "$path" -c 'import sys; print(sys.executable)' 2>/dev/null && break
+done)
+if [ -n "$older" ]; then
+    make_venv tflite-runtime "$older" 'tflite-runtime>=2.13' 'numpy>=1.23,<2'
+else
+    echo "note: no Python 3.10 or 3.11 here, and tflite-runtime has no wheel after that; its tests will be skipped" >&2
+fi
+make_venv ort-openvino "$python" 'onnxruntime-openvino>=1.20' 'onnx>=1.17' 'numpy>=1.26'
