@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 project = "boardbench"
 author = "the boardbench authors"
-copyright = "the boardbench authors"  # noqa: A001 - Sphinx's own name
-release = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+copyright = "the boardbench authors"
+release = version("boardbench")
 
 extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -12,9 +12,9 @@ for package in "$@"; do
         continue
     fi
     work=$(mktemp -d)
-    # The sandboxed download user can't write to a private folder.
-    fetch() { (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$package" >/dev/null 2>&1); }
-    if ! fetch && { [ "$(id -u)" != 0 ] || ! apt-get -q update >/dev/null 2>&1 || ! fetch; }; then
+    # apt's own sandbox user can't write to a private folder, nor to a /tmp that is root's alone.
+    get() { (cd "$work" && apt-get -q -o APT::Sandbox::User=root "$@" >/dev/null 2>&1); }
+    if ! get download "$package" && ! { [ "$(id -u)" = 0 ] && get update && get download "$package"; }; then
         echo "note: $package could not be downloaded; tests that need it will be skipped" >&2
     else
         dpkg -x "$work"/*.deb "$folder"
