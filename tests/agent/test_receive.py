@@ -679,6 +679,17 @@ async def test_a_failing_disk_is_told_and_survived(stores):
     await push(store, tflite(1000))
 
 
+async def test_a_disk_that_can_not_be_looked_at_is_told(stores):
+    def fail(path: Path) -> os.statvfs_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    store = stores(statvfs=fail)
+    with pytest.raises(StorageError, match="Input/output error"):
+        await push(store, tflite(1000))
+    with pytest.raises(StorageError, match="Input/output error"):
+        store.status()
+
+
 # Several clients.
 
 

@@ -242,8 +242,11 @@ def test_acknowledged_segments_leave_the_disk_and_only_they(spools, tmp_path: Pa
     assert spool.status().used_bytes == files[-1].stat().st_size
     spool.close()
     spool = spools(segment_bytes=1000)
-    assert segments(tmp_path) == []
     assert sequences(spool) == []
+    assert segments(tmp_path) == files[-1:]
+    (sequence,) = fill(spool, 1)
+    spool.acknowledge(own_id, sequence)
+    assert [int(file.stem) for file in segments(tmp_path)] == [int(files[-1].stem) + 1]
 
 
 def test_a_result_larger_than_a_segment_gets_its_own(spools, tmp_path: Path):
@@ -276,7 +279,12 @@ def test_a_result_is_found_by_its_run_as_long_as_it_is_here(spools):
     assert found == Record(own_id, 2, "run-1", payload(1))
     assert spool.find("run-7") is None
     spool.close()
-    assert spools().find("run-0") is None
+    spool = spools()
+    assert spool.find("run-1") == found
+    (sequence,) = fill(spool, 1, first=2)
+    spool.acknowledge(own_id, sequence)
+    assert spool.find("run-1") is None
+    assert spool.find("run-2") is not None
 
 
 def test_pending_goes_on_when_results_go_meanwhile(spools):
@@ -463,16 +471,33 @@ def test_a_full_disk_drops_nothing_that_is_safe(spools, tmp_path: Path, caplog):
     fill(spool, 2, first=2)
     status = spool.status()
     assert (status.pending, status.dropped) == (4, 0)
+    # The state is written in place, which a full disk allows.
+    spool.reject(status.spool_id, 1, "no")
+    assert "state can't be written" not in caplog.text
+    assert [record.sequence for record in spool.pending()] == [2, 3, 4]
     assert "results stay in memory" in status.trouble
     assert "results stay in memory" in caplog.text
-    assert [record.payload for record in spool.pending()] == [payload(number) for number in range(4)]
+    assert [record.payload for record in spool.pending()] == [payload(number) for number in range(1, 4)]
     assert spool.find("run-3") is not None
     disk.full = False
     fill(spool, 1, first=4)
     assert spool.status().trouble == ""
     spool.close()
     spool = spools()
-    assert [record.payload for record in spool.pending()] == [payload(number) for number in range(5)]
+    assert spool.status().dropped == 1
+    assert [record.payload for record in spool.pending()][-4:] == [payload(number) for number in range(1, 5)]
+
+
+def test_a_spool_that_is_closed_leaves_the_folder_alone(spools, tmp_path: Path):
+    spool = spools(segment_bytes=1)
+    fill(spool, 3)
+    own_id = spool.status().spool_id
+    spool.close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "spool").iterdir()}
+    spool.acknowledge(own_id, 2)
+    spool.reject(own_id, 3, "no")
+    spool.settle()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "spool").iterdir()} == before
 
 
 def test_settle_brings_results_to_the_disk_when_it_is_back(spools, tmp_path: Path):

@@ -59,7 +59,8 @@ _log = logging.getLogger(__name__)
 
 # The wire's own limit of a chunk.
 CHUNK_LIMIT_BYTES = 2 * 1024 * 1024
-# Two of the largest chunks: one in the worker, one waiting for it. More does not make it faster.
+# Two of the largest chunks: one in the worker, one waiting for it. More does not make it faster. Shared by
+# all transfers, as the worker is.
 _QUEUE_LIMIT_BYTES = 2 * CHUNK_LIMIT_BYTES
 # A block of the journal: what a killed agent loses at most of an unfinished transfer.
 _BLOCK_BYTES = 1024 * 1024
@@ -415,7 +416,10 @@ class ModelStore:
         return kept_bytes + sum(transfer.arrived_bytes for transfer in self._transfers.values())
 
     def _free_bytes(self) -> int:
-        found = self._statvfs(self._root)
+        try:
+            found = self._statvfs(self._root)
+        except OSError as error:
+            raise StorageError(f"{self._root}: can't be looked at: {error}; check the disk") from error
         return found.f_bavail * found.f_frsize
 
     # For the transfers of this store.
@@ -457,6 +461,10 @@ class ModelStore:
     def now(self) -> float:
         """Seconds on a clock that never jumps."""
         return self._monotonic()
+
+    def queue_limit_bytes(self) -> int:
+        """How much one transfer may have in memory."""
+        return _QUEUE_LIMIT_BYTES // max(1, len(self._transfers))
 
     def disk_error(self, error: OSError, name: str, needed_bytes: int) -> AgentError:
         """What an error of the disk means to the person who pushes."""
@@ -665,7 +673,8 @@ class Transfer:
         self.offset_bytes += len(data)
         self._queued_bytes += len(data)
         self._jobs.append((len(data), self._store.submit(self._part.append, data, crc32)))
-        while self._jobs and (self._jobs[0][1].done() or self._queued_bytes > _QUEUE_LIMIT_BYTES):
+        limit_bytes = self._store.queue_limit_bytes()
+        while self._jobs and (self._jobs[0][1].done() or self._queued_bytes > limit_bytes):
             await self._settle_one()
         if self.offset_bytes - self._room_checked_bytes >= _ROOM_CHECK_BYTES:
             self._room_checked_bytes = self.offset_bytes
@@ -709,7 +718,8 @@ class Transfer:
             await self._store.in_worker(part.sync)
             self.stored = await self._store.admit(self, format)
         except OSError as error:
-            raise self._fail(self._store.disk_error(error, self.name, 0)) from error
+            # After a failed sync the pages in memory look right and those on the disk may not be.
+            raise self._fail(self._store.disk_error(error, self.name, 0), discard=True) from error
         except (DigestMismatch, InvalidRequest) as error:
             raise self._fail(error, discard=True) from None
         return self.stored

@@ -212,7 +212,6 @@ class Spool:
         self._reserved = self._next
         if not has_state:
             self._save()
-        self._reap()
 
     # What is there.
 
@@ -242,7 +241,7 @@ class Spool:
                 yield record
 
     def find(self, run_id: str) -> Record | None:
-        """The run's result; also an acknowledged one as long as it has not left the disk."""
+        """The run's result; also an acknowledged one until its segment is removed, which no start does."""
         with self._lock:
             sequence = self._runs.get(run_id)
             return None if sequence is None else self._read(self._entries[sequence])
@@ -287,7 +286,7 @@ class Spool:
         return entry.sequence
 
     def settle(self) -> None:
-        """Tries again to bring results from memory to the disk. Cheap when there are none."""
+        """Tries again to bring results from memory to the disk."""
         with self._lock:
             self._flush_ring()
 
@@ -379,9 +378,9 @@ class Spool:
             if self._closed:
                 return
             self._flush_ring()
-            self._closed = True
             if self._done_through() != self._saved_done_through and self._entries:
                 self._save()
+            self._closed = True
             self._seal()
             for descriptor in (self._state_descriptor, self._claim):
                 if descriptor >= 0:
@@ -428,6 +427,8 @@ class Spool:
             self._save()
 
     def _unlink(self, segments: list[_Segment]) -> None:
+        if self._closed:
+            return
         try:
             for segment in segments:
                 self._disk.unlink(segment.path)
@@ -550,7 +551,7 @@ class Spool:
 
     def _flush_ring(self) -> None:
         """Brings results from memory to the disk, oldest first, as far as that goes."""
-        while self._ring:
+        while self._ring and not self._closed:
             entry = self._entries[self._ring[0]]
             payload = entry.payload
             assert payload is not None
@@ -692,6 +693,8 @@ class Spool:
 
     def _save(self) -> bool:
         """Whether the state is on the disk."""
+        if self._closed:
+            return False
         done_through = self._done_through()
         self._generation += 1
         slot = _STATE.pack(
@@ -708,6 +711,11 @@ class Spool:
             new = self._state_descriptor < 0
             if new:
                 self._state_descriptor = self._disk.open_state(self._root / "state")
+                size_bytes = os.fstat(self._state_descriptor).st_size
+                if size_bytes < 2 * _SLOT_BYTES:
+                    # Later writes are in place: they need no room on a disk that is full.
+                    zeros = bytes(2 * _SLOT_BYTES - size_bytes)
+                    self._disk.write(self._state_descriptor, zeros, size_bytes)
             self._disk.write(self._state_descriptor, slot, self._generation % 2 * _SLOT_BYTES)
             self._disk.sync(self._state_descriptor)
             if new:

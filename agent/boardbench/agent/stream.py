@@ -11,6 +11,7 @@ hello names one spool.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -268,7 +269,8 @@ class _Session:
             reader, sender = tasks
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if sender.done() and sender.exception() is None:
-                await call.done_writing()
+                with contextlib.suppress(asyncio.InvalidStateError):
+                    await call.done_writing()
                 await asyncio.wait([reader], timeout=self._pace.farewell_seconds)
                 return
             if not reader.done() and call.done():
