@@ -212,13 +212,15 @@ class Wire:
     """A TCP connection with a hand on it, between a client and an agent (or an agent and its collector).
 
     ``change`` sees every block on the way up and may damage it; ``hold_after`` stops the way up after
-    that many bytes, until :meth:`release`. Counts what went up.
+    that many bytes, until :meth:`release`; while ``mute`` is set, what comes back is thrown away. Counts what
+    went up.
     """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.change: Callable[[bytes], bytes] | None = None
         self.hold_after: int | None = None
+        self.mute = False
         self.held = threading.Event()
         self.sent_up_bytes = 0
         self._released = threading.Event()
@@ -287,6 +289,8 @@ class Wire:
                         self._released.wait()
                         self.hold_after = None
                     self.sent_up_bytes += len(block)
+                elif self.mute:
+                    continue
                 sink.sendall(block)
         except OSError:
             pass
@@ -329,6 +333,7 @@ class Programs:
         *,
         listen: str = "127.0.0.1:0",
         http: str = "127.0.0.1:0",
+        data_dir: Path | None = None,
         options: Sequence[str] = (),
     ) -> Collector:
         """A collector with the store of that name, ready."""
@@ -338,7 +343,7 @@ class Programs:
             name,
             [
                 *installed("boardbench-collector"), "serve", "--listen", listen, "--http", http,
-                "--data-dir", str(self.folder / name), "--port-file", str(port_file), *options,
+                "--data-dir", str(data_dir or self.folder / name), "--port-file", str(port_file), *options,
             ],
         )  # fmt: skip
         ports = self._ports(program, port_file)
@@ -382,6 +387,12 @@ class Programs:
         for program in reversed(self.started):
             with contextlib.suppress(ValueError):
                 program.kill()
+
+    def check_logs(self) -> None:
+        """Fails when a program of ours complained about itself: a traceback or a warning of Python's."""
+        for each in self.started:
+            found = re.search(r"(?m)^Traceback |never awaited|never retrieved|\w+Warning: .*", each.log())
+            assert not found, f"{each.log_path.name} holds {found[0]!r}:\n{each.log()[-20_000:]}"
 
     def logs(self) -> str:
         return "\n".join(f"--- {each.log_path.name}\n{each.log()[-20_000:]}" for each in self.started)
@@ -434,6 +445,7 @@ def programs(tmp_path: Path) -> Iterator[Programs]:
     made = Programs(tmp_path / "programs")
     yield made
     made.close()
+    made.check_logs()
 
 
 @pytest.fixture(scope="module")
@@ -442,6 +454,7 @@ def module_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Progra
     made = Programs(tmp_path_factory.mktemp("programs"))
     yield made
     made.close()
+    made.check_logs()
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def test_the_least_recently_used_makes_room(programs: Any, large_model: Callable
     models = [large_model(size) for size in (2_000_000, 2_100_000, 2_200_000)]
     for model in models:
         programs.client("push", model, "--to", agent.address, *QUICK)
-    kept = programs.client("models", "list", "--to", agent.address, "--format", "json", code=None)
+    kept = programs.client("models", "--to", agent.address, "--format", "json", code=None)
     assert models[2].name in kept.out and models[1].name in kept.out, kept
     assert models[0].name not in kept.out, kept
 
@@ -234,7 +235,7 @@ def test_unknown_option(house: Any, demo_tflite: Path) -> None:
 
 def test_an_operation_that_the_engine_lacks(house: Any, shared_models: Path) -> None:
     answer = house.push(shared_models / "model_invoking_error.tflite", "--format", "json", code=1)
-    result = answer.json[0] if isinstance(answer.json, list) else answer.json
+    result = answer.json
     assert result["status"] == "RUN_STATUS_FAILED"
     assert result["error"]["code"] == "model_rejected"
     assert result["error"]["stage"] == "STAGE_CREATE"
@@ -333,3 +334,31 @@ def test_somebody_else_there(house: Any, demo_onnx: Path) -> None:
     assert house.collector.address in answer.err
     answer = house.client("push", demo_onnx, "--to", house.collector.http, code=3)
     assert house.collector.http in answer.err
+
+
+def test_a_name_that_is_a_weapon(
+    programs: Any, prometheus: dict[str, str], demo_onnx: Path, tmp_path: Path, eventually: Any
+) -> None:
+    """Quotes, line ends, escape sequences, right-to-left marks: none reaches a terminal or a label raw."""
+    collector = programs.collector()
+    agent = programs.agent(collector=collector.address)
+    path = tmp_path / 'a"b\\c\n\x1b[31m{x="y"} 1\u202e.onnx'
+    shutil.copy(demo_onnx, path)
+    answer = programs.client("push", path, "--to", agent.address, *QUICK)
+    assert "\x1b" not in answer.out + answer.err
+    assert "\u202e" not in answer.out + answer.err
+    eventually("the result is there", collector.results)
+    exposition = collector.get("/metrics")
+    assert "\x1b" not in exposition
+    done = subprocess.run(
+        [prometheus["promtool"], "check", "metrics"],
+        input=exposition,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    listed = programs.client("results", "--collector", collector.address)
+    assert "\x1b" not in listed.out + listed.err
+    page = collector.get("/")
+    assert "\x1b" not in page and 'a"b' not in page

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ def test_two_clients_push_the_same_file_at_once(programs: Any, demo_tflite: Path
     programs.client("push", demo_tflite, "--to", agent.address, *QUICK)
     wire.release()
     assert slow.process.wait(90) == 0, slow.log()
-    stored = programs.client("models", "list", "--to", agent.address, "--format", "json").json
+    stored = programs.client("models", "--to", agent.address, "--format", "json").json
     stored = stored["models"] if isinstance(stored, dict) else stored
     assert len(stored) == 1
 
@@ -162,9 +164,11 @@ def test_a_client_gone_in_the_middle_of_the_run(programs: Any, measuring: Any, e
 def test_cancel_ends_a_run_within_a_second(programs: Any, measuring: Any, eventually: Any) -> None:
     agent = programs.agent()
     client, run_id = measuring(agent)
-    worker = _children(agent.program.pid)
-    assert worker
+    assert _children(agent.program.pid)
+    begin = time.monotonic()
     programs.client("cancel", run_id, "--to", agent.address)
+    # A second for the agent; the rest is for a client to start on a busy machine.
+    assert time.monotonic() - begin < 10
     assert client.process.wait(30) == 1, client.log()
     assert _ended(programs, agent, eventually, run_id)["status"] == "RUN_STATUS_CANCELLED"
     assert _children(agent.program.pid) == []
@@ -222,7 +226,7 @@ def test_a_collector_down_for_the_whole_run_and_back_later(
     eventually("the board is up", lambda: collector.metric("boardbench_device_up", device=agent.device_id))
     collector.program.kill()
     answer = programs.client("push", demo_onnx, "--to", agent.address, "--format", "json", *QUICK)
-    result = answer.json[0] if isinstance(answer.json, list) else answer.json
+    result = answer.json
     back = programs.collector(listen=collector.address, http=collector.http)
     eventually("the result arrived", lambda: _in_collector(back, result["run_id"]), 60)
     assert _in_collector(back, result["run_id"]) == [result]
@@ -236,7 +240,7 @@ def test_a_result_survives_kill_of_both(programs: Any, demo_onnx: Path, eventual
     eventually("the board is up", lambda: collector.metric("boardbench_device_up", device=agent.device_id))
     collector.program.kill()
     answer = programs.client("push", demo_onnx, "--to", agent.address, "--format", "json", *QUICK)
-    result = answer.json[0] if isinstance(answer.json, list) else answer.json
+    result = answer.json
     agent.program.kill()
     programs.agent(collector=collector.address)
     back = programs.collector(listen=collector.address, http=collector.http)
@@ -247,20 +251,94 @@ def test_a_result_survives_kill_of_both(programs: Any, demo_onnx: Path, eventual
 def test_an_acknowledgement_that_is_lost_stores_nothing_twice(
     programs: Any, demo_onnx: Path, eventually: Any
 ) -> None:
-    """The collector is killed right after every commit it makes: the agent sends again, once is stored."""
+    """What the collector answers is thrown away after it has stored: the agent asks again, once is stored."""
     collector = programs.collector()
     wire = programs.wire(collector.address)
     agent = programs.agent(collector=wire.address)
     eventually("the board is up", lambda: collector.metric("boardbench_device_up", device=agent.device_id))
     run_ids = []
     for _ in range(3):
-        answer = programs.client("push", demo_onnx, "--to", agent.address, "--format", "json", *QUICK)
-        result = answer.json[0] if isinstance(answer.json, list) else answer.json
-        run_ids.append(result["run_id"])
-        wire.cut()
-    for run_id in run_ids:
+        wire.mute = True
+        run_id = _push_one(programs, agent, demo_onnx)["run_id"]
+        run_ids.append(run_id)
         eventually("the result arrived", lambda run_id=run_id: _in_collector(collector, run_id), 60)
+        wire.mute = False
+        wire.cut()
+        eventually("the spool is empty", lambda: _pending(programs, agent) == 0)
     assert sorted(result["run_id"] for result in collector.results()) == sorted(run_ids)
+    assert collector.metric("boardbench_runs_total", device=agent.device_id)[0][1] == 3
+
+
+def test_a_collector_that_is_killed_again_and_again(programs: Any, demo_onnx: Path, eventually: Any) -> None:
+    """kill -9 while results come in: each is there in the end, and none twice."""
+    collector = programs.collector()
+    agent = programs.agent(collector=collector.address)
+    answers = [
+        programs.client("push", demo_onnx, "--to", agent.address, "--detach", *QUICK).out.strip()
+        for _ in range(6)
+    ]
+    for _ in range(3):
+        before = len(_in_state(programs, agent, "RUN_STATE_ENDED"))
+        eventually(
+            "another run ended",
+            lambda before=before: len(_in_state(programs, agent, "RUN_STATE_ENDED")) > before or before == 6,
+        )
+        collector.program.kill()
+        collector = programs.collector(listen=collector.address, http=collector.http)
+    for run_id in answers:
+        eventually("the result arrived", lambda run_id=run_id: _in_collector(collector, run_id), 60)
+    assert sorted(result["run_id"] for result in collector.results()) == sorted(answers)
+
+
+def test_a_collector_whose_disk_is_full(
+    programs: Any, small_disk: Callable[[int], Path], demo_onnx: Path, eventually: Any
+) -> None:
+    """What it can't keep it does not acknowledge; with room again, the result comes."""
+    disk = small_disk(20_000_000)
+    collector = programs.collector(data_dir=disk / "collector")
+    agent = programs.agent(collector=collector.address)
+    first = _push_one(programs, agent, demo_onnx)["run_id"]
+    eventually("the first result arrived", lambda: _in_collector(collector, first))
+    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    # Larger than what an SQLite file has to spare.
+    second = _push_one(programs, agent, demo_onnx, "--min-runs", "20000", "--max-runs", "20000")["run_id"]
+    assert _in_collector(collector, second) == []
+    assert _pending(programs, agent) == 1
+    (disk / "filler").unlink()
+    eventually("the second result arrived", lambda: _in_collector(collector, second), 90)
+    eventually("the spool is empty", lambda: _pending(programs, agent) == 0)
+
+
+def test_an_agent_killed_in_the_middle_of_the_upload(programs: Any, tmp_path: Path) -> None:
+    """The client waits for it to come back, and goes on where the disk says it was."""
+    agent = programs.agent()
+    wire = programs.wire(agent.address)
+    model = _large(tmp_path / "large.tflite", 20_000_000)
+    wire.hold_after = 12_000_000
+    client = programs.client.begin("push", model, "--to", wire.address, *QUICK)
+    assert wire.held.wait(30)
+    agent.program.kill()
+    programs.agent(listen=agent.address)
+    wire.cut()
+    wire.release()
+    assert client.process.wait(90) == 0, client.log()
+    assert wire.sent_up_bytes < 20_000_000 + 8_000_000
+
+
+def test_a_hundred_thousand_samples_go_all_the_way(programs: Any, tmp_path: Path, eventually: Any) -> None:
+    collector = programs.collector()
+    agent = programs.agent(collector=collector.address)
+    model = _large(tmp_path / "small.tflite", 4096)
+    count = ("--min-runs", "100000", "--max-runs", "100000", "--duration", "0", "--warm-up", "0")
+    result = _push_one(programs, agent, model, *count)
+    assert len(result["latency"]["samples_nanoseconds"]) == result["latency"]["count"] == 100_000
+    eventually("the result arrived", lambda: _in_collector(collector, result["run_id"]))
+    shown = programs.client(
+        "show", result["run_id"], "--collector", collector.address, "--format", "json"
+    ).json
+    assert shown == result
 
 
 def test_a_board_that_is_gone_is_down(programs: Any, eventually: Any) -> None:
@@ -298,6 +376,18 @@ def test_many_clients_one_after_the_other_leave_nothing(programs: Any, demo_onnx
     after = counts()
     assert after[0] <= before[0] + 3
     assert after[1] <= before[1] + 3
+
+
+def _push_one(programs: Any, agent: Any, model: Path, *arguments: str) -> dict[str, Any]:
+    answer = programs.client("push", model, "--to", agent.address, "--format", "json", *(arguments or QUICK))
+    return dict(answer.json)
+
+
+def _pending(programs: Any, agent: Any) -> int:
+    """Results that wait in the agent's spool."""
+    described = programs.client("devices", "--to", agent.address, "--format", "json").json
+    described = described[0] if isinstance(described, list) else described
+    return int(described["spool"].get("pending", 0))
 
 
 def _large(path: Path, size_bytes: int) -> Path:

@@ -17,9 +17,7 @@ QUICK = ("--duration", "0.2", "--min-runs", "12", "--warm-up", "0.05")
 def _only(answer: Any) -> Any:
     """The one result of a push of one model."""
     document = answer.json
-    if isinstance(document, list):
-        assert len(document) == 1
-        return document[0]
+    assert isinstance(document, dict)
     return document
 
 

@@ -30,7 +30,7 @@ def test_model(house: Any, shared_models: Path, name: str) -> None:
     cause = next((operation for mark, operation in REFUSED.items() if mark in name), None)
     arguments = ("--duration", "0.1", "--min-runs", "3", "--warm-up", "0", "--format", "json")
     answer = house.push(path, *arguments, code=1 if cause else 0)
-    result = answer.json[0] if isinstance(answer.json, list) else answer.json
+    result = answer.json
     assert result["model"]["name"] == name
     assert result["model"]["format"] == path.suffix[1:]
     if cause:

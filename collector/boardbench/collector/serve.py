@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -155,6 +156,7 @@ async def _start_http(config: CollectorConfig, look: ReadModel, stack: contextli
     runner = web.AppRunner(
         create_app(config, look, version=version()),
         access_log=None,
+        logger=_http_log(),
         handle_signals=False,
         shutdown_timeout=config.drain_seconds,
     )
@@ -168,6 +170,22 @@ async def _start_http(config: CollectorConfig, look: ReadModel, stack: contextli
     # With a name that has several addresses there are several sockets; the first one's port is told.
     port: int = runner.addresses[0][1]
     return Address(config.http.host, port)
+
+
+def _http_log() -> logging.Logger:
+    """A log in which what a stranger sends that is not HTTP is one line, and not a traceback."""
+    log = logging.getLogger(f"{__name__}.http")
+    log.addFilter(_shorten)
+    return log
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        reason = " ".join(error.message.split())[:120]
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: not HTTP: {reason}", (), None
+        record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+    return True
 
 
 def _cannot_listen(address: Address, option: str, reason: str) -> StartError:
