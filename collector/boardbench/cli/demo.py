@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -77,7 +77,7 @@ def demo(stay: bool, duration: float, full: bool) -> ExitCode:
     if missing:
         lacking = f"{', '.join(missing)} missing"
         raise CliError(f"the demo needs more of boardbench ({lacking}): pip install 'boardbench[demo]'")
-    with _ending_signals(), _Stage() as stage:
+    with _Signals() as signals, _Stage(signals) as stage:
         try:
             return _play(stage, duration=duration, stay=stay, full=full)
         except CliError:
@@ -245,25 +245,53 @@ def _until(condition: Callable[[], _T], seconds: float, what: str) -> _T:
     return value
 
 
-@contextlib.contextmanager
-def _ending_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt like Ctrl-C, so that what was started is ended."""
-    before = {number: signal.signal(number, _interrupt) for number in ENDING_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+class _Signals:
+    """While it is entered, SIGTERM and SIGHUP interrupt like Ctrl-C, so that what was started is ended."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
+        self._held = False
+        self._pending = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Lets a signal wait until the end of the block, in which something is begun and noted."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        """From now on, no signal interrupts the end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _signalled(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._held:
+            raise KeyboardInterrupt
+        self._pending = True
+
+    def __enter__(self) -> _Signals:
+        """Takes the signals."""
+        for number in ENDING_SIGNALS:
+            self._before[number] = signal.signal(number, self._signalled)
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        """Gives them back."""
+        del ending
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 class _Stage:
     """A folder and processes that are gone when the play is over, however it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: _Signals) -> None:
+        self._signals = signals
         self.folder = Path(tempfile.mkdtemp(prefix="boardbench-demo-"))
         self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
         self._failed = False
@@ -271,7 +299,7 @@ class _Stage:
     def start(self, name: str, *module_and_arguments: str) -> dict[str, int]:
         """Starts a program of ours; returns its ports once it answers. Raises CliError."""
         ports = self.folder / f"{name}.ports.json"
-        with self._log(name).open("wb") as log:
+        with self._log(name).open("wb") as log, self._signals.held():
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", *module_and_arguments),
@@ -284,7 +312,7 @@ class _Stage:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us; they are ended in order
             )
-        self._processes.append((name, process))
+            self._processes.append((name, process))
 
         def answered() -> bool:
             if process.poll() is not None:
@@ -317,8 +345,7 @@ class _Stage:
 
     def __exit__(self, *ending: object) -> None:
         """Ends the programs, the agent first, and removes the folder."""
-        for number in ENDING_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave them running
+        self._signals.ignore()  # a second Ctrl-C would leave them running
         del ending
         for _name, process in reversed(self._processes):
             if process.poll() is None:

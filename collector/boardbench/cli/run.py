@@ -142,6 +142,8 @@ class LocalRun:
             start_new_session=True,
         )
         self._process = process
+        if self.interrupted:  # meanwhile
+            process.terminate()
         assert process.stdout is not None
         assert process.stderr is not None
         said: collections.deque[str] = collections.deque(maxlen=_STDERR_LINES)
