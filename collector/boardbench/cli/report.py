@@ -50,10 +50,10 @@ def result_page(result: result_pb2.RunResult, *, whole: bool = False, more: str 
     """
     result = cleaned(result)
     grid = Table.grid(padding=(0, 2), expand=False)
-    grid.add_column(width=_SECTION_WIDTH, style=STRONG, no_wrap=True)
+    grid.add_column(style=STRONG, no_wrap=True)
     grid.add_column(overflow="fold")
     for title, body in _sections(result, whole, more):
-        grid.add_row(title, body)
+        grid.add_row(title.ljust(_SECTION_WIDTH), body)
     return Group(
         _headline(result),
         *_banners(result),

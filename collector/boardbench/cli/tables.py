@@ -185,7 +185,7 @@ def board_page(address: str, described: agent_pb2.DescribeResponse) -> Renderabl
     board = described.board
     head = Text(f"{board_name(board) or address}", STRONG).append(f" at {address}", "")
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(width=10, style=STRONG, no_wrap=True)
+    grid.add_column(style=STRONG, no_wrap=True)
     grid.add_column(overflow="fold")
     cpu = f"{board.cpu_count} × {board.cpu_model or board.architecture}" if board.cpu_count else ""
     memory = figures.count_bytes(board.memory_bytes) if board.memory_bytes else ""
