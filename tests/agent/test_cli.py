@@ -239,10 +239,17 @@ def test_flags_of_run_are_those_of_the_client() -> None:
         warm_up=0.5,
         warm_up_runs=1,
         timeout=9.0,
+        allow_fallback=True,
+        profile_runs=7,
     )
     options = cli.parser().parse_args(["run", *whole.arguments(), "--", "m.fake"])
     assert cli._spec(options) == whole.message()
     assert options.inputs == Path("in.npz")
+    strict = spec.Spec(strict=True, profile_runs=0)
+    assert cli._spec(cli.parser().parse_args(["run", *strict.arguments(), "m"])) == strict.message()
+    silent = cli._spec(cli.parser().parse_args(["run", "--no-profile", "m"]))
+    assert silent.HasField("profile_runs") and silent.profile_runs == 0
+    assert not cli._spec(cli.parser().parse_args(["run", "m"])).HasField("profile_runs")
 
 
 def test_json_is_json(ask: Any) -> None:

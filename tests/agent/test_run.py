@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -550,6 +551,8 @@ def spec(**fields: Any) -> result_pb2.BenchmarkSpec:
         (spec(shapes={"x": model_pb2.Shape(dimensions=[1] * 99)}), ["'x'", "16 dimensions"]),
         (spec(inputs_sha256="abc"), ["inputs_sha256", "'abc'"]),
         (spec(options={"a": "x" * 40_000}), ["options", "too long"]),
+        (spec(strict=True, allow_fallback=True), ["strict", "allow_fallback"]),
+        (spec(profile_runs=100_000), ["profile_runs", "10000"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(asked: result_pb2.BenchmarkSpec, words: list[str]) -> None:
@@ -602,6 +605,26 @@ def test_what_the_board_can_not_run_is_told_with_what_it_can(
         plan(model, asked, (TFLITE, NO_ONNX, FAKE), SpecConfig())
     for word in words:
         assert word in str(raised.value)
+
+
+def test_device_that_only_the_worker_can_judge_is_left_to_it() -> None:
+    for asked in (
+        spec(device="edgetpu", allow_fallback=True),
+        spec(device="edgetpu", options={"delegate": "/x"}),
+    ):
+        assert plan(named("tflite"), asked, (TFLITE,), SpecConfig()).spec.device == "edgetpu"
+
+
+def test_what_was_asked_about_the_placement_is_in_the_job() -> None:
+    def job(**fields: Any) -> dict[str, Any]:
+        settled = plan(MODEL, spec(**fields), (FAKE,), SpecConfig())
+        found: dict[str, Any] = json.loads(run_module._job_line(settled, "fake", Path("/m"), None))
+        return found
+
+    assert job(strict=True)["strict"] is True
+    assert job(allow_fallback=True)["allow_fallback"] is True
+    assert job(profile_runs=0)["profile_runs"] == 0
+    assert not {"strict", "allow_fallback", "profile_runs"} & set(job()), "the worker's own defaults"
 
 
 def test_every_code_is_listed() -> None:

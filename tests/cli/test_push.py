@@ -317,3 +317,32 @@ def test_the_name_on_the_wire_has_no_folders_and_is_text(board, boardbench, tmp_
     done = boardbench("push", path, "--to", f"127.0.0.1:{board.port}", "--no-run")
     assert done.code == 0, done.err
     assert board.headers[0].name == "mod?.tflite"
+
+
+def test_what_is_asked_about_the_placement_reaches_the_board(board, boardbench, model_file):
+    to = ("--to", f"127.0.0.1:{board.port}")
+    assert boardbench("push", model_file, *to, "--strict", "--profile-runs", 20).code == 0
+    assert boardbench("push", model_file, *to, "--allow-fallback", "--no-profile").code == 0
+    assert boardbench("push", model_file, *to).code == 0
+    strict, lenient, silent = (run.request.spec for run in board.runs.values())
+    assert (strict.strict, strict.allow_fallback, strict.profile_runs) == (True, False, 20)
+    assert (lenient.strict, lenient.allow_fallback) == (False, True)
+    assert lenient.HasField("profile_runs") and lenient.profile_runs == 0
+    assert not silent.HasField("profile_runs")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--strict", "--allow-fallback"), "--strict forbids what --allow-fallback allows"),
+        (("--no-profile", "--profile-runs", 3), "contradict"),
+        (("--profile-runs", 99_999), "not from 0 to 10000"),
+    ],
+)
+def test_what_contradicts_itself_about_the_placement_starts_nothing(
+    board, boardbench, model_file, options, words
+):
+    done = boardbench("push", model_file, "--to", f"127.0.0.1:{board.port}", *options)
+    assert done.code == 2
+    assert words in " ".join(done.err.split())
+    assert not board.calls

@@ -129,6 +129,25 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     add("--warm-up", type=float, metavar="SECONDS", help="warm-up inferences last at least this long")
     add("--warm-up-runs", type=int, metavar="N", help="at least this many warm-up inferences")
     add("--timeout", type=float, metavar="SECONDS", help="the whole run must end within this time")
+    add("--strict", action="store_true", help="fail when any operation runs on the CPU")
+    add(
+        "--allow-fallback",
+        action="store_true",
+        help="run on what there is when the device is not there, with a warning",
+    )
+    add(
+        "--profile-runs",
+        type=int,
+        metavar="N",
+        help="inferences of the profiling pass (the engine's default)",
+    )
+    add(
+        "--no-profile",
+        action="store_const",
+        const=0,
+        dest="profile_runs",
+        help="the same as --profile-runs 0",
+    )
 
 
 def _flags(options: argparse.Namespace) -> dict[str, object]:
@@ -217,6 +236,7 @@ def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:
         "warm_up_seconds": options.warm_up,
         "warm_up_runs": options.warm_up_runs,
         "timeout_seconds": options.timeout,
+        "profile_runs": options.profile_runs,
     }
     try:
         return result_pb2.BenchmarkSpec(
@@ -224,6 +244,8 @@ def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:
             device=options.device,
             options=_pairs("--option", options.option),
             shapes={name: model_pb2.Shape(dimensions=sizes) for name, sizes in shapes.items()},
+            strict=options.strict,
+            allow_fallback=options.allow_fallback,
             **numbers,
         )
     except ValueError as error:

@@ -52,7 +52,13 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DAY_SECONDS = 86400.0
 # Bounds of what can be asked for: beyond them it is a mistake, or would fill the board.
 _MOST_SECONDS = {"duration_seconds": _DAY_SECONDS, "warm_up_seconds": 3600.0, "timeout_seconds": _DAY_SECONDS}
-_MOST_RUNS = {"min_runs": 1_000_000, "max_runs": 1_000_000, "warm_up_runs": 1_000_000}
+_MOST_RUNS = {
+    "min_runs": 1_000_000,
+    "max_runs": 1_000_000,
+    "warm_up_runs": 1_000_000,
+    # Beyond it a profile grows no sharper, only longer.
+    "profile_runs": 10_000,
+}
 _MOST_THREADS = 1024
 _MOST_DIMENSIONS = 16
 _MOST_SIZE = 2**31 - 1
@@ -65,6 +71,8 @@ _MOST_WARNINGS = 64
 _SAMPLE_SECONDS = 0.25
 # An inference may take this many times as long as the first, which already includes lazy work.
 _SLOWER_THAN_FIRST = 3.0
+# No engine profiles more than this by itself.
+_PROFILE_RUNS = 100
 
 _STAGE_KEYS = {
     result_pb2.STAGE_START: "start_seconds",
@@ -100,6 +108,8 @@ def check_spec(spec: result_pb2.BenchmarkSpec) -> None:
         raise InvalidRequest(f"min_runs is {spec.min_runs} and max_runs {spec.max_runs}: swap them")
     if _given(spec, "threads") and not 1 <= spec.threads <= _MOST_THREADS:
         raise InvalidRequest(f"threads is {spec.threads}; it must be from 1 to {_MOST_THREADS}")
+    if spec.strict and spec.allow_fallback:
+        raise InvalidRequest("strict forbids what allow_fallback allows: leave one of them out")
     if _given(spec, "timeout_seconds") and spec.timeout_seconds <= 0:
         raise InvalidRequest("timeout_seconds is 0; leave it out for the default")
     for name, shape in spec.shapes.items():
@@ -138,10 +148,13 @@ def plan(
     check_spec(asked)
     status = _choose(model, asked.runtime, statuses)
     device = asked.device or "cpu"
-    if device not in status.devices:
+    # What is given as a library brings its device along, and a fallback is the worker's to find: it knows
+    # what the device is, and says what it ran on instead.
+    if device not in status.devices and not (asked.allow_fallback or "delegate" in asked.options):
         raise NotRunnable(
             f"{status.name} has no device {device!r} on this board; "
-            f"it has {', '.join(status.devices) or 'none'}"
+            f"it has {', '.join(status.devices) or 'none'} (allow_fallback runs on what there is, "
+            "with a warning)"
         )
     spec = result_pb2.BenchmarkSpec()
     spec.CopyFrom(asked)
@@ -445,6 +458,8 @@ class Attempt:
             return base + 2 * spec.warm_up_seconds + inference * (spec.warm_up_runs + 1)
         if stage == result_pb2.STAGE_MEASURE:
             return base + 2 * spec.duration_seconds + inference * (spec.min_runs + 1)
+        if stage == result_pb2.STAGE_REPORT:
+            return base + inference * (spec.profile_runs if _given(spec, "profile_runs") else _PROFILE_RUNS)
         return base
 
     def _limit(self, seconds: float) -> None:
@@ -534,7 +549,8 @@ class Attempt:
         result.MergeFrom(report)
         result.status = result_pb2.RUN_STATUS_SUCCEEDED
         result.effective_spec.inputs_sha256 = self._job.plan.spec.inputs_sha256
-        result.effective_spec.timeout_seconds = self._job.plan.spec.timeout_seconds
+        for name in ("timeout_seconds", "strict", "allow_fallback"):
+            setattr(result.effective_spec, name, getattr(self._job.plan.spec, name))
         if end is not None and (end.signal or end.exit_code):
             how = f"ended with {end.signal}" if end.signal else f"exited with {end.exit_code}"
             self._doubt(

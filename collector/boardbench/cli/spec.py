@@ -23,6 +23,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _UINT32 = (1 << 32) - 1
 _UINT64 = (1 << 64) - 1
+MOST_PROFILE_RUNS = 10_000  # what a board takes; beyond it a profile grows no sharper, only longer
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Spec:
     warm_up: float | None = None
     warm_up_runs: int | None = None
     timeout: float | None = None
+    strict: bool = False
+    allow_fallback: bool = False
+    profile_runs: int | None = None
 
     def message(self, inputs_sha256: str = "") -> result_pb2.BenchmarkSpec:
         """The same for the wire, with the hash of the inputs in place of their path."""
@@ -61,6 +65,9 @@ class Spec:
             warm_up_seconds=self.warm_up,
             warm_up_runs=self.warm_up_runs,
             timeout_seconds=self.timeout,
+            strict=self.strict,
+            allow_fallback=self.allow_fallback,
+            profile_runs=self.profile_runs,
         )
 
     def arguments(self) -> list[str]:
@@ -78,9 +85,13 @@ class Spec:
             ("--warm-up", self.warm_up),
             ("--warm-up-runs", self.warm_up_runs),
             ("--timeout", self.timeout),
+            ("--profile-runs", self.profile_runs),
         ):
             if value is not None:
                 arguments.append(f"{name}={value}")
+        for name, wanted in (("--strict", self.strict), ("--allow-fallback", self.allow_fallback)):
+            if wanted:
+                arguments.append(name)
         for name, text in self.options.items():
             arguments.append(f"--option={name}={text}")
         for name, shape in self.shapes.items():
@@ -205,6 +216,19 @@ _OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option(
         "--timeout", type=Seconds(zero=False), help="The whole run must end within this time, or it fails."
     ),
+    click.option("--strict", is_flag=True, help="Fail when any op runs on the CPU."),
+    click.option(
+        "--allow-fallback",
+        is_flag=True,
+        help="Run on what there is, with a warning, when the device that was asked for is not there.",
+    ),
+    click.option(
+        "--profile-runs",
+        type=Count(0, MOST_PROFILE_RUNS),
+        help="Inferences of the profiling pass, apart from the counted ones, that tells where the time goes "
+        "op by op.  [default: the engine's]",
+    ),
+    click.option("--no-profile", is_flag=True, help="No profiling pass; the same as --profile-runs 0."),
 )
 
 
@@ -217,7 +241,13 @@ def spec_options(command: _Command) -> _Command:
 
 def spec_from(values: dict[str, Any]) -> Spec:
     """What the options say. Raises click.UsageError where they contradict one another."""
+    if values.pop("no_profile"):
+        if values["profile_runs"]:
+            raise click.UsageError(f"--no-profile and --profile-runs {values['profile_runs']} contradict")
+        values["profile_runs"] = 0
     spec = Spec(**values)
+    if spec.strict and spec.allow_fallback:
+        raise click.UsageError("--strict forbids what --allow-fallback allows: leave one of them out")
     if spec.min_runs is not None and spec.max_runs is not None and spec.min_runs > spec.max_runs:
         raise click.UsageError(f"--min-runs {spec.min_runs} is more than --max-runs {spec.max_runs}")
     return spec
