@@ -471,3 +471,15 @@ def closed_port() -> Iterator[int]:
 def environment() -> dict[str, str]:
     """The environment for a command that a test starts itself."""
     return clean_environment()
+
+
+@pytest.fixture(scope="module")
+def module_environment() -> dict[str, str]:
+    """The same for what lives as long as a module's tests."""
+    return clean_environment()
+
+
+@pytest.fixture(scope="module")
+def module_wait_until() -> Callable[..., None]:
+    """Waits for a condition, with a deadline."""
+    return wait_until
