@@ -99,6 +99,7 @@ class OpPlacement:
     cause: str = ""
     root_cause: Optional[bool] = None
     remedy: str = ""
+    seconds: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,28 @@ class EvidenceReport:
 
 
 @dataclass(frozen=True)
+class Crossings:
+    """How often execution moves between the accelerator and the CPU in one inference, and with how much."""
+
+    count: int
+    bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class FallbackCost:
+    """What the operations cost that are not where they were asked to be; bounds at 95 %."""
+
+    share: float
+    share_low: float
+    share_high: float
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    latency_without_seconds: float
+    method: str
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the operations run, and how that is known. Counts are absent when not known."""
 
@@ -145,6 +168,8 @@ class Placement:
     detail: str = ""
     standin: bool = False
     evidence_reports: Tuple[EvidenceReport, ...] = ()
+    crossings: Optional[Crossings] = None
+    fallback_cost: Optional[FallbackCost] = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +296,9 @@ class BenchmarkSpec:
     warm_up_seconds: Optional[float] = None
     warm_up_runs: Optional[int] = None
     timeout_seconds: Optional[float] = None
+    strict: bool = False
+    allow_fallback: bool = False
+    profile_runs: Optional[int] = None
 
 
 @dataclass(frozen=True)
