@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from boardbench.agent.board import identify as identify_module
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.board.sensor import Reading, Sensor
 from boardbench.agent.board.sensors import cpufreq, find_all, thermal
@@ -132,7 +133,23 @@ def test_device_id_is_made_from_the_machine_id_and_does_not_show_it(tmp_path: Pa
     again = derive_device_id(BOARDS / "raspberry_pi_5", tmp_path / "b")
     assert first == again
     assert first not in (BOARDS / "raspberry_pi_5/etc/machine-id").read_text()
-    assert not (tmp_path / "a").exists(), "nothing is kept where the machine says who it is"
+    assert not (tmp_path / "a").exists(), "no folder is made where the machine says who it is"
+
+
+def test_device_id_is_hashed_once_and_again_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = derive_device_id(BOARDS / "raspberry_pi_5", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(identify_module, "_keyed_hash", None)
+        assert derive_device_id(BOARDS / "raspberry_pi_5", tmp_path) == first
+    # The card is put into another board, or copied for it.
+    other = tmp_path / "other"
+    (other / "etc").mkdir(parents=True)
+    (other / "etc/machine-id").write_text("0" * 31 + "1\n")
+    second = derive_device_id(other, tmp_path)
+    assert second != first
+    assert derive_device_id(other, tmp_path) == second
 
 
 def test_device_id_without_a_machine_id_is_made_once(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from boardbench.agent import wire
+from boardbench.agent import folder, wire
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.errors import (
     AgentError,
@@ -372,7 +372,7 @@ class Runs:
             _log.exception("run %s", order.run_id)
             return self._failed(order, "internal", f"{type(error).__name__}: {error}: please report this")
         finally:
-            await asyncio.to_thread(_remove_tree, scratch)
+            await asyncio.to_thread(folder.remove_tree, scratch)
 
     def _emit(self, run: _Run, event: wire.WorkerNews) -> None:
         if isinstance(event, agent_pb2.StageEvent):
@@ -502,10 +502,3 @@ class Runs:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a request ended with %s", task.exception())
-
-
-def _remove_tree(folder: Path) -> None:
-    # Takes half a megabyte that an agent that only waits does not need.
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

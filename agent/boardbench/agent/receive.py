@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -806,6 +805,9 @@ class _Part:
         self._write = write
         self._data = self._journal = -1
         self._size_bytes = 0
+        # With OpenSSL it takes 3.5 MB, which an agent that is only waiting need not have.
+        import hashlib
+
         self._hash = hashlib.sha256()
         self._blocks = 0
         self._block_bytes = 0

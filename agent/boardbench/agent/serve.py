@@ -11,13 +11,13 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
-from boardbench.agent import wire
+from boardbench.agent import folder, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig, parse_address
 from boardbench.agent.errors import ConfigurationError, StorageError
@@ -133,19 +133,19 @@ class _Agent:
 async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
     """The agent, listening inside the context; leaving it ends everything that it started."""
     data_dir = config.data_dir
-    device_id = config.device_id or derive_device_id(config.sys_root, data_dir)
-
-    def describe_board() -> board_pb2.Board:
-        return identify(config.sys_root, device_id=device_id, labels=config.labels)
-
     async with contextlib.AsyncExitStack() as stack:
         # First, because it makes sure that no other agent has the folder.
         store = ModelStore(data_dir / "models", config.store.limit_bytes, config.store.free_floor_bytes)
         stack.push_async_callback(store.close)
         spool = Spool(data_dir / "spool", config.spool.limit_bytes, config.spool.free_share)
         stack.callback(spool.close)
+        device_id = config.device_id or derive_device_id(config.sys_root, data_dir)
+
+        def describe_board() -> board_pb2.Board:
+            return identify(config.sys_root, device_id=device_id, labels=config.labels)
+
         scratch = data_dir / "scratch"
-        await asyncio.to_thread(_empty, scratch)
+        await asyncio.to_thread(folder.remove_tree, scratch)
         engines = Engines(config, scratch)
         try:
             journal = Journal(data_dir / "runs", config.runs.kept_limit, config.runs.kept_bytes)
@@ -180,7 +180,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), server)
+        server.add_generic_rpc_handlers((_Reflection((SERVICE_NAME, health_name)),))
         port = await _listen(server, config.listen)
         stack.push_async_callback(server.stop, _FAREWELL_SECONDS)
         for name in ("", SERVICE_NAME):
@@ -203,6 +203,29 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         agent = _Agent(config, port, health, runs, engines, link)
         stack.push_async_callback(agent.close)
         yield agent
+
+
+class _Reflection(grpc.GenericRpcHandler):
+    """Server reflection, loaded when somebody asks for it: few do, and it takes 0.7 MB."""
+
+    _SERVICE = "grpc.reflection.v1alpha.ServerReflection"
+
+    def __init__(self, services: tuple[str, ...]) -> None:
+        self._services = (*services, self._SERVICE)
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of a reflection call; None for every other."""
+        if handler_call_details.method != f"/{self._SERVICE}/ServerReflectionInfo":
+            return None
+        from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+        return grpc.stream_stream_rpc_method_handler(
+            reflection.aio.ReflectionServicer(self._services).ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
 
 
 async def _listen(server: grpc.aio.Server, listen: str) -> int:
@@ -269,11 +292,3 @@ def _written(path: Path | None, port: int) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-def _empty(folder: Path) -> None:
-    """Removes what workers of a former life left."""
-    if folder.exists():
-        import shutil
-
-        shutil.rmtree(folder, ignore_errors=True)

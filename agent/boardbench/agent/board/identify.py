@@ -7,10 +7,9 @@ sysfs-devices-system-cpu and sysfs-firmware-dmi-entries, os-release(5), machine-
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import contextlib
 import os
-import secrets
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -134,15 +133,20 @@ def derive_device_id(root: Path, data_dir: Path) -> str:
 
     The machine id itself is to be kept secret (machine-id(5)), so only a keyed hash of it leaves the board.
     """
-    for path in (root / "etc/machine-id", root / "var/lib/dbus/machine-id"):
-        machine = _text(path)
-        # "uninitialized" stands there until the first boot is over.
-        if len(machine) == 32 and set(machine) <= set("0123456789abcdef"):
-            return hmac.new(bytes.fromhex(machine), _DEVICE_ID_SALT, hashlib.sha256).hexdigest()[:16]
+    machine = _machine_id(root)
+    # Whether what is kept was made from this machine id: the card may have moved, or been copied.
+    mark = [f"{zlib.crc32(machine.encode()):08x}"] if machine else []
     kept = data_dir / _DEVICE_ID_FILE
-    if found := _text(kept):
-        return found
-    made = secrets.token_hex(8)
+    found = _text(kept).split()
+    if found and found[1:] == mark:
+        return found[0]
+    if machine:
+        made = _keyed_hash(bytes.fromhex(machine))[:16]
+        # Only to be spared the hash at the next start; a folder is not made for that.
+        with contextlib.suppress(OSError):
+            kept.write_text(f"{made} {mark[0]}\n")
+        return made
+    made = os.urandom(8).hex()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         kept.write_text(made + "\n")
@@ -154,6 +158,15 @@ def derive_device_id(root: Path, data_dir: Path) -> str:
     return made
 
 
+def _machine_id(root: Path) -> str:
+    for path in (root / "etc/machine-id", root / "var/lib/dbus/machine-id"):
+        machine = _text(path)
+        # "uninitialized" stands there until the first boot is over.
+        if len(machine) == 32 and set(machine) <= set("0123456789abcdef"):
+            return machine
+    return ""
+
+
 def memory_bytes(root: Path) -> dict[str, int]:
     """``/proc/meminfo`` in bytes, by its own names ("MemTotal", "MemAvailable")."""
     found = {}
@@ -163,6 +176,14 @@ def memory_bytes(root: Path) -> dict[str, int]:
         if number.isdigit():
             found[name] = int(number) * (1024 if unit == "kB" else 1)
     return found
+
+
+def _keyed_hash(secret: bytes) -> str:
+    # Here, because OpenSSL takes 3.5 MB, and all but the first start do without it.
+    import hashlib
+    import hmac
+
+    return hmac.new(secret, _DEVICE_ID_SALT, hashlib.sha256).hexdigest()
 
 
 def _device_tree(root: Path) -> Path:

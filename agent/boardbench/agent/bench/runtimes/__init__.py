@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from typing import Mapping, Optional, Tuple, cast
+from typing import TYPE_CHECKING, Mapping, Optional, Tuple, cast
 
-from boardbench.agent.bench.runtime import Runtime, RuntimeUnavailable
+if TYPE_CHECKING:
+    from boardbench.agent.bench.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ def own_format(head: bytes, environ: Optional[Mapping[str, str]] = None) -> str:
 
 def create(name: str, environ: Optional[Mapping[str, str]] = None) -> Runtime:
     """The engine called ``name``; nothing heavy is imported yet. Raises RuntimeUnavailable."""
+    # The agent's main process has this table too, and no use for the contract of an engine.
+    from boardbench.agent.bench.runtime import RuntimeUnavailable
+
     for engine in offered(environ):
         if engine.name == name:
-            return cast(Runtime, getattr(importlib.import_module(engine.module), engine.type)())
+            return cast("Runtime", getattr(importlib.import_module(engine.module), engine.type)())
     names = ", ".join(engine.name for engine in offered(environ))
     raise RuntimeUnavailable(f"there is no runtime {name!r}; boardbench knows {names}")
