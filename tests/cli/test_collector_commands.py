@@ -149,16 +149,20 @@ def test_devices_are_listed(collector, boardbench, at):
         heartbeat=collector_pb2.Heartbeat(running_run_id="x", queued_runs=2),
         results=1234,
     )
+    virtual = collector_pb2.Device(
+        board=board_pb2.Board(device_id="c", architecture="x86_64", emulator="kvm")
+    )
     down = collector_pb2.Device(board=board_pb2.Board(device_id="b", emulator="qemu-user"))
     down.last_seen_at.FromDatetime(seen)
-    collector.devices = [up, down]
+    collector.devices = [up, down, virtual]
     done = boardbench("devices", *at)
     assert done.code == 0, done.err
     text = " ".join(done.out.split())
     assert "pi5 (a) Raspberry Pi 5, aarch64 up tflite pi5:7341 running, 2 waiting 1,234" in text
     assert "onnxruntime: no" in text
     assert "EMULATED (qemu-user) down, seen 3 h ago" in text
-    assert len(json.loads(boardbench("devices", *at, "--format", "json").out)) == 2
+    assert "x86_64, virtual machine (kvm) down" in text
+    assert len(json.loads(boardbench("devices", *at, "--format", "json").out)) == 3
 
 
 def test_no_devices_and_no_results_are_empty_lists(boardbench, at):

@@ -255,6 +255,8 @@ def test_a_second_ctrl_c_leaves_at_once(board, start, model_file, wait_until):
     done = running.finished(20)
     assert done.code == 130
     assert done.out == ""
+    (run_id,) = board.runs
+    assert f"boardbench watch {run_id[:8]} --to 127.0.0.1:{board.port}" in done.err
 
 
 def test_ctrl_c_ends_an_upload(board, start, model_file, wait_until):

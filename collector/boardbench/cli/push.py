@@ -185,9 +185,16 @@ class Board(threading.Thread):
             self._inbox.put(Outcome(self._address, len(self._order.sources), error=error))
             self._client.stop()
 
-    def leave(self) -> None:
-        """Ends everything now; a run on the board goes on."""
+    def leave(self) -> str:
+        """Ends everything now. Says what becomes of the run on the board; empty when there is none."""
+        run_id = self._run_id
         self._client.stop()
+        if not run_id:
+            return ""
+        return (
+            f"left before run {run_id} had ended; see what became of it with: "
+            f"boardbench watch {run_id[:8]} --to {self._address}"
+        )
 
     def _label(self, source: Source) -> str:
         return source.name if self._alone else f"{source.name} → {self._address}"
@@ -283,7 +290,8 @@ def push_all(order: Order, addresses: list[Address], progress: Watched, output: 
                     _tell(outcome, order, output)
         except KeyboardInterrupt:
             for board in boards:
-                board.leave()
+                if left := board.leave():
+                    output.complain(left)
     if interrupt.happened:
         outcomes.append(Outcome(addresses[0], len(order.sources), error=Interrupted("interrupted")))
     return outcomes

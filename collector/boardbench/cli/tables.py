@@ -12,10 +12,10 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
-from boardbench.cli.placement import placement_known
 from boardbench.cli.plain import cleaned
-from boardbench.cli.report import STAGES, board_name
+from boardbench.cli.report import EMULATORS, STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
+from boardbench.cli.verdict import device_asked, placement_known
 from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, result_pb2
 
 _FIGURES = ("p50", "p90", "memory")
@@ -153,8 +153,10 @@ def _up(device: collector_pb2.Device, now: datetime.datetime) -> Text:
 
 def _hardware(board: board_pb2.Board) -> Text:
     text = Text(", ".join(part for part in (board.model, board.soc, board.architecture) if part) or "–")
-    if board.emulator:
+    if board.emulator in EMULATORS:
         text.append(f" EMULATED ({board.emulator})", BAD)
+    elif board.emulator:
+        text.append(f", virtual machine ({board.emulator})")
     for accelerator in board.accelerators:
         text.append(f"\n{accelerator.name or accelerator.kind}", BAD if accelerator.standin else GOOD)
         if accelerator.standin:
