@@ -1,4 +1,4 @@
-"""Models made in code: original TensorFlow Lite files, and files as the Edge TPU compiler would leave them."""
+"""Models made in code: TensorFlow Lite files, and what the Edge TPU compiler would leave of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import flatbuffers
 import numpy as np
 import pytest
-from boardbench.cli.tflite_build import GraphBuilder, ModelBuilder, Options
 from flatbuffers import flexbuffers
 
+from boardbench.cli.tflite_build import GraphBuilder, ModelBuilder, Options
 from boardbench.inspect.ledger import Ledger
 from boardbench.inspect.tflite import Model, read_model
 

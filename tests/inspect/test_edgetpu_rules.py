@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from boardbench.cli.tflite_build import Options
 
+from boardbench.cli.tflite_build import Options
 from boardbench.inspect import edgetpu, edgetpu_rules
 from boardbench.inspect.edgetpu_rules import Context, Reason, why_not
 from boardbench.inspect.report import Unit, Verdict

@@ -153,7 +153,7 @@ def test_movenet_is_mapped_behind_an_operation_on_the_cpu(shared_models: Path) -
 @pytest.mark.parametrize(
     ("name", "macs", "parameters"),
     [
-        # 300 million, 3.5 million parameters and 14 million, 0.47 million: the papers' and model cards' figures.
+        # The papers and model cards say 300 and 14 million, 3.5 and 0.47 million.
         ("tf2_mobilenet_v2_1.0_224_ptq", 300_775_552, 3_489_101),
         ("mobilenet_v1_0.25_128_quant", 13_570_304, 467_595),
     ],

@@ -9,7 +9,7 @@ from typing import Callable, Dict, Optional, Sequence
 
 from boardbench.inspect import coreml, executorch, onnx, opaque, openvino, tflite_report, torchscript
 from boardbench.inspect.content import Opened
-from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat
+from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat, Unreadable
 from boardbench.inspect.fit import EDGETPU_CACHE, fit, memory_of
 from boardbench.inspect.report import Fit, ModelReport
 from boardbench.inspect.sniff import sniff_bytes
@@ -47,61 +47,65 @@ def inspect(
         memory_of(each)
     try:
         found = _inspect(path, original, target)
-    except Malformed as error:
-        raise Malformed(f"{path}: {error}") from error
+    except Unreadable:
+        raise
+    except InspectError as error:
+        raise type(error)(f"{path}: {error}") from error
     return _with_fits(found, fits)
 
 
 def _inspect(path: Path, original: Optional[Path], target: str) -> ModelReport:
     if path.is_dir():
         if not (path / coreml.MANIFEST).is_file():
-            raise UnknownFormat(f"{path}: a folder, and no Core ML package (.mlpackage)")
+            raise UnknownFormat("a folder, and no Core ML package (.mlpackage)")
         found = coreml.report_folder(path)
-        _refuse_request(found, original, target)
+        _refuse_request(found, original is not None, target)
         return found
     with Opened(path) as data:
-        if len(data) == 0:
-            raise Malformed("the file is empty")
-        base = ModelReport(path.name, _digest(data), len(data), sniff_bytes(data))
-        if base.format == "tflite":
-            return _inspect_tflite(base, data, original, target)
-        _refuse_request(base, original, target)
-        if base.format == "openvino":
-            if bytes(data[:2]) == b"PK":
-                raise UnknownFormat(f"{path}: unpack the archive, and inspect the .xml file in it")
-            return openvino.report(base, data, openvino.weights_of(path))
-        read = _READERS.get(base.format)
-        if read is None:
-            what = "arrays and no model" if base.format == "npz" else "not a model format that is known"
-            raise UnknownFormat(
-                f"{path}: {what}; inspected are {', '.join(sorted((*_READERS, 'openvino', 'tflite')))}"
-            )
-        return read(base, data)
+        if original is None:
+            return inspect_bytes(path.name, data, target=target, weights=openvino.weights_of(path))
+        with Opened(original) as source:
+            return inspect_bytes(path.name, data, original=source, target=target)
 
 
-def _inspect_tflite(
-    base: ModelReport, data: memoryview, original: Optional[Path], target: str
+def inspect_bytes(
+    name: str,
+    data: memoryview,
+    *,
+    original: Optional[memoryview] = None,
+    target: str = "",
+    weights: Optional[Path] = None,
 ) -> ModelReport:
-    if original is None:
-        return tflite_report.report(base, data, None, target)
-    with Opened(original) as source:
-        if sniff_bytes(source) != "tflite":
-            raise InspectError(
-                f"{original}: the original of a compiled .tflite file is a .tflite file, and this is none"
-            )
-        return replace(tflite_report.report(base, data, source, target), original_sha256=_digest(source))
+    """What the bytes say; ``weights`` is where OpenVINO's constants are. Raises InspectError."""
+    if len(data) == 0:
+        raise Malformed("the file is empty")
+    base = ModelReport(name, _digest(data), len(data), sniff_bytes(data))
+    if base.format == "tflite":
+        if original is None:
+            return tflite_report.report(base, data, None, target)
+        if sniff_bytes(original) != "tflite":
+            raise InspectError("the original of a compiled .tflite file is a .tflite file; this is none")
+        return replace(tflite_report.report(base, data, original, target), original_sha256=_digest(original))
+    _refuse_request(base, original is not None, target)
+    if base.format == "openvino":
+        if bytes(data[:2]) == b"PK":
+            raise UnknownFormat("an archive: unpack it, and inspect the .xml file in it")
+        return openvino.report(base, data, weights)
+    read = _READERS.get(base.format)
+    if read is None:
+        what = "arrays and no model" if base.format == "npz" else "not a model format that is known"
+        known = ", ".join(sorted((*_READERS, "openvino", "tflite")))
+        raise UnknownFormat(f"{what}; inspected are {known}")
+    return read(base, data)
 
 
-def _refuse_request(base: ModelReport, original: Optional[Path], target: str) -> None:
-    if original is not None:
+def _refuse_request(base: ModelReport, original: bool, target: str) -> None:
+    if original:
         raise InspectError(
-            f"{base.name}: only .tflite files compiled for the Edge TPU have an original; this is "
-            f"{base.format}"
+            f"only .tflite files compiled for the Edge TPU have an original; this is {base.format}"
         )
     if target == EDGETPU:
-        raise InspectError(
-            f"{base.name}: the Edge TPU runs .tflite files, and this is {base.format}: convert it first"
-        )
+        raise InspectError(f"the Edge TPU runs .tflite files, and this is {base.format}: convert it first")
 
 
 def _digest(data: memoryview) -> str:

@@ -27,7 +27,7 @@ from boardbench.inspect.coreml_schema import (
     WEIGHTS as WEIGHT_FIELDS,
 )
 from boardbench.inspect.cost import product
-from boardbench.inspect.elements import BITS, count_zeros
+from boardbench.inspect.elements import BITS, count_zeros, most_operations
 from boardbench.inspect.errors import Malformed, Unreadable
 from boardbench.inspect.ledger import GRAPH, METADATA, WEIGHTS, Ledger
 from boardbench.inspect.protobuf import Message, Span, Wire
@@ -239,12 +239,20 @@ def _model(root: Message, found: _Found, ledger: Ledger, depth: int) -> str:
     return KINDS[number]
 
 
+def _too_many() -> Malformed:
+    return Malformed(
+        "the Core ML model has more operations than any model of its size: damaged, or made to harm"
+    )
+
+
 # ---- neural networks -------------------------------------------------------------------------------------
 
 
 def _network(content: Message, found: _Found, ledger: Ledger) -> None:
     # Only programs carry the shapes of their intermediate values.
     found.macs = None
+    if content.count(1) > most_operations(len(content.wire.data)):
+        raise _too_many()
     for layer in content.messages(1):
         number = next((each for each in layer.numbers() if each in LAYERS), 0)
         kind = LAYERS.get(number, "unknown")
@@ -292,6 +300,8 @@ def _program(content: Message, found: _Found, ledger: Ledger) -> None:
     shapes: Dict[str, Tuple[str, Optional[Tuple[int, ...]]]] = {}
     for each in main.messages(1):
         shapes[each.text(1)] = _mil_type(each.message(2))
+    if block.count(3) > most_operations(len(content.wire.data)):
+        raise _too_many()
     operations = block.messages(3)
     readers: Dict[str, str] = {}
     for operation in operations:
@@ -323,7 +333,7 @@ def _operation(
     for entry in message.messages(5):
         if entry.text(1) == "val":
             _value(entry.message(2), readers.get(name, ""), found, ledger)
-    found.nested += sum(len(block.spans(3)) for block in message.messages(4))
+    found.nested += sum(block.count(3) for block in message.messages(4))
     if kind == "const":
         return
     found.operations.append(_Operation(kind, name))

@@ -28,10 +28,11 @@ I64 = struct.Struct("<q")
 U64 = struct.Struct("<Q")
 F32 = struct.Struct("<f")
 
-# The largest public models have some 100,000 tables in gigabytes; a quarter of a million in a small file is
-# not a model. Above 256 MB the allowance grows with the file.
-_TABLES = 250_000
-_TABLES_PER_BYTE = 1 / 1024
+# How many tables a file may unfold into. A table and the pointer to it take 8 bytes at least; in models
+# without weights there is one for some 50 bytes, with them for thousands. A small file may be all structure.
+_BYTES_PER_POSSIBLE_TABLE = 8
+_BYTES_PER_TABLE = 40
+_TABLES_AT_LEAST, _TABLES_AT_MOST = 20_000, 2_000_000
 # Writers share equal strings and vectors, so a byte may be visited more than once, but not often.
 _VISITS_PER_BYTE = 4
 _VISITS = 1 << 20
@@ -58,7 +59,8 @@ class FlatBuffer:
         self.what = what
         self.ledger = ledger
         self._vtables: Dict[int, Tuple[int, Tuple[int, ...]]] = {}
-        self._tables_left = max(_TABLES, int(self.size * _TABLES_PER_BYTE))
+        likely = max(_TABLES_AT_LEAST, self.size // _BYTES_PER_TABLE)
+        self._tables_left = min(self.size // _BYTES_PER_POSSIBLE_TABLE + 64, likely, _TABLES_AT_MOST)
         self._visits_left = self.size * _VISITS_PER_BYTE + _VISITS
 
     def root(self, identifier: bytes = b"") -> "Table":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Dict, List, Mapping, Optional, Set, Tuple
 
-from boardbench.inspect.elements import BITS, count_zeros
+from boardbench.inspect.elements import BITS, count_zeros, most_operations
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import GRAPH, METADATA, NAMES, WEIGHTS, Ledger
 from boardbench.inspect.onnx_shapes import Node, Value, costs, infer
@@ -72,6 +72,7 @@ class _Reader:
         self.wire = Wire(data, "the ONNX model")
         self.nodes: List[Node] = []
         self.nested_nodes = 0
+        self.left = 3 * most_operations(len(data))
         self.constants: Dict[str, Constant] = {}
         self.parameters: Optional[int] = 0
         self.external: Dict[str, None] = {}
@@ -127,6 +128,12 @@ class _Reader:
     def graph(self, message: Message, depth: int) -> Tuple[List[Node], List[Message], List[Message]]:
         if depth > _DEEPEST_GRAPH:
             raise Malformed("the ONNX model nests graphs deeper than any model: damaged, or made to harm")
+        for field in (1, 5, 11, 12, 13):
+            self.left -= message.count(field)
+        if self.left < 0:
+            raise Malformed(
+                "the ONNX model has more parts than any model of its size: damaged, or made to harm"
+            )
         made = [self.node(each, depth) for each in message.messages(1)]
         reader: Dict[str, str] = {}
         for node in made:

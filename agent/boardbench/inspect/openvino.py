@@ -13,7 +13,7 @@ from xml.parsers import expat
 
 from boardbench.inspect.content import Opened
 from boardbench.inspect.cost import product
-from boardbench.inspect.elements import BITS, aligned_bytes, count_zeros
+from boardbench.inspect.elements import BITS, aligned_bytes, count_zeros, most_operations
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import WEIGHTS, Ledger
 from boardbench.inspect.report import ByteUse, ModelReport, OpPlacement, Placement, ReportWarning, TensorInfo
@@ -70,7 +70,8 @@ class _Layer:
 class _Graph:
     """What the XML says, collected element by element."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_layers: int) -> None:
+        self._most_layers = most_layers
         self.version = ""
         self.name = ""
         self.layers: List[_Layer] = []
@@ -97,6 +98,8 @@ class _Graph:
         elif self._inner:
             self.inner_layers += tag == "layer"
         elif tag == "layer":
+            if len(self.layers) >= self._most_layers:
+                raise Malformed("the OpenVINO model has more layers than any model of its size: made to harm")
             self.layers.append(
                 _Layer(attributes.get("id", ""), attributes.get("name", ""), attributes.get("type", ""))
             )
@@ -131,7 +134,7 @@ class _Graph:
 
 def read_graph(data: memoryview) -> _Graph:
     """The graph in the XML; raises Malformed."""
-    graph = _Graph()
+    graph = _Graph(most_operations(len(data)))
     parser = expat.ParserCreate()
     parser.StartElementHandler = graph.start
     parser.EndElementHandler = graph.end

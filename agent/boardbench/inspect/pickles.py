@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from boardbench.inspect.errors import Malformed
 
-_MOST_OPERATIONS = 2_000_000
+_MOST_OPERATIONS = 1_000_000
 _LONGEST_NAME = 512
 
 

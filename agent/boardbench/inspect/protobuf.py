@@ -8,6 +8,7 @@ caller who says what a field is. Long values are not copied: they are told by th
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import Dict, List, Optional, Tuple
 
 from boardbench.inspect.errors import Malformed
@@ -15,11 +16,11 @@ from boardbench.inspect.errors import Malformed
 Span = Tuple[int, int]
 
 _F32 = struct.Struct("<f")
-# The largest public models have some hundred thousand fields in gigabytes; more than half a million in a
-# small file is not a model. Above 512 MB the allowance grows with the file.
-_FIELDS = 500_000
-_FIELDS_PER_BYTE = 1 / 1024
+# How many fields a file may have: one takes 2 bytes at least, in models some 5 to 10.
+_FIELDS_AT_LEAST = 100_000
+_BYTES_PER_FIELD = 2
 _LONGEST_TEXT = 4096
+_NOTHING: "array[int]" = array("Q")
 
 
 class Wire:
@@ -30,7 +31,7 @@ class Wire:
     def __init__(self, data: memoryview, what: str) -> None:
         self.data = data
         self.what = what
-        self.left = max(_FIELDS, int(len(data) * _FIELDS_PER_BYTE))
+        self.left = max(_FIELDS_AT_LEAST, len(data) // _BYTES_PER_FIELD)
 
     def root(self) -> "Message":
         """The message that is the whole."""
@@ -52,8 +53,9 @@ class Message:
         self.wire = wire
         self.start = start
         self.stop = stop
-        # Number → (wire type, value) for numbers, (2, start, stop) packed into one tuple for the rest.
-        self._fields: Dict[int, List[Tuple[int, int, int]]] = {}
+        # Number → three numbers for each time that it comes: wire type, then value and 0, or start and stop.
+        # Arrays, because a tuple takes five times the memory.
+        self._fields: Dict[int, array[int]] = {}
         data = wire.data
         at = start
         while at < stop:
@@ -68,7 +70,7 @@ class Message:
                 raise wire.broken("has a field without a number", at)
             if kind == 0:
                 value, at = read_varint(wire, at, stop)
-                found = (0, value, at)
+                found = (0, value, 0)
             elif kind == 2:
                 length, begin = read_varint(wire, at, stop)
                 at = begin + length
@@ -80,7 +82,10 @@ class Message:
                 raise wire.broken(f"has a field of unknown kind {kind}", at)
             if at > stop:
                 raise wire.broken("has a field that ends outside its message", min(at, len(data)))
-            self._fields.setdefault(number, []).append(found)
+            kept = self._fields.get(number)
+            if kept is None:
+                kept = self._fields[number] = array("Q")
+            kept.extend(found)
 
     def __contains__(self, number: int) -> bool:
         return number in self._fields
@@ -89,14 +94,24 @@ class Message:
         """Numbers of the fields that are there, in the order of their first appearance."""
         return tuple(self._fields)
 
+    def count(self, number: int) -> int:
+        """How often the field comes."""
+        kept = self._fields.get(number)
+        return 0 if kept is None else len(kept) // 3
+
     def spans(self, number: int) -> List[Span]:
         """Where the values of a field of bytes, text or messages lie."""
-        return [(found[1], found[2]) for found in self._fields.get(number, ()) if found[0] == 2]
+        kept = self._fields.get(number)
+        if kept is None:
+            return []
+        return [(kept[at + 1], kept[at + 2]) for at in range(0, len(kept), 3) if kept[at] == 2]
 
     def span(self, number: int) -> Optional[Span]:
         """Where the last value of such a field lies; None when it is absent."""
-        found = self.spans(number)
-        return found[-1] if found else None
+        kept = self._fields.get(number)
+        if kept is None or kept[-3] != 2:
+            return None
+        return kept[-2], kept[-1]
 
     def messages(self, number: int) -> List["Message"]:
         """The nested messages of a field."""
@@ -122,22 +137,25 @@ class Message:
 
     def integer(self, number: int, default: int = 0) -> int:
         """The last integer of a field, as a signed 64-bit number."""
-        found = [each for each in self._fields.get(number, ()) if each[0] == 0]
-        return _signed(found[-1][1]) if found else default
+        kept = self._fields.get(number)
+        return default if kept is None or kept[-3] != 0 else _signed(kept[-2])
 
     def number(self, number: int, default: float = 0.0) -> float:
         """The last 32-bit floating point number of a field."""
-        found = [each for each in self._fields.get(number, ()) if each[0] == 5]
-        return float(_F32.unpack_from(self.wire.data, found[-1][1])[0]) if found else default
+        kept = self._fields.get(number)
+        if kept is None or kept[-3] != 5:
+            return default
+        return float(_F32.unpack_from(self.wire.data, kept[-2])[0])
 
     def integers(self, number: int) -> Tuple[int, ...]:
         """All integers of a repeated field, packed or not."""
         values: List[int] = []
-        for found in self._fields.get(number, ()):
-            if found[0] == 0:
-                values.append(_signed(found[1]))
-            elif found[0] == 2:
-                at, stop = found[1], found[2]
+        kept = self._fields.get(number, _NOTHING)
+        for first in range(0, len(kept), 3):
+            if kept[first] == 0:
+                values.append(_signed(kept[first + 1]))
+            elif kept[first] == 2:
+                at, stop = kept[first + 1], kept[first + 2]
                 while at < stop:
                     self.wire.left -= 1
                     if self.wire.left < 0:

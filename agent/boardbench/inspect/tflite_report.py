@@ -85,8 +85,8 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
         producer=model.description,
         inputs=tuple(_info(graph.tensors[index]) for index in graph.inputs),
         outputs=tuple(_info(graph.tensors[index]) for index in graph.outputs),
-        op_count=sum(len(each.operators) for each in model.subgraphs),
-        op_types=edgetpu.count_types([op for each in model.subgraphs for op in each.operators]),
+        op_count=len(graph.operators),
+        op_types=edgetpu.count_types(graph.operators),
         parameter_count=None if compiled else parameters,
         multiply_accumulates=None if compiled else _multiply_accumulates(model),
         arena_estimate_bytes=arena_bytes(graph),
@@ -283,6 +283,15 @@ def _warnings(found: Read) -> List[ReportWarning]:
                 "open_shapes",
                 f"inputs with open sizes: {', '.join(open_inputs[:8])}; name them with --shape when "
                 "running, and fix them before compiling for an accelerator",
+            )
+        )
+    if len(model.subgraphs) > 1:
+        others = sum(len(graph.operators) for graph in model.subgraphs[1:])
+        warnings.append(
+            ReportWarning(
+                "more_graphs",
+                f"{others} more operations are in {len(model.subgraphs) - 1} graphs beside the main one; they "
+                "are not counted, because the data decides how often they run",
             )
         )
     custom = sorted(
