@@ -21,6 +21,7 @@ from boardbench.agent.board.surroundings import WARNINGS
 from boardbench.agent.cli import parser as agent_parser
 from boardbench.cli.errors import EXIT_CODES
 from boardbench.cli.main import boardbench
+from boardbench.cli.require_names import FLAGS, NAMES, PERCENTILES, PERCENTILES_MEANING, VALUES
 from boardbench.collector.cli import main as boardbench_collector
 from boardbench.collector.expose import LABELS, METRICS
 
@@ -38,6 +39,7 @@ def pages() -> dict[str, str]:
         "warnings.md": _warnings(),
         "agent-configuration.md": _agent_configuration(),
         "engines.md": _engines(),
+        "requirements.md": _requirements(),
     }
     return {name: text.rstrip() + "\n" for name, text in found.items()}
 
@@ -123,6 +125,18 @@ def _warnings() -> str:
         + "## Found around the worker\n\n"
         + _table(("code", "meaning"), around)
     )
+
+
+def _requirements() -> str:
+    rows = [
+        (f"`{flag.name}`", "", "a run or a file" if flag.file else "a run", flag.meaning) for flag in FLAGS
+    ]
+    rows += [
+        (f"`{name.name}`", VALUES[name.kind], "a run or a file" if name.file else "a run", name.meaning)
+        for name in NAMES
+    ]
+    rows.append((PERCENTILES, VALUES["seconds"], "a run", PERCENTILES_MEANING))
+    return _table(("name", "compared with", "told by", "meaning"), rows)
 
 
 def _engines() -> str:

@@ -15,6 +15,7 @@ import click
 
 from boardbench.cli.address import AGENT_PORT, Address, AddressType
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, worst
+from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Seconds, Spec, spec_from, spec_options
 from boardbench.cli.terminal import Output, full_option, output_from, output_options
 
@@ -51,6 +52,7 @@ Examples:
     help=f"Board to run on; port {AGENT_PORT} when none is given. Repeatable: boards work at the same time.",
 )
 @spec_options
+@require_option()
 @click.option("--detach", is_flag=True, help="Leave once the runs are queued, and print their ids.")
 @click.option("--no-run", is_flag=True, help="Only send the files.")
 @click.option(
@@ -68,6 +70,7 @@ def push(
     detach: bool,
     no_run: bool,
     retry_for: float,
+    require: tuple[Requirement, ...],
     **values: Any,
 ) -> ExitCode:
     """Send models to boards, run them there and show the results.
@@ -85,6 +88,11 @@ def push(
         raise click.UsageError("--detach and --no-run exclude one another: nothing would be queued")
     if no_run and spec != Spec():
         raise click.UsageError("--no-run sends files only: leave out the options of the run")
+    if require and (detach or no_run):
+        raise click.UsageError(
+            "--require looks at results, and there will be none yet"
+            + (": give it to `boardbench watch`" if detach else "")
+        )
     from boardbench.cli.progress import progress_for
     from boardbench.cli.source import Source
 
@@ -95,7 +103,7 @@ def push(
         addresses = list(dict.fromkeys(boards))
         with progress_for(output) as progress:
             outcomes = push_all(order, addresses, progress, output)
-    return _conclude(outcomes, order, addresses, output)
+    return _conclude(outcomes, order, addresses, output, require)
 
 
 @dataclass(frozen=True)
@@ -324,7 +332,13 @@ def _tell(outcome: Outcome, order: Order, output: Output) -> None:
         click.echo(f"{outcome.stored.sha256}  {name}")
 
 
-def _conclude(outcomes: list[Outcome], order: Order, addresses: list[Address], output: Output) -> ExitCode:
+def _conclude(
+    outcomes: list[Outcome],
+    order: Order,
+    addresses: list[Address],
+    output: Output,
+    require: tuple[Requirement, ...],
+) -> ExitCode:
     """The exit code, after writing the JSON document or, for several results, the comparison."""
     place = {address: position for position, address in enumerate(addresses)}
     outcomes = sorted(outcomes, key=lambda outcome: (outcome.index, place[outcome.address]))
@@ -341,7 +355,10 @@ def _conclude(outcomes: list[Outcome], order: Order, addresses: list[Address], o
         from boardbench.cli.tables import comparison_table
 
         output.show(comparison_table(results), table=True)
-    code = worst([exit_code_of(outcome) for outcome in outcomes])
+    codes = [exit_code_of(outcome) for outcome in outcomes]
+    if not all_hold(require, results, output):
+        codes.append(ExitCode.FAILED)
+    code = worst(codes)
     if code == ExitCode.INTERRUPTED:
         output.complain("interrupted")
     return code

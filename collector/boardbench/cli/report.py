@@ -12,9 +12,10 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
-from boardbench.cli.placement import placement_block
+from boardbench.cli.placement import accelerator_block, cost_block, evidence_block, placement_block
 from boardbench.cli.plain import cleaned
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
+from boardbench.cli.verdict import device_asked, is_plain, verdict_of
 from boardbench.v1 import board_pb2, model_pb2, result_pb2
 
 # What they time is the emulator. The other names that a board gives are virtual machines, which run on
@@ -75,10 +76,17 @@ def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[
     if result.memory.phases:
         yield "Memory", _memory(result.memory)
     if result.HasField("placement"):
-        asked = result.runtime.device or result.spec.device or "cpu"
+        asked = device_asked(result)
         yield "Placement", placement_block(result.placement, asked=asked, whole=whole, more=more)
+        if result.placement.HasField("fallback_cost") and (whole or not is_plain(result)):
+            yield "Cost", cost_block(result)
+        if result.placement.evidence_reports and (whole or not is_plain(result)):
+            yield "Evidence", evidence_block(result.placement)
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED and not result.HasField("placement"):
         yield "Placement", Text("unknown: the run tells nothing about it", DOUBTFUL)
+    if result.HasField("accelerator"):
+        kind = result.accelerator.kind.upper()
+        yield kind if kind in ("TPU", "GPU", "NPU") else "Device", accelerator_block(result.accelerator)
     if whole and (result.inputs or result.outputs):
         yield "Tensors", _tensors(result)
     around = _around(result.environment, whole)
@@ -88,18 +96,19 @@ def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[
 
 
 def _headline(result: result_pb2.RunResult) -> Text:
+    """Where it ran and what that cost, when that is news; what ran where; how it ended, unless well."""
     text = Text()
-    name = result.model.name or result.model.sha256[:12]
-    board = board_name(result.board)
-    if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
+    verdict = verdict_of(result) if result.status == result_pb2.RUN_STATUS_SUCCEEDED else None
+    if verdict is not None:
+        text.append(f"{verdict.mark} {verdict.text}\n  ", verdict.style)
+    elif result.status == result_pb2.RUN_STATUS_SUCCEEDED:
         text.append("✓ ", GOOD)
-        text.append(name, STRONG)
     elif result.status == result_pb2.RUN_STATUS_CANCELLED:
         text.append("– ", DOUBTFUL)
-        text.append(name, STRONG)
     else:
         text.append("✗ ", BAD)
-        text.append(name, STRONG)
+    text.append(result.model.name or result.model.sha256[:12], STRONG)
+    board = board_name(result.board)
     if board:
         text.append(" on ").append(board, STRONG)
     if result.status == result_pb2.RUN_STATUS_CANCELLED:

@@ -12,6 +12,7 @@ import click
 from boardbench.cli.address import Address
 from boardbench.cli.collected import collector_option
 from boardbench.cli.errors import ExitCode
+from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Count
 from boardbench.cli.terminal import output_from, output_options
 
@@ -109,13 +110,15 @@ def results(
 
 @click.command()
 @click.argument("run_id", metavar="RUN")
+@require_option()
 @collector_option
 @output_options
-def show(run_id: str, collector: Address, **values: Any) -> ExitCode:
+def show(run_id: str, require: tuple[Requirement, ...], collector: Address, **values: Any) -> ExitCode:
     """Show one result of the collector, whole.
 
     RUN is the id of the run or the first digits of it. Every op, tensor and circumstance is shown. The exit
-    code says whether the result was found, not how the run ended. With --format json: the RunResult.
+    code says whether the result was found and holds what was required, not how the run ended. With --format
+    json: the RunResult.
     """
     output = dataclasses.replace(output_from(values), full=True)
     from boardbench.cli.answer import answer
@@ -124,4 +127,4 @@ def show(run_id: str, collector: Address, **values: Any) -> ExitCode:
     with CollectorClient(collector) as client:
         result = client.result(run_id)
     answer(result, output)
-    return ExitCode.DONE
+    return ExitCode.DONE if all_hold(require, [result], output) else ExitCode.FAILED

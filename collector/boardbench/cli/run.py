@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from boardbench.cli.errors import CliError, ExitCode, WrongUse, worst
+from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Spec, spec_from, spec_options
 from boardbench.cli.terminal import Output, full_option, output_from, output_options
 
@@ -44,9 +45,10 @@ Examples:
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
 )
 @spec_options
+@require_option()
 @full_option
 @output_options
-def run(paths: tuple[Path, ...], **values: Any) -> ExitCode:
+def run(paths: tuple[Path, ...], require: tuple[Requirement, ...], **values: Any) -> ExitCode:
     """Run models on this machine, without an agent.
 
     What is measured, and how, is the same as on a board. Needs the agent's part and an engine:
@@ -85,6 +87,8 @@ def run(paths: tuple[Path, ...], **values: Any) -> ExitCode:
     _conclude(results, len(paths), output)
     if not output.json and len(results) > 1:
         output.show(comparison_table(results), table=True)
+    if not all_hold(require, results, output):
+        codes.append(ExitCode.FAILED)
     code = worst(codes)
     if code == ExitCode.INTERRUPTED:
         output.complain("interrupted")

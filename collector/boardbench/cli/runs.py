@@ -10,6 +10,7 @@ import click
 from boardbench.cli.address import Address
 from boardbench.cli.board import board_option, run_id_on
 from boardbench.cli.errors import ExitCode
+from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Seconds
 from boardbench.cli.terminal import full_option, output_from, output_options
 
@@ -48,9 +49,12 @@ def runs(address: Address, **values: Any) -> ExitCode:
     show_default=True,
     help="Go on trying this long when the connection to the board is lost.",
 )
+@require_option()
 @full_option
 @output_options
-def watch(run_id: str, address: Address, retry_for: float, **values: Any) -> ExitCode:
+def watch(
+    run_id: str, address: Address, retry_for: float, require: tuple[Requirement, ...], **values: Any
+) -> ExitCode:
     """Follow a run on a board to its result.
 
     RUN is the id of the run or the first digits of it. Ctrl-C leaves; the run goes on. With --format json:
@@ -72,7 +76,8 @@ def watch(run_id: str, address: Address, retry_for: float, **values: Any) -> Exi
                 progress.happened(whole[:8], event)
                 if event.HasField("result"):
                     result = event.result
-    return answer(result, output, more="--full shows all")
+    code = answer(result, output, more="--full shows all")
+    return code if all_hold(require, [result], output) else ExitCode.FAILED
 
 
 @click.command()

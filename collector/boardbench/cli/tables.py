@@ -15,11 +15,11 @@ from boardbench.cli import figures
 from boardbench.cli.plain import cleaned
 from boardbench.cli.report import EMULATORS, STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
-from boardbench.cli.verdict import device_asked, placement_known
-from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, result_pb2
+from boardbench.cli.verdict import device_asked, is_plain, percent, placement_known
+from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, placement_pb2, result_pb2
 
 _FIGURES = ("p50", "p90", "memory")
-_NUMBERS = (*_FIGURES, "size", "results")
+_NUMBERS = (*_FIGURES, "fallback", "size", "results")
 _ID_DIGITS = 8  # `show` and `cancel` take the first digits of an id; 8 tell a million runs apart
 
 _STATUS: dict[int, tuple[str, str]] = {
@@ -43,11 +43,13 @@ def _table(*columns: str, whole: Sequence[str] = ()) -> Table:
 
 def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result: when, where, what, how fast, how much memory, where its ops ran."""
+    results = [cleaned(result) for result in results]
+    fallback = ["fallback"] if _any_fallback(results) else []
     table = _table(
-        *("ended", "board", "model", "runtime", *_FIGURES, "accelerated", "status", "run"),
+        *("ended", "board", "model", "runtime", *_FIGURES, "accelerated", *fallback, "status", "run"),
         whole=("run",),
     )
-    for result in map(cleaned, results):
+    for result in results:
         ended = _time(result.finished_at if result.HasField("finished_at") else None)
         table.add_row(
             ended,
@@ -56,6 +58,7 @@ def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
             _runtime(result),
             *_figures(result),
             _accelerated(result),
+            *([_fallback(result)] if fallback else []),
             _status(result),
             result.run_id[:_ID_DIGITS],
         )
@@ -64,14 +67,17 @@ def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
 
 def comparison_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result of one command, to be read from top to bottom."""
-    table = _table("model", "board", "runtime", *_FIGURES, "accelerated", "status")
-    for result in map(cleaned, results):
+    results = [cleaned(result) for result in results]
+    fallback = ["fallback"] if _any_fallback(results) else []
+    table = _table("model", "board", "runtime", *_FIGURES, "accelerated", *fallback, "status")
+    for result in results:
         table.add_row(
             result.model.name,
             result.board.hostname or result.board.device_id,
             _runtime(result),
             *_figures(result),
             _accelerated(result),
+            *([_fallback(result)] if fallback else []),
             _status(result),
         )
     return table
@@ -103,16 +109,30 @@ def _accelerated(result: result_pb2.RunResult) -> Text:
     placement = result.placement
     if result.status != result_pb2.RUN_STATUS_SUCCEEDED and not result.HasField("placement"):
         return Text("–", QUIET)
+    if placement.verdict == placement_pb2.PLACEMENT_VERDICT_CONTRADICTED:
+        return Text("CONTRADICTED", BAD)
     if not placement_known(placement):
         return Text("unknown", DOUBTFUL)
     total = placement.accelerated_ops + placement.cpu_ops
     if placement.accelerated_ops == 0:
-        asked = result.runtime.device or result.spec.device or "cpu"
-        return Text("no", "" if asked == "cpu" else BAD)
+        return Text("no", "" if device_asked(result) == "cpu" else BAD)
     counts = f"{placement.accelerated_ops:,} of {total:,}"
     if placement.standin:
         return Text(f"{counts} (stand-in)", BAD)
     return Text(counts, GOOD if placement.cpu_ops == 0 else DOUBTFUL)
+
+
+def _fallback(result: result_pb2.RunResult) -> Text:
+    """Share of the time that goes into ops that did not get onto the accelerator."""
+    if is_plain(result) or not result.placement.HasField("fallback_cost"):
+        return Text("–", QUIET)
+    cost = result.placement.fallback_cost
+    return Text(f"{percent(cost.share)} %", DOUBTFUL if cost.share else GOOD)
+
+
+def _any_fallback(results: Iterable[result_pb2.RunResult]) -> bool:
+    """Whether there is anything to say in a column of its own."""
+    return any(result.placement.HasField("fallback_cost") and not is_plain(result) for result in results)
 
 
 def _status(result: result_pb2.RunResult) -> Text:
