@@ -31,7 +31,7 @@ from boardbench.inspect.protobuf import Wire
 # Far above what is needed (milliseconds), far below a hang; CPU time, so that a busy machine does not matter.
 PATIENCE_SECONDS = 5.0
 MEMORY_RATIO = 24
-MEMORY_BYTES = 4 << 20
+MEMORY_BYTES = 8 << 20
 
 
 @pytest.fixture(scope="module")

@@ -290,8 +290,8 @@ def _warnings(found: Read) -> List[ReportWarning]:
         warnings.append(
             ReportWarning(
                 "more_graphs",
-                f"{others} more operations are in {len(model.subgraphs) - 1} graphs beside the main one; they "
-                "are not counted, because the data decides how often they run",
+                f"{others} more operations are in {len(model.subgraphs) - 1} graphs beside the main one; "
+                "they are not counted, because the data decides how often they run",
             )
         )
     custom = sorted(
