@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> Report:
     rows: list[list[object]] = []
     with programs.folder() as root, contextlib.ExitStack() as stack:
+        # Once in vain, so that its bytecode is cached as after an installation.
+        with programs.agent(root):
+            pass
         collector_pid, ports = stack.enter_context(programs.collector(root, "--heartbeat", "1"))
         agent_pid, _ = stack.enter_context(
             programs.agent(root, "--collector", f"127.0.0.1:{ports['grpc']}", "--device-id", "idle-board")

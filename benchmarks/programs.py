@@ -34,17 +34,17 @@ def folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def running(
-    command: Sequence[str], log: Path, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is ended with the context; its output goes to ``log``."""
+    # Installed programs find their bytecode cached; compiling at every start would cost time and memory.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | (environment or {}),
+            env=environment,
         )
         try:
             yield process
