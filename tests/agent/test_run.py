@@ -447,10 +447,13 @@ async def test_pipe_that_somebody_else_holds_does_not_hold_the_run(
     harness: Harness, worker_program: Callable[[str], str]
 ) -> None:
     body = """
+        ready, tell = os.pipe()
         child = os.fork()
         if child == 0:
             os.setsid()
+            os.write(tell, b"x")
             time.sleep(600)
+        os.read(ready, 1)
         print(child, flush=True)
         os._exit(3)
     """
