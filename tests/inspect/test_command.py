@@ -154,6 +154,22 @@ def test_unusable_files_end_with_2(tmp_path: Path, pair: tuple[Path, Path]) -> N
         assert words in err
 
 
+def test_requirements_decide_the_exit_code(pair: tuple[Path, Path]) -> None:
+    wanted = ("--original", pair[1], "--format", "json", "--require")
+    code, out, err = _run(pair[0], *wanted, "accelerated_ops>=50%")
+    assert code == 0
+    json.loads(out)
+    assert "held" in err
+    code, out, err = _run(pair[0], *wanted, "no-fallback")
+    assert code == 1
+    json.loads(out)
+    assert "NOT HELD" in err
+    assert err.index("#2 LEAKY_RELU") < err.index("#3 CONV_2D")
+    # Without the original nobody knows, and what is not known does not hold.
+    assert _run(pair[0], "--require", "accelerated_ops>=1")[0] == 1
+    assert _run(pair[0], "--require", "p50<=5ms")[0] == 2
+
+
 def test_unknown_options_end_with_2(pair: tuple[Path, Path]) -> None:
     assert _run(pair[0], "--frobnicate")[0] == 2
     assert _run()[0] == 2

@@ -337,3 +337,13 @@ def test_bits_are_those_of_numpy() -> None:
             assert dtype.itemsize * 8 == bits, name
             checked += 1
     assert checked >= 14
+
+
+def test_every_warning_is_listed() -> None:
+    import re
+
+    from boardbench.inspect import doubts
+
+    source = "".join(path.read_text() for path in Path(doubts.__file__).parent.glob("*.py"))
+    used = set(re.findall(r'ReportWarning\(\s*"(\w+)"', source))
+    assert used == set(doubts.WARNINGS)

@@ -16,7 +16,6 @@ from boardbench.inspect.flexbuffer import Span, read_map
 from boardbench.inspect.ledger import Ledger
 
 CUSTOM_OP = "edgetpu-custom-op"
-IDENTIFIER = b"DWN1"
 STAND_ALONE, PARAMETER_CACHING, EXECUTION_ONLY = 0, 1, 2
 
 EXECUTABLE = "edgetpu executable"
@@ -118,20 +117,25 @@ def read_packages(options: memoryview, ledger: Ledger) -> Tuple[Package, ...]:
         seen.add(span)
         packages.append(_read_package(options[span.start : span.stop], ledger.at(span.start)))
     ledger.claim(max(span.stop for span in spans), len(options), OPTIONS)
+    for value in values.values():
+        # Compiler 1.0 left an executable of its own here, which runtimes ignore.
+        if isinstance(value, Span) and value not in seen:
+            ledger.claim(value.start, value.stop, OPTIONS)
     return tuple(packages)
 
 
 def _read_package(data: memoryview, ledger: Ledger) -> Package:
     buffer = FlatBuffer(data, "the Edge TPU package", ledger)
-    root = buffer.root(IDENTIFIER)
+    # As the runtime does, a mark other than this one is let through (driver/package_registry.cc).
+    root = buffer.root()
+    ledger.claim(4, 8, EXECUTABLE)
     executables: Tuple[Executable, ...] = ()
     multi = root.span(1)
     if multi is not None and multi[1] > multi[0]:
         executables = _read_executables(data[multi[0] : multi[1]], ledger.at(multi[0]))
-    for field in (2,):
-        span = root.span(field)
-        if span is not None:
-            ledger.claim(span[0], span[1], EXECUTABLE)
+    signature = root.span(2)
+    if signature is not None:
+        ledger.claim(signature[0], signature[1], EXECUTABLE)
     return Package(
         min_runtime_version=root.integer(0, I32) if root.has(0) else None,
         compiler_version=root.text(4, EXECUTABLE),

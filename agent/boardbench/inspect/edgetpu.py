@@ -18,6 +18,7 @@ from boardbench.inspect.edgetpu_rules import (
     DYNAMIC,
     LIMITATION,
     ONE_SUBGRAPH,
+    VERSION,
     Context,
     Reason,
     why_not,
@@ -339,7 +340,8 @@ def _explain(
             )
         else:
             found[index] = (
-                Reason(
+                _older_compiler(operator)
+                or Reason(
                     LIMITATION,
                     "nothing in the documented rules forbids it; it is the first of its branch that was "
                     "left out",
@@ -349,6 +351,17 @@ def _explain(
                 True,
             )
     return found
+
+
+def _older_compiler(operator: Operator) -> Optional[Reason]:
+    """A reason that only compilers before 16 had; 16 maps these operations."""
+    if not operator.type.startswith("RESIZE_") or not operator.option("half_pixel_centers"):
+        return None
+    return Reason(
+        VERSION,
+        "it resizes by half-pixel centres, which compilers before 16 don't know",
+        "compile with edgetpu_compiler 16, or resize without half_pixel_centers (#187, #396, #420)",
+    )
 
 
 def _ancestors(graph: Subgraph, mapped: Set[int]) -> Set[int]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from boardbench.cli.errors import WrongUse
+from boardbench.cli.errors import ExitCode, WrongUse
+from boardbench.cli.require import Requirement, holds, require_option
 from boardbench.cli.terminal import full_option, output_from, output_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _Message = TypeVar("_Message", bound="Message")
     "  boardbench inspect model.tflite --target edgetpu\n"
     "  boardbench inspect model_edgetpu.tflite --original model.tflite\n"
     "  boardbench inspect model.onnx --fit raspberrypi4-1gb --format json\n"
+    "  boardbench inspect model_edgetpu.tflite --original model.tflite --require no-fallback\n"
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
@@ -49,9 +51,17 @@ _Message = TypeVar("_Message", bound="Message")
     help="Say whether it fits: a board (raspberrypi4-1gb, coral-dev-board, …), a size (512MiB) or "
     "edgetpu-cache. May be given again.",
 )
+@require_option(file=True)
 @full_option
 @output_options
-def inspect(file: Path, original: Path | None, target: str, fits: tuple[str, ...], **options: Any) -> None:
+def inspect(
+    file: Path,
+    original: Path | None,
+    target: str,
+    fits: tuple[str, ...],
+    require: tuple[Requirement, ...],
+    **options: Any,
+) -> ExitCode:
     """Say what is in a model file, without running it.
 
     Inputs and outputs, ops, parameters, where the bytes go, and for files compiled for the Edge TPU what
@@ -69,10 +79,15 @@ def inspect(file: Path, original: Path | None, target: str, fits: tuple[str, ...
     report = report_message(found)
     if output.json:
         output.show_json(report)
-        return
-    from boardbench.cli.inspect_page import inspect_page
+    else:
+        from boardbench.cli.inspect_page import inspect_page
 
-    output.show(inspect_page(report, whole=output.full))
+        output.show(inspect_page(report, whole=output.full))
+    if not require:
+        return ExitCode.DONE
+    from boardbench.cli.require_names import Subject
+
+    return ExitCode.DONE if holds(require, Subject.of_report(report), output) else ExitCode.FAILED
 
 
 def report_message(report: object) -> report_pb2.ModelReport:
