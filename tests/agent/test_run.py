@@ -428,6 +428,91 @@ async def test_worker_that_does_not_end_is_ended(
     assert "worker_end" in [warning.code for warning in result.warnings]
 
 
+PROFILE = """
+        RESULT["placement"] = {"evidence": "EVIDENCE_PARTITION", "cpu_ops": 2, "detail": "measured"}
+        say({"event": "result", "result": RESULT})
+        say({"event": "profiling"})
+"""
+
+
+async def test_profile_is_the_placement_of_the_result(
+    harness: Harness, worker_program: Callable[[str], str]
+) -> None:
+    harness.deadlines = {"exit_seconds": 0.2}
+    body = (
+        PROFILE
+        + """
+        time.sleep(0.5)  # longer than a worker may take to end that has said everything
+        say({"event": "warning", "warning": {"code": "late", "message": "not heard"}})
+        say(b"garbage\\n")
+        say({"event": "profile", "placement": {"evidence": "EVIDENCE_PARTITION", "cpu_ops": 2,
+             "fallback_cost": {"share": 0.5}, "evidence_reports": [{"evidence": "EVIDENCE_PROFILED"}]}})
+        say({"event": "profile", "placement": {"cpu_ops": 99}})
+    """
+    )
+    result = await harness.execute(interpreter=worker_program(body))
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert result.placement.fallback_cost.share == 0.5
+    assert result.placement.cpu_ops == 2
+    assert [report.evidence for report in result.placement.evidence_reports] == [3]
+    assert not result.warnings
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("os.abort()", "SIGABRT"),
+        ("os._exit(7)", "exited with 7"),
+        ("pass", "the worker ended"),
+        ('say({"event": "profile", "placement": {"cpu_ops": -1}})', "the worker ended"),
+    ],
+)
+async def test_result_stands_without_its_profile_and_says_why(
+    harness: Harness, worker_program: Callable[[str], str], end: str, why: str
+) -> None:
+    result = await harness.execute(interpreter=worker_program(PROFILE + f"        {end}\n"))
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert result.placement.detail == "measured"
+    (report,) = result.placement.evidence_reports
+    assert report.detail.startswith("there is no profile: ")
+    assert why in report.detail
+    assert not result.warnings, "the figures are whole"
+
+
+async def test_profile_that_hangs_is_ended_and_the_result_stands(
+    harness: Harness, worker_program: Callable[[str], str]
+) -> None:
+    harness.deadlines = {"report_seconds": 0.3}
+    result = await harness.execute(interpreter=worker_program(PROFILE + "        time.sleep(600)\n"))
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert "it took too long" in result.placement.evidence_reports[0].detail
+
+
+async def test_stop_ends_the_profile_and_keeps_the_result(
+    harness: Harness, worker_program: Callable[[str], str], until: Callable[..., Any], tmp_path: Path
+) -> None:
+    marker = tmp_path / "profiling"
+    body = PROFILE + f"        open({str(marker)!r}, 'w').close()\n        time.sleep(600)\n"
+    attempt = harness.attempt(interpreter=worker_program(body))
+    running = asyncio.create_task(attempt.execute())
+    await until(marker.exists, "the worker profiles")
+    await until(lambda: attempt._profiling, "the agent has heard of it")
+    attempt.stop()
+    result = await running
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert "the run was ended during it" in result.placement.evidence_reports[0].detail
+
+
+@pytest.mark.parametrize("event", [{"event": "profiling"}, {"event": "profile", "placement": {}}])
+async def test_profile_before_the_result_is_no_event(
+    harness: Harness, worker_program: Callable[[str], str], event: dict[str, Any]
+) -> None:
+    result = await harness.execute(
+        interpreter=worker_program(f"        say({event!r})\n        time.sleep(60)\n")
+    )
+    assert result.error.code == "protocol_error"
+
+
 async def test_what_a_worker_starts_ends_with_it(
     harness: Harness, worker_program: Callable[[str], str], until: Callable[..., Any]
 ) -> None:

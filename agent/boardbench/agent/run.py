@@ -24,7 +24,7 @@ from boardbench.agent.board.surroundings import Surroundings
 from boardbench.agent.config import DeadlinesConfig, SpecConfig
 from boardbench.agent.errors import InvalidRequest, NotRunnable
 from boardbench.agent.version import version
-from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
+from boardbench.v1 import agent_pb2, board_pb2, model_pb2, placement_pb2, result_pb2
 
 # Why a run failed, when the agent says so; the worker's own codes are in bench/__main__.py.
 ERRORS = {
@@ -71,8 +71,8 @@ _MOST_WARNINGS = 64
 _SAMPLE_SECONDS = 0.25
 # An inference may take this many times as long as the first, which already includes lazy work.
 _SLOWER_THAN_FIRST = 3.0
-# No engine profiles more than this by itself.
-_PROFILE_RUNS = 100
+# A profiled inference may take this many times as long as the median, and a model is loaded again for it.
+_SLOWER_UNDER_PROFILER = 6.0
 
 _STAGE_KEYS = {
     result_pb2.STAGE_START: "start_seconds",
@@ -301,6 +301,7 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         self._worker: worker.Worker | None = None
         self._surroundings: Surroundings | None = None
+        self._environment = board_pb2.Environment()
         self._stage: result_pb2.Stage.ValueType = result_pb2.STAGE_UNSPECIFIED
         self._stage_began = 0.0
         self._first_inference_seconds = 0.0
@@ -308,6 +309,10 @@ class Attempt:
         self._stage_deadline: asyncio.TimerHandle | None = None
         self._warnings: list[result_pb2.Warning] = []
         self._report: result_pb2.RunResult | None = None
+        # After the report: whether the worker profiles, and the placement that it found then.
+        self._profiling = False
+        self._profile: placement_pb2.Placement | None = None
+        self._profile_missing = ""
         self._error: result_pb2.RunError | None = None
         # Why the agent ended it; a cancelled run has no error.
         self._stopped = False
@@ -324,6 +329,8 @@ class Attempt:
     def stop(self, error: result_pb2.RunError | None = None) -> None:
         """Ends it at once: failed with that error, or cancelled without one. One that is over stays so."""
         if self._is_over():
+            if self._report is not None:
+                self._end_profile("the run was ended during it")
             return
         self._stopped = True
         self._error = error
@@ -390,12 +397,33 @@ class Attempt:
     # --- what the worker says
 
     def _heard(self, line: bytes) -> None:
+        if self._report is not None:
+            self._hear_profile(line)
         if self._is_over():
             return
         try:
             self._take(wire.parse_event(line))
         except wire.MalformedEvent as error:
             self._garbled(f"{error}: {line[:120].decode('utf-8', 'replace')!r}")
+
+    def _hear_profile(self, line: bytes) -> None:
+        """Takes what the worker adds to its report; whatever else comes after that is not heard."""
+        if self._profile is not None or self._profile_missing:
+            return
+        with contextlib.suppress(wire.MalformedEvent):
+            event = wire.parse_event(line)
+            if isinstance(event, wire.Profiling) and not self._profiling:
+                self._profiling = True
+                self._limit(self._profile_seconds())
+            elif isinstance(event, placement_pb2.Placement) and self._profiling:
+                self._profile = event
+                self._limit(self._deadlines.exit_seconds)
+
+    def _end_profile(self, why: str) -> None:
+        """Ends a profiling pass that goes on; the report stands without it."""
+        if self._profiling and self._profile is None and self._worker is not None:
+            self._profile_missing = why
+            self._worker.kill()
 
     def _garbled(self, what: str) -> None:
         if self._report is None:
@@ -423,12 +451,22 @@ class Attempt:
             self._doubt(event)
         elif isinstance(event, result_pb2.RunResult):
             self._report = event
+            self._look_back()
             self._limit(self._deadlines.exit_seconds)
         elif isinstance(event, result_pb2.RunError):
             self._error = event
             self._limit(self._deadlines.exit_seconds)
         else:
-            raise wire.MalformedEvent("an answer to a probe")
+            raise wire.MalformedEvent("an event that has no place before the result")
+
+    def _look_back(self) -> None:
+        """Takes what surrounded the run up to now; a profile that follows is not part of it."""
+        if self._surroundings is None:
+            return
+        self._environment, doubts = self._surroundings.end()
+        self._surroundings = None
+        for doubt in doubts:
+            self._doubt(doubt)
 
     def _doubt(self, warning: result_pb2.Warning) -> None:
         if len(self._warnings) < _MOST_WARNINGS:
@@ -458,9 +496,15 @@ class Attempt:
             return base + 2 * spec.warm_up_seconds + inference * (spec.warm_up_runs + 1)
         if stage == result_pb2.STAGE_MEASURE:
             return base + 2 * spec.duration_seconds + inference * (spec.min_runs + 1)
-        if stage == result_pb2.STAGE_REPORT:
-            return base + inference * (spec.profile_runs if _given(spec, "profile_runs") else _PROFILE_RUNS)
         return base
+
+    def _profile_seconds(self) -> float:
+        """For the profiling pass. The worker ends it earlier by itself, unless that hangs, too."""
+        report = self._report
+        assert report is not None
+        runs = report.effective_spec.profile_runs
+        seconds = report.create_seconds + runs * report.latency.mean_seconds
+        return self._deadlines.report_seconds + _SLOWER_UNDER_PROFILER * seconds
 
     def _limit(self, seconds: float) -> None:
         if self._stage_deadline is not None:
@@ -475,6 +519,7 @@ class Attempt:
     def _out_of_time(self, what: str) -> None:
         if self._is_over():
             # It has said everything and does not end by itself.
+            self._end_profile("it took too long")
             if self._worker is not None:
                 self._worker.kill()
             return
@@ -523,11 +568,8 @@ class Attempt:
         result.runtime.device = spec.device
         result.runtime.options.update(spec.options)
         result.runtime.interpreter.CopyFrom(job.plan.status.interpreter)
-        if self._surroundings is not None:
-            environment, doubts = self._surroundings.end()
-            result.environment.MergeFrom(environment)
-            for doubt in doubts:
-                self._doubt(doubt)
+        self._look_back()
+        result.environment.MergeFrom(self._environment)
         if self._report is not None:
             self._take_report(result, self._report, end)
         elif self._error is not None:
@@ -551,8 +593,18 @@ class Attempt:
         result.effective_spec.inputs_sha256 = self._job.plan.spec.inputs_sha256
         for name in ("timeout_seconds", "strict", "allow_fallback"):
             setattr(result.effective_spec, name, getattr(self._job.plan.spec, name))
+        how = ""
         if end is not None and (end.signal or end.exit_code):
             how = f"ended with {end.signal}" if end.signal else f"exited with {end.exit_code}"
+        if self._profile is not None:
+            result.placement.CopyFrom(self._profile)
+        elif self._profiling:
+            why = self._profile_missing or f"the worker {how or 'ended'} during it"
+            result.placement.evidence_reports.add(
+                evidence=placement_pb2.EVIDENCE_PROFILED, detail=f"there is no profile: {why}"
+            )
+            return
+        if how:
             self._doubt(
                 result_pb2.Warning(
                     code="worker_end",

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from google.protobuf import json_format
@@ -13,10 +14,18 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent.receive import FileKind, StoredFile, StoreStatus
-from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
+from boardbench.v1 import agent_pb2, board_pb2, model_pb2, placement_pb2, result_pb2
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """After its result, the worker begins its profiling pass."""
+
 
 WorkerEvent = (
-    agent_pb2.StageEvent
+    Profiling
+    | placement_pb2.Placement
+    | agent_pb2.StageEvent
     | agent_pb2.ProgressEvent
     | result_pb2.Warning
     | result_pb2.RunResult
@@ -89,6 +98,10 @@ def parse_event(line: bytes) -> WorkerEvent:
         return result_pb2.RunError(code=error_event.code, message=_clipped(error_event.message))
     if kind == "result":
         return _parse_result(content.get("result"))
+    if kind == "profiling":
+        return Profiling()
+    if kind == "profile":
+        return _parse(content.get("placement"), placement_pb2.Placement(), "a profile")
     raise MalformedEvent(f"an event {str(kind)[:80]!r}")
 
 
