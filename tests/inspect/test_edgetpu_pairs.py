@@ -113,6 +113,30 @@ def test_a_supported_operation_that_was_left_out_first_is_a_root(
     assert "1 (CONV_2D)" in report.ops[3].cause
 
 
+def test_an_older_compiler_left_out_half_pixel_centres(
+    tmp_path: Path, make: Callable[[], Made], compile_like, node
+) -> None:
+    from boardbench.cli.tflite_build import Options
+
+    made = make()
+    first = made.graph.tensor("in", (1, 4, 4, 4), "int8", scale=0.5)
+    middle, out = (
+        made.graph.tensor("mid", (1, 4, 4, 4), "int8", scale=0.5),
+        made.graph.tensor("out", (1, 8, 8, 4), "int8"),
+    )
+    made.graph.operator("RELU", [first], [middle])
+    options = Options("ResizeBilinearOptions", {"halfPixelCenters": True})
+    made.graph.operator("RESIZE_BILINEAR", [middle, made.constant([8, 8])], [out], options, version=3)
+    original = made.finish([first], [out])
+    compiled, source = _pair(tmp_path, compile_like(original, [node((0,))]), original)
+    report = analyse.inspect(compiled, original=source)
+    assert report.ops[1].cause.startswith("Operation version not supported")
+    assert report.ops[1].root_cause is True
+    # Compiler 16 maps it.
+    predicted = analyse.inspect(source, target="edgetpu")
+    assert [op.unit for op in predicted.ops] == [Unit.TPU, Unit.TPU]
+
+
 def test_nothing_was_compiled(tmp_path: Path, conv_chain: Callable[..., bytes]) -> None:
     path = tmp_path / "m.tflite"
     path.write_bytes(conv_chain("LEAKY_RELU"))

@@ -411,6 +411,17 @@ def test_one_open_size_keeps_the_whole_model_off(make: Make, read: Read) -> None
     assert "operation 1 (RELU)" in placement.ops[0].cause
 
 
+def test_a_float_model_is_called_unquantised(make: Make) -> None:
+    from boardbench.inspect.analyse import inspect_bytes
+
+    for dtype, warned in (("float32", True), ("int8", False)):
+        made = make()
+        first = made.value((1, 8), dtype)
+        data = made.finish([first], [made.op("RELU", [first], (1, 8), dtype=dtype)])
+        report = inspect_bytes("m", memoryview(data), target="edgetpu")
+        assert ("not_quantised" in {warning.code for warning in report.warnings}) is warned
+
+
 def test_a_limit_that_was_only_observed_gives_way_to_a_blocker_above(make: Make, read: Read) -> None:
     made = make()
     first = made.value((1, 1, 1, 4))

@@ -15,6 +15,7 @@ WARNINGS: Mapping[str, str] = {
     "nested_graphs": "operations hold graphs of their own, which are not counted",
     "not_compiled": "the Edge TPU was asked for, and the file is not compiled for it: it would run wholly on "
     "the CPU, without an error",
+    "not_quantised": "the Edge TPU was asked for, and nothing that the model computes has 8 bits",
     "not_portable": "a TensorRT engine runs only on the kind of GPU and the version that it was built for",
     "not_read": "the file is of a form whose inside is not read here",
     "open_shapes": "inputs have sizes that the file leaves open",

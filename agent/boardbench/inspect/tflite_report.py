@@ -7,6 +7,7 @@ from typing import Dict, List, Optional, Set, Tuple
 
 from boardbench.inspect import darwinn, edgetpu
 from boardbench.inspect.cost import arena_bytes, multiply_accumulates
+from boardbench.inspect.edgetpu_rules import EIGHT_BITS
 from boardbench.inspect.elements import BITS, count_zeros, element_count
 from boardbench.inspect.errors import InspectError, Malformed
 from boardbench.inspect.ledger import METADATA, WEIGHTS, Ledger
@@ -108,6 +109,15 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
                 "what that would do",
             )
         )
+        if not _quantised(model):
+            warnings.append(
+                ReportWarning(
+                    "not_quantised",
+                    "no value that the model computes has 8 bits: edgetpu_compiler refuses it as an invalid "
+                    "model. Convert it with full-integer post-training quantisation (representative_dataset, "
+                    "supported_ops = [TFLITE_BUILTINS_INT8]) (#79)",
+                )
+            )
     else:
         ops = tuple(
             OpPlacement(operator.index, operator.type, edgetpu.op_name(graph, operator))
@@ -115,6 +125,13 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
         )
         filled = replace(filled, ops=ops, placement=_unknown())
     return replace(filled, warnings=tuple(warnings))
+
+
+def _quantised(model: Model) -> bool:
+    """Whether anything that is computed has the 8 bits that the Edge TPU computes in."""
+    graph = model.main
+    made = {index for operator in graph.operators for index in operator.outputs if index >= 0}
+    return any(graph.tensors[index].dtype in EIGHT_BITS for index in made)
 
 
 def _unknown() -> Placement:
