@@ -147,6 +147,7 @@ BRIEF = {
     "warm_up_seconds": 0.0,
     "warm_up_runs": 2,
     "progress_seconds": 0.0,
+    "profile_runs": 0,
 }
 
 

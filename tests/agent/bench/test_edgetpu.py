@@ -59,6 +59,7 @@ def run(worker: Any, edgetpu_standin: Path, shared_models: Path, tmp_path: Path)
             "duration_seconds": 0.0,
             "min_runs": 8,
             "warm_up_seconds": 0.0,
+            "profile_runs": 0,
             "sys_root": os.fspath(machine),
             **more,
             "options": {**options, **more.get("options", {})},

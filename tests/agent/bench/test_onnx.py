@@ -48,8 +48,10 @@ def made(tmp_path: Path) -> Any:
 
 
 def load(runtime: onnx.OnnxRuntime, file: Path, *, device: str = "cpu", threads: int | None = None,
-         **options: str) -> onnx.OnnxModel:  # fmt: skip
-    return runtime.load(file, device=device, threads=threads, options=options, shapes={})
+         fallback: bool = False, **options: str) -> onnx.OnnxModel:  # fmt: skip
+    return runtime.load(
+        file, device=device, threads=threads, options=options, shapes={}, allow_fallback=fallback
+    )
 
 
 def job(file: Path, **changes: Any) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def test_a_version_that_does_not_tell_is_asked_by_a_profile(
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     monkeypatch.chdir(scratch)
-    monkeypatch.setattr(onnx.OnnxModel, "_assigned", lambda self: None)
+    monkeypatch.setattr(onnx.OnnxModel, "assigned", lambda self: None)
     model = load(runtime, made(models.onnx_affine()), graph_optimization="off")
     model.bind(inputs.seeded(model.inputs, 0))()
     found = model.placement()
@@ -121,7 +123,7 @@ def test_a_version_that_does_not_tell_is_asked_by_a_profile(
 def test_a_profile_that_can_not_be_made_leaves_the_placement_unknown(
     runtime: onnx.OnnxRuntime, made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(onnx.OnnxModel, "_assigned", lambda self: None)
+    monkeypatch.setattr(onnx.OnnxModel, "assigned", lambda self: None)
     model = load(runtime, made(models.onnx_affine()))
     model.bind(inputs.seeded(model.inputs, 0))()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
@@ -179,7 +181,6 @@ def test_threads_by_either_name_but_not_by_both(runtime: onnx.OnnxRuntime, made:
         {"graph_optimization": "some"},
         {"execution_mode": ""},
         {"intra_op_threads": "0"},
-        {"allow_fallback": "yes"},
         {"provider.device_id": "0"},
     ],
 )
@@ -197,36 +198,30 @@ def test_a_provider_that_is_not_in_this_build_is_refused(runtime: onnx.OnnxRunti
     file = made(models.onnx_affine())
     with pytest.raises(OptionRejected, match="no device 'cuda'; it has cpu"):
         load(runtime, file, device="cuda")
-    fallen_back = load(runtime, file, device="cuda", allow_fallback="on")
+    fallen_back = load(runtime, file, device="cuda", fallback=True)
     assert Counter(op.unit for op in placed(fallen_back).ops) == {Unit.CPU: 2}
+    assert "CUDAExecutionProvider is not in this build" in fallen_back.device_fallback
     with pytest.raises(OptionRejected, match="no device 'nosuch'"):
-        load(runtime, file, device="nosuch", allow_fallback="on")
+        load(runtime, file, device="nosuch", fallback=True)
 
 
 def test_a_service_elsewhere_is_no_device(runtime: onnx.OnnxRuntime) -> None:
     assert "azure" not in runtime.devices()
 
 
-class Session:
-    """A session whose provider did not come up, or took nothing: what ONNX Runtime makes without a word."""
-
-    def __init__(self, providers: list[str]) -> None:
-        self.providers = providers
-
-    def get_providers(self) -> list[str]:
-        return self.providers
+CUDA = "CUDAExecutionProvider"
 
 
 @pytest.mark.parametrize(
     ("providers", "assigned", "said"),
     [
         ([onnx.CPU], None, "could not be started"),
-        (["CUDAExecutionProvider", onnx.CPU], [(onnx.CPU, "relu", "Relu")], "takes none of its operations"),
-        (["CUDAExecutionProvider", onnx.CPU], [("CUDAExecutionProvider", "relu", "Relu")], ""),
-        (["CUDAExecutionProvider", onnx.CPU], None, ""),  # can't be told before it ran
+        ([CUDA, onnx.CPU], [onnx.Assigned(onnx.CPU, "relu", "Relu", 0)], "takes none of its operations"),
+        ([CUDA, onnx.CPU], [onnx.Assigned(CUDA, "relu", "Relu", 0)], ""),
+        ([CUDA, onnx.CPU], None, ""),  # can't be told before it ran
     ],
 )
-def test_a_device_that_takes_no_part_is_an_error(
+def test_a_device_that_takes_no_part_is_an_error_unless_that_is_allowed(
     runtime: onnx.OnnxRuntime,
     made: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -234,17 +229,27 @@ def test_a_device_that_takes_no_part_is_an_error(
     assigned: Any,
     said: str,
 ) -> None:
-    model = load(runtime, made(models.onnx_affine()))
-    monkeypatch.setattr(model, "_session", Session(providers))
-    monkeypatch.setattr(model, "_providers", [("CUDAExecutionProvider", {})])
-    monkeypatch.setattr(model, "_assigned", lambda: assigned)
+    file = made(models.onnx_affine())
+    real = onnx.OnnxModel._create
+
+    def create(self: onnx.OnnxModel, settings: Any) -> Any:
+        named, self._providers = self._providers, [(onnx.CPU, {})]
+        session = real(self, settings)
+        self._providers = named
+        monkeypatch.setattr(session, "get_providers", lambda: providers)
+        return session
+
+    monkeypatch.setattr(runtime, "_providers", lambda: [CUDA, onnx.CPU])
+    monkeypatch.setattr(onnx.OnnxModel, "_create", create)
+    monkeypatch.setattr(onnx.OnnxModel, "assigned", lambda self: assigned)
     if said:
         with pytest.raises(
-            ModelRejected, match=f"model.onnx on cuda: the provider CUDA.* {said}.*allow_fallback=on"
+            ModelRejected, match=f"model.onnx on cuda: the provider CUDA.* {said}.*--allow-fallback"
         ):
-            model._check_device("cuda")
+            load(runtime, file, device="cuda")
+        assert said in load(runtime, file, device="cuda", fallback=True).device_fallback
     else:
-        model._check_device("cuda")
+        assert load(runtime, file, device="cuda").device_fallback == ""
 
 
 @pytest.mark.parametrize(
@@ -291,10 +296,9 @@ def test_a_real_provider_takes_a_part_and_the_rest_is_on_the_cpu(worker: Any, ma
     units = {op["type"]: op["unit"] for op in partly["ops"]}
     assert (units["Relu"], units["Unique"]) == ("UNIT_CPU_DELEGATE", "UNIT_CPU")
     assert "listed provider by provider" in partly["detail"]
-    strict = worker.run(
-        job(file, device="openvino", options={"allow_fallback": "off"}), python=OPENVINO_PYTHON
-    )
-    assert "allow_fallback=off forbids that" in strict.error["message"]
+    assert partly["verdict"] == "PLACEMENT_VERDICT_PARTLY"
+    strict = worker.run(job(file, device="openvino", strict=True), python=OPENVINO_PYTHON)
+    assert strict.error["code"] == "cpu_fallback"
     no_gpu = worker.run(
         job(file, device="openvino", options={"provider.device_type": "GPU"}), python=OPENVINO_PYTHON
     )

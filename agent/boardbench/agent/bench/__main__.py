@@ -35,10 +35,19 @@ from typing import Callable, List, NoReturn, Optional
 
 from boardbench.agent.bench import probe
 from boardbench.agent.bench.events import EventWriter
-from boardbench.agent.bench.job import InferenceFailed, Job, JobRejected, execute, out_of_memory
+from boardbench.agent.bench.job import (
+    CpuFallback,
+    InferenceFailed,
+    Job,
+    JobRejected,
+    execute,
+    out_of_memory,
+    profile,
+)
 from boardbench.agent.bench.runtime import (
     InputsRejected,
     ModelRejected,
+    NoProfile,
     OptionRejected,
     RuntimeUnavailable,
 )
@@ -51,6 +60,8 @@ _CODES = (
     (OptionRejected, "option_rejected"),
     (InputsRejected, "inputs_rejected"),
     (InferenceFailed, "inference_failed"),
+    (CpuFallback, "cpu_fallback"),
+    (NoProfile, "no_profile"),
     (JobRejected, "internal"),
 )
 
@@ -84,6 +95,8 @@ def _serve(line: bytes, events: EventWriter) -> int:
             events.probe(probe.probe(content.get("runtime")))
         elif kind == "run":
             execute(Job.parse(content), events)
+        elif kind == "profile":
+            profile(Job.parse(content), events)
         else:
             raise JobRejected(f"there is no job of kind {kind!r}")
     except BrokenPipeError:

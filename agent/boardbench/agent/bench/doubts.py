@@ -124,6 +124,12 @@ DOUBTS = (
         "give the option delegate.device=usb:0 or delegate.device=pci:0 too",
     ),
     Doubt(
+        "device_fallback",
+        "the device that was asked for is not there or takes nothing, and allow_fallback was given",
+        "what was measured is then the CPU",
+        "take the figures for the CPU's, or leave --allow-fallback out to be told instead",
+    ),
+    Doubt(
         "standin",
         "a stand-in took the place of an accelerator",
         "it computes on the CPU or puts out a pattern, and waits as it is told",

@@ -11,7 +11,8 @@ import json
 import os
 from typing import Any, Mapping, Sequence
 
-from boardbench.agent.domain import Measurement, Progress, RuntimeStatus, Stage, Warning
+from boardbench.agent.bench.runtime import Profile
+from boardbench.agent.domain import Measurement, Placement, Progress, RuntimeStatus, Stage, Warning
 
 
 def to_json(value: object) -> Any:
@@ -37,7 +38,7 @@ class EventWriter:
         """Takes over ``descriptor``, which stays open until the process ends."""
         self._descriptor = descriptor
         self.ended = False
-        """Whether the last event was told: a result, a probe or an error."""
+        """Whether it is told how the job ended: a result, a probe or an error."""
 
     def stage(self, stage: Stage) -> None:
         """A stage begins."""
@@ -52,9 +53,26 @@ class EventWriter:
         self._write({"event": "warning", "warning": to_json(warning)})
 
     def result(self, measurement: Measurement) -> None:
-        """The measurement. Nothing follows."""
+        """The measurement. Nothing but a profile follows."""
         self.ended = True
         self._write({"event": "result", "result": to_json(measurement)})
+
+    def profiling(self) -> None:
+        """After the result: the profiling pass begins, and its outcome will follow."""
+        self._write({"event": "profiling"})
+
+    def profile(self, placement: Placement) -> None:
+        """The placement of the result, with what the profiling pass adds to it. Nothing follows."""
+        self._write({"event": "profile", "placement": to_json(placement)})
+
+    def trying(self, method: str) -> None:
+        """From the profiling process: what it does next, in case that ends it."""
+        self._write({"event": "trying", "method": method})
+
+    def profiled(self, profile: Profile) -> None:
+        """From the profiling process: what it found. Nothing follows."""
+        self.ended = True
+        self._write({"event": "profiled", "profile": to_json(profile)})
 
     def probe(self, runtimes: Sequence[RuntimeStatus]) -> None:
         """What engines there are. Nothing follows."""

@@ -11,14 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
 
-from boardbench.agent.bench import doubts, inputs, measure, probe, runtimes, stats
+from boardbench.agent.bench import doubts, inputs, measure, probe, profiling, runtimes, stats
+from boardbench.agent.bench import placement as placements
 from boardbench.agent.bench.events import EventWriter
 from boardbench.agent.bench.memory import MemoryMeter
 from boardbench.agent.bench.runtime import (
     InputsRejected,
     LoadedModel,
     ModelRejected,
+    NoProfile,
     OptionRejected,
+    ProfileRequest,
+    Runtime,
     RuntimeUnavailable,
 )
 from boardbench.agent.bench.shapes import by_name
@@ -27,10 +31,12 @@ from boardbench.agent.domain import (
     Latency,
     Measurement,
     MemoryPhase,
+    Placement,
     RuntimeUsed,
     Shape,
     Stage,
     TensorInfo,
+    Verdict,
     WorkerEnvironment,
 )
 
@@ -43,6 +49,10 @@ MOST_RUNS = 1_000_000
 
 class InferenceFailed(Exception):
     """The engine took the model, and then could not run it."""
+
+
+class CpuFallback(Exception):
+    """Operations run on the CPU where that was forbidden; lists them."""
 
 
 class JobRejected(Exception):
@@ -69,6 +79,11 @@ class Job:
     warm_up_runs: int = 1
     progress_seconds: float = 0.25
     sys_root: Path = Path("/")
+    strict: bool = False
+    allow_fallback: bool = False
+    profile_runs: Optional[int] = None
+    avoid: Tuple[str, ...] = ()
+    """For a profile: ways of measuring that are left out, because they ended the process before."""
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Job:
@@ -87,6 +102,7 @@ class Job:
                 shapes={str(name): tuple(int(size) for size in sizes) for name, sizes in job.shapes.items()},
                 options={str(name): str(value) for name, value in job.options.items()},
                 device=job.device or "cpu",
+                avoid=tuple(job.avoid),
             )._checked()
         except (TypeError, ValueError, AttributeError) as error:
             raise JobRejected(f"the job can't be read: {error}") from error
@@ -97,6 +113,10 @@ class Job:
                 f"min_runs ({self.min_runs}) is at least 1 and at most max_runs ({self.max_runs}), "
                 f"which is at most {MOST_RUNS}"
             )
+        if self.profile_runs is not None and not 0 <= self.profile_runs <= MOST_RUNS:
+            raise OptionRejected(f"profile_runs is from 0 to {MOST_RUNS}, not {self.profile_runs}")
+        if self.strict and self.allow_fallback:
+            raise OptionRejected("strict forbids what allow_fallback allows: leave one of them out")
         if self.warm_up_runs < 0:
             raise OptionRejected(f"warm_up_runs is at least 0, not {self.warm_up_runs}")
         for name in ("duration_seconds", "warm_up_seconds", "progress_seconds"):
@@ -109,20 +129,27 @@ class Job:
             raise OptionRejected(f"seed is from 0 to 2^64-1, not {self.seed}")
         return self
 
+    def line(self) -> Dict[str, object]:
+        """The job as it is in a job line, without its kind."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("model_path", "sys_root", "inputs_path"):
+            found[name] = None if found[name] is None else str(found[name])
+        return found
+
 
 def execute(job: Job, events: EventWriter) -> None:
     """Runs the job, telling stages, progress, doubts and the result.
 
     The result is told before the model is closed: an engine that crashes or hangs then takes nothing
     with it. The Edge TPU wants to be closed all the same, or its next user finds it in a bad state.
+    Profiled is after that, in another process: see :mod:`boardbench.agent.bench.profiling`.
 
-    Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, InferenceFailed, MemoryError.
+    Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, InferenceFailed, CpuFallback,
+    MemoryError.
     """
     meter = MemoryMeter()
     events.stage(Stage.IMPORT)
-    runtime = runtimes.create(job.runtime)
-    runtime.sys_root = job.sys_root
-    version, import_seconds = _timed(runtime.version)
+    runtime, version, import_seconds = _imported(job)
     import numpy.random  # noqa: F401 - for the inputs: part of the baseline, not of what the model adds
 
     if job.format not in runtime.formats:
@@ -133,23 +160,83 @@ def execute(job: Job, events: EventWriter) -> None:
     meter.end_phase(MemoryPhase.BASELINE)
 
     events.stage(Stage.CREATE)
+    shapes = _shapes(job)
+    model, create_seconds = _timed(
+        lambda: runtime.load(
+            job.model_path,
+            device=job.device,
+            threads=job.threads,
+            options=job.options,
+            shapes=shapes,
+            allow_fallback=job.allow_fallback,
+        )
+    )
+    wanted = model.wanted
+    try:
+        meter.end_phase(MemoryPhase.LOADED)
+        if model.device_fallback:
+            events.warning(doubts.warn("device_fallback", model.device_fallback))
+        for warning in model.watch.doubts() if model.watch else ():
+            events.warning(warning)
+        known = (runtime.name, version, import_seconds, create_seconds)
+        measurement = _run(job, model, events, meter, known)
+        events.result(measurement)
+    finally:
+        model.close()
+    runs = measurement.effective_spec.profile_runs
+    if runs:
+        events.profiling()
+        found = profiling.profiled(
+            job.line(),
+            measurement.placement,
+            wanted=wanted,
+            runs=runs,
+            latency_seconds=stats.median(measurement.latency.samples_nanoseconds) / 1e9,
+            create_seconds=create_seconds,
+        )
+        events.profile(found)
+
+
+def profile(job: Job, events: EventWriter) -> None:
+    """Profiles what the job ran: what the process of a profiling pass does. Raises NoProfile among others."""
+    runtime, _, _ = _imported(job)
+    profiler = runtimes.profiler(runtime.name)
+    if profiler is None:
+        raise NoProfile(f"{runtime.name} has no profiler")
+
+    def feeds(tensors: Tuple[TensorInfo, ...]) -> Tensors:
+        if job.inputs_path is not None:
+            return inputs.from_file(tensors, job.inputs_path)
+        return inputs.seeded(tensors, job.seed)
+
+    request = ProfileRequest(
+        model_path=job.model_path,
+        device=job.device,
+        threads=job.threads,
+        options=job.options,
+        shapes=_shapes(job),
+        allow_fallback=job.allow_fallback,
+        feeds=feeds,
+        trying=events.trying,
+        avoid=job.avoid,
+    )
+    events.profiled(profiler(runtime, request, lambda: profiling.turns(job.profile_runs)))
+
+
+def _imported(job: Job) -> Tuple[Runtime, str, float]:
+    """The engine, its version, and the seconds that its import took."""
+    runtime = runtimes.create(job.runtime)
+    runtime.sys_root = job.sys_root
+    version, seconds = _timed(runtime.version)
+    return runtime, version, seconds
+
+
+def _shapes(job: Job) -> Dict[str, Tuple[int, ...]]:
     shapes: Dict[str, Tuple[int, ...]] = dict(job.shapes)
     if job.inputs_path is not None:
         # The arrays settle what the caller left open.
         shapes = {**inputs.shapes_in_file(job.inputs_path), **shapes}
-    model, create_seconds = _timed(
-        lambda: runtime.load(
-            job.model_path, device=job.device, threads=job.threads, options=job.options, shapes=shapes
-        )
-    )
-    try:
-        meter.end_phase(MemoryPhase.LOADED)
-        for warning in model.watch.doubts() if model.watch else ():
-            events.warning(warning)
-        known = (runtime.name, version, import_seconds, create_seconds)
-        events.result(_run(job, model, events, meter, known))
-    finally:
-        model.close()
+    return shapes
 
 
 def _run(
@@ -171,6 +258,8 @@ def _run(
     with_engine = _Boundary(name)
     call = with_engine(lambda: model.bind(feeds))
     first = with_engine(lambda: _first_inference(call, model, meter))
+    if job.strict:
+        _forbid_fallback(job, model.wanted, with_engine(model.placement))
     if not first.all_finite:
         events.warning(doubts.warn("outputs_not_finite", "an output of the first inference is not finite"))
 
@@ -207,6 +296,7 @@ def _run(
         placement, accelerator = outcome.placement, outcome.accelerator
         for warning in outcome.warnings:
             events.warning(warning)
+    placement = placements.with_report(placement)
     return Measurement(
         runtime=RuntimeUsed(
             name=name,
@@ -227,6 +317,11 @@ def _run(
             max_runs=job.max_runs,
             warm_up_seconds=job.warm_up_seconds,
             warm_up_runs=job.warm_up_runs,
+            strict=job.strict,
+            allow_fallback=job.allow_fallback,
+            profile_runs=profiling.wanted_runs(
+                job.profile_runs, profiles=model.profiles, create_seconds=create_seconds
+            ),
         ),
         import_seconds=import_seconds,
         create_seconds=create_seconds,
@@ -247,6 +342,32 @@ def _run(
         input_data=input_data,
         output_sha256=first.output_sha256,
         accelerator=accelerator,
+    )
+
+
+MOST_LISTED = 40
+"""Operations in a message: more are no longer read, and a message is at most a page."""
+
+
+def _forbid_fallback(job: Job, wanted: str, placement: Placement) -> None:
+    """Raises CpuFallback unless it is known that nothing is away from what was asked for."""
+    if not wanted:
+        raise OptionRejected(
+            f"strict forbids the CPU, and the device asked for is {job.device}: ask for an accelerator, or "
+            "leave strict out"
+        )
+    if placement.verdict is Verdict.ACCELERATED:
+        return
+    away = placements.fallen_back(placement, wanted)
+    if not away:
+        raise CpuFallback(
+            f"strict wants proof that nothing runs on the CPU, and there is none: {placement.detail}"
+        )
+    named = [f"#{op.index} {op.type}" + (f" ({op.name})" if op.name else "") for op in away[:MOST_LISTED]]
+    more = f" and {len(away) - len(named)} more" if len(away) > len(named) else ""
+    raise CpuFallback(
+        f"{len(away)} of {len(placement.ops)} operations of {job.model_path.name} run on the CPU and not in "
+        f"{wanted}, which strict forbids: {', '.join(named)}{more}"
     )
 
 

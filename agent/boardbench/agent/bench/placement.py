@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Sequence
+from dataclasses import replace
+from typing import Sequence, Tuple
 
-from boardbench.agent.domain import Evidence, OpPlacement, Placement, Unit, UnitCount, Verdict
+from boardbench.agent.domain import (
+    Evidence,
+    EvidenceReport,
+    OpPlacement,
+    Placement,
+    Unit,
+    UnitCount,
+    Verdict,
+)
 
 ON_CPU = (Unit.CPU, Unit.CPU_DELEGATE)
 
 
-def known(ops: Sequence[OpPlacement], *, evidence: Evidence, detail: str, standin: bool = False) -> Placement:
+def known(
+    ops: Sequence[OpPlacement],
+    *,
+    evidence: Evidence,
+    detail: str,
+    standin: bool = False,
+    wanted: str = "",
+) -> Placement:
     """The placement that the list amounts to. An op on no known unit is in neither count.
 
-    With such an op the counts are of the others, and the verdict stays open.
+    With such an op the counts are of the others, and the verdict stays open. The verdict is about the
+    delegate or provider that was asked for, ``wanted``, also where that runs on the CPU; counts are of units.
     """
     units = Counter(op.unit for op in ops)
     on_cpu = [op.type for op in ops if op.unit in ON_CPU]
     accelerated = [op.type for op in ops if op.unit not in ON_CPU and op.unit is not Unit.UNSPECIFIED]
+    away = sum(is_away(op, wanted) for op in ops)
     return Placement(
         evidence=evidence,
         accelerated_ops=len(accelerated),
@@ -26,7 +44,7 @@ def known(ops: Sequence[OpPlacement], *, evidence: Evidence, detail: str, standi
         cpu_op_types=dict(Counter(on_cpu)),
         units=tuple(UnitCount(unit=unit, ops=units[unit]) for unit in Unit if units[unit]),
         ops=tuple(ops),
-        verdict=_verdict(len(accelerated), len(on_cpu), units[Unit.UNSPECIFIED]),
+        verdict=verdict(len(ops) - away - units[Unit.UNSPECIFIED], away, units[Unit.UNSPECIFIED]),
         detail=detail,
         standin=standin,
     )
@@ -37,12 +55,42 @@ def unknown(detail: str) -> Placement:
     return Placement(detail=detail)
 
 
-def _verdict(accelerated: int, on_cpu: int, open_ops: int) -> Verdict:
+def is_away(op: OpPlacement, wanted: str) -> bool:
+    """Whether an op runs on the CPU and not in the delegate or provider that was asked for."""
+    return op.unit in ON_CPU and not (wanted and op.delegate == wanted)
+
+
+def fallen_back(placement: Placement, wanted: str) -> Tuple[OpPlacement, ...]:
+    """The ops that are not where they were asked to be; none when nothing but the CPU was asked for."""
+    return tuple(op for op in placement.ops if wanted and is_away(op, wanted))
+
+
+def verdict(accelerated: int, on_cpu: int, open_ops: int = 0) -> Verdict:
+    """What so many ops on the accelerator, on the CPU and on no known unit amount to."""
     if accelerated and on_cpu:
         return Verdict.PARTLY
     if open_ops or not accelerated + on_cpu:
         return Verdict.UNSPECIFIED
     return Verdict.ACCELERATED if accelerated else Verdict.NOT_ACCELERATED
+
+
+def with_report(placement: Placement, *reports: EvidenceReport) -> Placement:
+    """The placement with its own evidence among the reports, and then with ``reports``."""
+    found = list(placement.evidence_reports)
+    if placement.evidence is not Evidence.UNSPECIFIED and placement.evidence not in (
+        *(report.evidence for report in found),
+        *(report.evidence for report in reports),
+    ):
+        found.append(
+            EvidenceReport(
+                evidence=placement.evidence,
+                verdict=placement.verdict,
+                detail=placement.detail,
+                accelerated_ops=placement.accelerated_ops,
+                cpu_ops=placement.cpu_ops,
+            )
+        )
+    return replace(placement, evidence_reports=(*found, *reports))
 
 
 def listed(counts: "Counter[str]", most: int = 6) -> str:

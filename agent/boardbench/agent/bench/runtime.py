@@ -1,16 +1,17 @@
 """The contract of an engine. One file an engine in ``runtimes/``; the contract suite runs over all.
 
 Two types, so that run-before-load can't be written: a :class:`Runtime` can only load, a
-:class:`LoadedModel` is loaded.
+:class:`LoadedModel` is loaded. An engine that can tell the time of an operation has a :class:`Profiler`
+besides, which works in a process of its own, when all figures are safe.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Protocol, Tuple
 
-from boardbench.agent.domain import AcceleratorUse, Placement, TensorInfo, Warning
+from boardbench.agent.domain import AcceleratorUse, Crossings, Placement, TensorInfo, Unit, Warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,10 @@ class OptionRejected(Exception):
 
 class InputsRejected(Exception):
     """Shapes or input data that this model does not take; lists what it takes."""
+
+
+class NoProfile(Exception):
+    """The engine can't profile this model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,15 @@ class LoadedModel(Protocol):
 
     threads: Optional[int]
     """Threads that the engine was told to use; None where it decides by itself."""
+
+    wanted: str
+    """The delegate or provider that was asked for, as it stands in an op's ``delegate``; "" for the CPU."""
+
+    device_fallback: str
+    """Why the device that was asked for takes no part, where that was allowed; "" when it does."""
+
+    profiles: bool
+    """Whether there is a profiler for this model, see :class:`Profiler`."""
 
     @property
     def watch(self) -> Optional[AcceleratorWatch]:
@@ -147,9 +161,84 @@ class Runtime(Protocol):
         threads: Optional[int],
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
+        allow_fallback: bool = False,
     ) -> LoadedModel:
         """Loads a model file; ``shapes`` settles open inputs, see :func:`shapes.settle`.
 
+        ``allow_fallback``: with a device that the engine knows and that is not there, or takes nothing of the
+        model, it is loaded all the same, and says so in ``device_fallback``.
+
         Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to profile: what was run, as it was run."""
+
+    model_path: Path
+    device: str
+    threads: Optional[int]
+    options: Mapping[str, str]
+    shapes: Mapping[str, Tuple[int, ...]]
+    allow_fallback: bool
+    feeds: Callable[[Tuple[TensorInfo, ...]], Tensors]
+    """The data of the run for these inputs."""
+
+    trying: Callable[[str], None]
+    """To be called with the name of a way of measuring before it is tried: it may crash or hang."""
+
+    avoid: Tuple[str, ...] = ()
+    """Names of those that did so before."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an operation is not where it was asked to be; see ``boardbench.v1.OpPlacement``."""
+
+    cause: str
+    root_cause: Optional[bool] = None
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of an inference goes. Operations count as in ``LoadedModel.placement``."""
+
+    method: str
+    """How it was measured, in a few words."""
+
+    detail: str
+    """What was seen, for a person."""
+
+    units: Tuple[Unit, ...]
+    """Where each operation ran in the profiling process."""
+
+    whole_seconds: Tuple[float, ...]
+    """Duration of every profiled inference."""
+
+    fallback_seconds: Tuple[float, ...] = ()
+    """The part of each in operations that are not where they were asked to be; empty: nothing was asked."""
+
+    op_seconds: Mapping[int, float] = field(default_factory=dict)
+    """Mean seconds of an operation in one inference (of the middle half), where that could be told."""
+
+    causes: Mapping[int, Cause] = field(default_factory=dict)
+    """What was found out about operations that are not where they were asked to be."""
+
+    crossings: Optional[Crossings] = None
+    """Seen while it ran; None where the placement already says it, or nothing does."""
+
+
+class Profiler(Protocol):
+    """The function ``profile`` in the module that the table of engines names for an engine."""
+
+    def __call__(
+        self, runtime: Runtime, request: ProfileRequest, runs: Callable[[], Iterable[int]]
+    ) -> Profile:
+        """Profiles the model. Every call of ``runs`` gives one turn for each inference to profile.
+
+        May crash or hang: it is called in a process of its own. Raises NoProfile, and what ``load`` raises.
         """
         ...

@@ -131,3 +131,11 @@ def median_bounds(samples: Sequence[int]) -> Optional[Tuple[int, int]]:
         return None
     ordered = sorted(samples)
     return ordered[found[0] - 1], ordered[found[1] - 1]
+
+
+def midmean(values: Sequence[float]) -> float:
+    """Mean of the middle half (the interquartile mean): neither outliers nor coarse clocks show in it."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    middle = ordered[quarter : len(ordered) - quarter]
+    return math.fsum(middle) / len(middle)

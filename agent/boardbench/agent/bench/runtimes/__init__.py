@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Mapping, Optional, Tuple, cast
 
 if TYPE_CHECKING:
-    from boardbench.agent.bench.runtime import Runtime
+    from boardbench.agent.bench.runtime import Profiler, Runtime
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Engine:
     """A line of the table. ``environment`` names a variable that must be set for the engine to be offered.
 
     ``magic`` is how files of its format begin, where the format is the engine's own and nobody else's.
+    ``profiler`` is the module whose function ``profile`` tells where the time of an inference goes.
     """
 
     name: str
@@ -24,13 +25,14 @@ class Engine:
     formats: Tuple[str, ...]
     environment: str = ""
     magic: bytes = b""
+    profiler: str = ""
 
 
 # For a format that two engines take, the first of them is the default.
 _HERE = "boardbench.agent.bench.runtimes"
 ENGINES = (
-    Engine("tflite", f"{_HERE}.tflite", "TfliteRuntime", ("tflite",)),
-    Engine("onnxruntime", f"{_HERE}.onnx", "OnnxRuntime", ("onnx",)),
+    Engine("tflite", f"{_HERE}.tflite", "TfliteRuntime", ("tflite",), profiler=f"{_HERE}.tflite_profile"),
+    Engine("onnxruntime", f"{_HERE}.onnx", "OnnxRuntime", ("onnx",), profiler=f"{_HERE}.onnx_profile"),
     Engine(
         "fake",
         f"{_HERE}.fake",
@@ -38,6 +40,7 @@ ENGINES = (
         ("fake",),
         environment="BOARDBENCH_FAKE_RUNTIME",
         magic=b"boardbench-fake/1\n",
+        profiler=f"{_HERE}.fake",
     ),
 )
 
@@ -74,3 +77,11 @@ def create(name: str, environ: Optional[Mapping[str, str]] = None) -> Runtime:
             return cast("Runtime", getattr(importlib.import_module(engine.module), engine.type)())
     names = ", ".join(engine.name for engine in offered(environ))
     raise RuntimeUnavailable(f"there is no runtime {name!r}; boardbench knows {names}")
+
+
+def profiler(name: str, environ: Optional[Mapping[str, str]] = None) -> Optional[Profiler]:
+    """The profiler of the engine called ``name``; None when it has none."""
+    for engine in offered(environ):
+        if engine.name == name and engine.profiler:
+            return cast("Profiler", importlib.import_module(engine.profiler).profile)
+    return None

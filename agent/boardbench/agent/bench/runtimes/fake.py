@@ -10,7 +10,8 @@ A model is a text file: the magic line ``boardbench-fake/1``, then one JSON obje
      "outputs": [{"name": "y", "dtype": "float32", "shape": [1, 4]}],
      "ops":     [{"type": "CONV_2D", "unit": "UNIT_TPU"}],                 left out: placement unknown
      "create": [ACTION, …], "first_inference": [ACTION, …], "inference": [ACTION, …],
-     "placement": [ACTION, …], "close": [ACTION, …]}
+     "placement": [ACTION, …], "close": [ACTION, …],
+     "profile": [ACTION, …]}                                               left out: can't be profiled
 
 Every field may be left out; the tensors above (and no op) are the default. ``inference`` happens at
 every inference but the first when ``first_inference`` is there. An action is an object with one of
@@ -43,11 +44,29 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from boardbench.agent.bench import placement, shapes
 from boardbench.agent.bench.options import OptionReader
-from boardbench.agent.bench.runtime import ModelRejected, OptionRejected, RuntimeUnavailable
+from boardbench.agent.bench.runtime import (
+    ModelRejected,
+    OptionRejected,
+    Profile,
+    ProfileRequest,
+    RuntimeUnavailable,
+)
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
 
 if TYPE_CHECKING:
@@ -94,13 +113,21 @@ class FakeRuntime:
         threads: Optional[int],
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
+        allow_fallback: bool = False,  # noqa: ARG002 - its devices are always there
     ) -> FakeModel:
         """Reads the file and carries out its ``create`` actions."""
         if device not in self.devices():
             raise OptionRejected(f"fake has no device {device!r}; it has {', '.join(self.devices())}")
         reader = OptionReader(self.name, options)
         noisy = reader.choice("mode", ("plain", "noisy"), default="plain") == "noisy"
-        return FakeModel(_parse(model), noisy=noisy, options=reader.finish(), threads=threads, given=shapes)
+        return FakeModel(
+            _parse(model),
+            wanted="" if device == "cpu" else device,
+            noisy=noisy,
+            options=reader.finish(),
+            threads=threads,
+            given=shapes,
+        )
 
 
 def _parse(file: Path) -> Mapping[str, Any]:
@@ -118,21 +145,25 @@ class FakeModel:
     """A model of the fake engine."""
 
     watch = None
+    device_fallback = ""
 
     def __init__(
         self,
         content: Mapping[str, Any],
         *,
+        wanted: str,
         noisy: bool,
         options: Mapping[str, str],
         threads: Optional[int],
         given: Mapping[str, Tuple[int, ...]],
     ) -> None:
         """Carries out the ``create`` actions; ``given`` settles open shapes."""
-        self._content = content
+        self.content = content
         self._noisy = noisy
         self._noise = _noise()
         self._closed = False
+        self.wanted = wanted
+        self.profiles = "profile" in content
         self.options = options
         self.threads = threads
         try:
@@ -150,8 +181,8 @@ class FakeModel:
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """A call that carries out the actions and returns outputs derived from the bytes of ``feeds``."""
         outputs = self._outputs(feeds)
-        steady: Sequence[Mapping[str, Any]] = self._content.get("inference", ())
-        first: Optional[Sequence[Mapping[str, Any]]] = self._content.get("first_inference")
+        steady: Sequence[Mapping[str, Any]] = self.content.get("inference", ())
+        first: Optional[Sequence[Mapping[str, Any]]] = self.content.get("first_inference")
         pending = [steady if first is None else first]
 
         def infer() -> object:
@@ -189,18 +220,51 @@ class FakeModel:
 
     def placement(self) -> Placement:
         """What the file says, labelled as a stand-in's; unknown when it says nothing."""
-        _act(self._content.get("placement", ()))
+        _act(self.content.get("placement", ()))
         if not self._ops:
             return placement.unknown("the fake model names no operation")
         return placement.known(
-            self._ops, evidence=Evidence.PARTITION, detail="as the fake model's file has it", standin=True
+            self._ops,
+            evidence=Evidence.PARTITION,
+            detail="as the fake model's file has it",
+            standin=True,
+            wanted=self.wanted,
         )
 
     def close(self) -> None:
         """Carries out the ``close`` actions, once."""
         if not self._closed:
             self._closed = True
-            _act(self._content.get("close", ()))
+            _act(self.content.get("close", ()))
+
+
+def profile(runtime: FakeRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]) -> Profile:
+    """Carries out the ``profile`` actions, unless the way of measuring called "actions" is to be avoided.
+
+    Then every inference takes a millisecond for each operation.
+    """
+    model = runtime.load(
+        request.model_path,
+        device=request.device,
+        threads=request.threads,
+        options=request.options,
+        shapes=request.shapes,
+    )
+    request.feeds(model.inputs)
+    if "actions" not in request.avoid:
+        request.trying("actions")
+        _act(model.content["profile"])
+    found = model.placement()
+    away = len(placement.fallen_back(found, model.wanted))
+    turns = list(runs())
+    return Profile(
+        method="fake profiler",
+        detail=f"fake profiler, {len(turns)} inferences",
+        units=tuple(op.unit for op in found.ops),
+        whole_seconds=(len(found.ops) * 1e-3,) * len(turns),
+        fallback_seconds=(away * 1e-3,) * len(turns) if model.wanted else (),
+        op_seconds={op.index: 1e-3 for op in found.ops},
+    )
 
 
 def _tensors(content: Mapping[str, Any], key: str, name: str) -> Tuple[TensorInfo, ...]:

@@ -1,8 +1,8 @@
 """ONNX Runtime. A device is an execution provider: ``cuda`` is CUDAExecutionProvider, and so on.
 
 ONNX Runtime runs on the CPU whatever a provider does not take, and with a missing provider everything,
-with no more than a line in its log. Here a device that takes nothing is an error, unless
-``allow_fallback=on``; with ``allow_fallback=off`` a single operation left on the CPU is one.
+with no more than a line in its log. Here a device that is not there, or takes nothing, is an error, unless
+fallback is allowed.
 
 Placement. From 1.24 on the session tells which provider took which node
 (`session.record_ep_graph_assignment_info`, InferenceSession.get_provider_graph_assignment_info): the
@@ -20,8 +20,9 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from boardbench.agent.bench import placement, shapes
 from boardbench.agent.bench.options import OptionReader
@@ -125,6 +126,7 @@ class OnnxRuntime:
         threads: Optional[int],
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
+        allow_fallback: bool = False,
     ) -> OnnxModel:
         """Creates the session and checks that the device took part."""
         self.version()
@@ -145,39 +147,35 @@ class OnnxRuntime:
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
             settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
         settings.enable_cpu_mem_arena = reader.switch("arena", default=True)
-        fallback = reader.choice("allow_fallback", ("partial", "on", "off"), default="partial")
         provider_options = reader.prefixed("provider.", "an option of the execution provider")
         in_force = reader.finish()
 
-        wanted = self._provider(device, fallback == "on")
+        wanted = self._provider(device, allow_fallback)
+        here = wanted in self._providers()
         if wanted == CPU and provider_options:
             raise OptionRejected(f"provider.KEY options belong to a device other than {device}")
         if wanted == f"OpenVINO{SUFFIX}" and "device_type" not in provider_options:
             # Said and not left to the provider's build, so that it is known where operations run.
             provider_options["device_type"] = in_force["provider.device_type"] = "CPU"
-        if wanted != CPU and fallback == "off":
-            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         return OnnxModel(
             ort,
             model,
             settings=settings,
-            providers=self._order(wanted, provider_options),
+            wanted="" if wanted == CPU else wanted,
+            providers=self._order(wanted, provider_options) if here else [(CPU, {})],
             device=device,
-            whole_fallback=fallback == "on",
+            allow_fallback=allow_fallback,
             threads=threads,
             options=in_force,
             given=shapes,
         )
 
     def _provider(self, device: str, may_be_missing: bool) -> str:
-        """The provider that a device stands for."""
-        for name in self._providers():
-            if name[: -len(SUFFIX)].lower() == device:
-                return name
-        if may_be_missing and any(
-            name[: -len(SUFFIX)].lower() == device for name in self._ort.get_all_providers()
-        ):
-            return CPU
+        """The provider that a device stands for; with ``may_be_missing`` also one that this build lacks."""
+        known = self._ort.get_all_providers() if may_be_missing else self._providers()
+        for name in known:
+            if name[: -len(SUFFIX)].lower() == device and name not in NOT_ENGINES:
+                return str(name)
         raise OptionRejected(
             f"this {self.version()} has no device {device!r}; it has {', '.join(self.devices())}. "
             "Another build of ONNX Runtime may have it (onnxruntime-gpu, onnxruntime-openvino, …)"
@@ -199,10 +197,21 @@ def _threads(threads: Optional[int], option: Optional[int]) -> Optional[int]:
     return option if threads is None else threads
 
 
+@dataclass(frozen=True)
+class Assigned:
+    """A node and the provider that runs it; ``part`` numbers what a provider took in one piece."""
+
+    provider: str
+    name: str
+    op_type: str
+    part: int
+
+
 class OnnxModel:
     """A model in a session."""
 
     watch = None
+    profiles = True
 
     def __init__(
         self,
@@ -210,9 +219,10 @@ class OnnxModel:
         model: Path,
         *,
         settings: Any,
+        wanted: str,
         providers: Sequence[Tuple[str, Mapping[str, str]]],
         device: str,
-        whole_fallback: bool,
+        allow_fallback: bool,
         threads: Optional[int],
         options: Mapping[str, str],
         given: Mapping[str, Tuple[int, ...]],
@@ -222,6 +232,7 @@ class OnnxModel:
         self._model = model
         self._settings = settings
         self._providers = [(name, dict(entries)) for name, entries in providers]
+        self.wanted = wanted
         self.options = options
         self.threads = threads
         self._feeds: Tensors = {}
@@ -231,8 +242,13 @@ class OnnxModel:
         self.inputs = shapes.settle([_input(node, model) for node in self._session.get_inputs()], given)
         self.outputs = tuple(_output(node) for node in self._session.get_outputs())
         self._output_names = [tensor.name for tensor in self.outputs]
-        if not whole_fallback:
-            self._check_device(device)
+        fault = self._fault()
+        if fault and not allow_fallback:
+            raise ModelRejected(
+                f"{model.name} on {device}: the provider {wanted} {fault}. Its log tells why; "
+                "to measure the fallback, allow it (--allow-fallback)"
+            )
+        self.device_fallback = f"all runs on the CPU: the provider {wanted} {fault}" if fault else ""
 
     def _create(self, settings: Any) -> Any:
         try:
@@ -246,21 +262,18 @@ class OnnxModel:
         session.disable_fallback()  # else a failing provider is replaced by the CPU in mid-run
         return session
 
-    def _check_device(self, device: str) -> None:
-        wanted = self._providers[0][0]
-        if wanted == CPU:
-            return
-        taken = self._assigned()
-        if wanted not in self._session.get_providers():
-            fault = "could not be started, so that everything would run on the CPU"
-        elif taken is not None and not any(provider == wanted for provider, _, _ in taken):
-            fault = "takes none of its operations: all would run on the CPU"
-        else:
-            return
-        raise ModelRejected(
-            f"{self._model.name} on {device}: the provider {wanted} {fault}. Its log tells why; "
-            "to measure the fallback give the option allow_fallback=on"
-        )
+    def _fault(self) -> str:
+        """Why the provider that was asked for has no part in this; empty when it has, or there is none."""
+        if not self.wanted:
+            return ""
+        if self.wanted not in (name for name, _ in self._providers):
+            return "is not in this build of ONNX Runtime"
+        if self.wanted not in self._session.get_providers():
+            return "could not be started, so that everything would run on the CPU"
+        taken = self.assigned()
+        if taken is not None and not any(node.provider == self.wanted for node in taken):
+            return "takes none of its operations: all would run on the CPU"
+        return ""
 
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """``InferenceSession.run`` itself with its arguments: it returns with the outputs in host memory."""
@@ -277,12 +290,12 @@ class OnnxModel:
 
     def placement(self) -> Placement:
         """Per node, by the session's own record or by a profile of one inference."""
-        assigned = self._assigned()
+        assigned = self.assigned()
         if assigned is not None:
             how = "nodes as providers chose them: after the basic optimisations, before fusion"
             return self._place(assigned, Evidence.PARTITION, how)
         try:
-            profiled = self._profile()
+            profiled = self._profiled_nodes()
         except MemoryError:
             raise
         except Exception as error:  # a session under a profiler needs memory and a place for its file
@@ -293,62 +306,88 @@ class OnnxModel:
         how = "nodes as they ran under the profiler, fused"
         return self._place(profiled, Evidence.PROFILED, how)
 
-    def _place(self, nodes: Sequence[Tuple[str, str, str]], evidence: Evidence, how: str) -> Placement:
+    def _place(self, nodes: Sequence[Assigned], evidence: Evidence, how: str) -> Placement:
         options = dict(self._providers)
         ops = []
-        for index, (provider, name, op_type) in enumerate(nodes):
-            unit = unit_of(provider, options.get(provider, {}))
+        for index, node in enumerate(nodes):
+            unit = unit_of(node.provider, options.get(node.provider, {}))
             ops.append(
                 OpPlacement(
                     index=index,
-                    type=op_type,
-                    name=name,
+                    type=node.op_type,
+                    name=node.name,
                     unit=unit,
-                    delegate="" if unit is Unit.CPU else provider,
+                    delegate="" if unit is Unit.CPU else node.provider,
                 )
             )
-        counts = Counter(provider for provider, _, _ in nodes)
+        counts = Counter(node.provider for node in nodes)
         taken = "; ".join(
             f"{number} of {len(ops)} nodes on {provider}" for provider, number in counts.most_common()
         )
         order = ", listed provider by provider" if len(counts) > 1 and evidence is Evidence.PARTITION else ""
         detail = f"{taken or 'no node is left to run'} ({how}{order})"
-        return placement.known(ops, evidence=evidence, detail=detail)
+        return placement.known(ops, evidence=evidence, detail=detail, wanted=self.wanted)
 
-    def _assigned(self) -> Optional[List[Tuple[str, str, str]]]:
-        """(provider, node name, op type) of every node; None where this version does not tell."""
+    def assigned(self) -> Optional[List[Assigned]]:
+        """Every node with its provider; None where this version does not tell."""
         try:
             parts = self._session.get_provider_graph_assignment_info()
         except AttributeError:
             return None
         return [
-            (part.ep_name, node.name, f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
-            for part in parts
+            Assigned(
+                provider=part.ep_name,
+                name=node.name,
+                op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
+                part=at,
+            )
+            for at, part in enumerate(parts)
             for node in part.get_nodes()
         ]
 
-    def _profile(self) -> List[Tuple[str, str, str]]:
-        """The same from a profile of one inference in a session of its own."""
+    def profile(self, runs: Iterable[object]) -> List[Mapping[str, Any]]:
+        """The events of a profile, in a session of its own: one inference, then one for each of ``runs``."""
         with tempfile.TemporaryDirectory(prefix="boardbench-profile-") as folder:
             self._settings.enable_profiling = True
             self._settings.profile_file_prefix = str(Path(folder) / "ort")
             try:
                 session = self._create(self._settings)
                 session.run(self._output_names, dict(self._feeds))
+                for _ in runs:
+                    session.run(self._output_names, dict(self._feeds))
                 events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
             finally:
                 self._settings.enable_profiling = False
-        suffix = "_kernel_time"
+        return [event for event in events if isinstance(event, dict)]
+
+    def _profiled_nodes(self) -> List[Assigned]:
         return [
-            (event["args"]["provider"], event["name"][: -len(suffix)], event["args"]["op_name"])
-            for event in events
-            if event.get("cat") == "Node" and event["name"].endswith(suffix) and event["args"].get("provider")
+            Assigned(event["args"]["provider"], node_name(event), event["args"]["op_name"], part=at)
+            for at, event in enumerate(self.profile(()))
+            if is_kernel(event)
         ]
 
     def close(self) -> None:
         """Drops the session."""
         self._session = None
         self._feeds = {}
+
+
+def is_kernel(event: Mapping[str, Any]) -> bool:
+    """Whether an event of a profile is a node that ran."""
+    return (
+        event.get("cat") == "Node"
+        and str(event["name"]).endswith(_KERNEL_SUFFIX)
+        and bool(event["args"].get("provider"))
+    )
+
+
+def node_name(event: Mapping[str, Any]) -> str:
+    """The node of such an event."""
+    return str(event["name"])[: -len(_KERNEL_SUFFIX)]
+
+
+_KERNEL_SUFFIX = "_kernel_time"
 
 
 def unit_of(provider: str, options: Mapping[str, str]) -> Unit:
@@ -403,8 +442,6 @@ def _rejected(model: Path, error: Exception) -> ModelRejected:
         todo = "it uses an operation that this build does not have: update onnxruntime, or export without it"
     elif "opset" in lower or "ir version" in lower:
         todo = "it is newer than this engine: update onnxruntime, or export with an older opset or IR version"
-    elif "fallback to cpu ep has been explicitly disabled" in lower:
-        todo = "operations are left on the CPU, and the option allow_fallback=off forbids that"
     elif re.search("protobuf parsing failed|no graph was found|modelproto does not have a graph", lower):
         todo = "is the file whole, and is it an ONNX model?"
     else:

@@ -18,7 +18,7 @@ import importlib
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
@@ -31,7 +31,15 @@ from boardbench.agent.bench.runtime import (
     OptionRejected,
     RuntimeUnavailable,
 )
-from boardbench.agent.bench.runtimes import edgetpu
+from boardbench.agent.bench.runtimes import edgetpu, tflite_causes
+from boardbench.agent.bench.runtimes.tflite_parts import (
+    DELEGATE_NODE,
+    Node,
+    closure,
+    crossings_of,
+    nodes_of,
+    originals_of,
+)
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
 
 if TYPE_CHECKING:
@@ -40,7 +48,6 @@ if TYPE_CHECKING:
 PACKAGES = (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime"))
 """Module and distribution, the preferred first."""
 
-DELEGATE_NODE = "DELEGATE"
 CONTROL_FLOW = ("CALL", "CALL_ONCE", "IF", "WHILE")
 XNNPACK = "TfLiteXNNPackDelegate"
 """What the delegate calls itself (tensorflow/lite/delegates/xnnpack/xnnpack_delegate.cc)."""
@@ -77,6 +84,7 @@ class TfliteRuntime:
         threads: Optional[int],
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
+        allow_fallback: bool = False,
     ) -> TfliteModel:
         """Creates the interpreter, resizes what is open, allocates."""
         self.version()
@@ -96,15 +104,22 @@ class TfliteRuntime:
             raise OptionRejected(
                 "delegate.KEY options belong to a delegate: give delegate=PATH or the device edgetpu too"
             )
-        external = None
+        external, device_fallback = None, ""
         if library is not None:
-            external = External.load(
-                self._module, library, delegate_options, wanted=device, sys_root=self.sys_root
-            )
+            try:
+                external = External.load(
+                    self._module, library, delegate_options, wanted=device, sys_root=self.sys_root
+                )
+            except RuntimeUnavailable as error:
+                if not allow_fallback:
+                    raise
+                device_fallback = f"all runs on the CPU: {error}"
         return TfliteModel(
             self._module,
             model,
             external=external,
+            wanted="" if library is None else Path(library).name,
+            device_fallback=device_fallback,
             xnnpack=xnnpack,
             threads=threads,
             options=in_force,
@@ -145,6 +160,37 @@ class External:
         )
 
 
+@dataclass(frozen=True)
+class Maker:
+    """Makes interpreters that are set up as the one of a model was."""
+
+    module: Any
+    external: Optional[External]
+    xnnpack: bool
+    threads: Optional[int]
+
+    def interpreter(self, model: Path, external: Optional[External], **more: object) -> Any:
+        """An interpreter for a file, with a delegate that no other interpreter has."""
+        types = self.module.OpResolverType
+        return self.module.Interpreter(
+            model_path=str(model),
+            experimental_delegates=None if external is None else [external.handle],
+            num_threads=self.threads,
+            experimental_op_resolver_type=(
+                types.AUTO if self.xnnpack else types.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            ),
+            **more,
+        )
+
+    def another(self) -> External:
+        """The delegate once more. Raises RuntimeUnavailable."""
+        assert self.external is not None
+        handle = edgetpu.load_delegate(
+            self.module, self.external.library, self.external.options, sys_root=self.external.sys_root
+        )
+        return replace(self.external, handle=handle)
+
+
 def _import() -> Tuple[Any, str]:
     """The interpreter module and "package version". Raises RuntimeUnavailable with every reason."""
     reasons = []
@@ -174,12 +220,16 @@ def _package_version(module: str, package: str) -> str:
 class TfliteModel:
     """A model in an interpreter. The first subgraph is what runs: the model's main one."""
 
+    profiles = True
+
     def __init__(
         self,
         module: Any,
         model: Path,
         *,
         external: Optional[External],
+        wanted: str,
+        device_fallback: str,
         xnnpack: bool,
         threads: Optional[int],
         options: Mapping[str, str],
@@ -188,19 +238,16 @@ class TfliteModel:
         """Creates, resizes, allocates."""
         self._model = model
         self._external = external
+        self.wanted = wanted
+        self.device_fallback = device_fallback
         self._watch: Optional[edgetpu.EdgeTpuWatch] = None
         self.options = options
         self.threads = 1 if threads is None else threads  # the interpreter's own default
-        resolver = (
-            module.OpResolverType.AUTO if xnnpack else module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        )
+        # Without the handle, so that the delegate ends when the model is closed.
+        kind = None if external is None else replace(external, handle=None)
+        self.maker = Maker(module, kind, xnnpack=xnnpack, threads=threads)
         try:
-            self._interpreter: Any = module.Interpreter(
-                model_path=str(model),
-                experimental_delegates=None if external is None else [external.handle],
-                num_threads=threads,
-                experimental_op_resolver_type=resolver,
-            )
+            self._interpreter: Any = self.maker.interpreter(model, external)
             self._nodes_before_default_delegates = _node_count(self._interpreter)
             self._took_nothing = external is not None and not _has_delegate(self._interpreter)
             declared = self._interpreter.get_input_details()
@@ -227,6 +274,20 @@ class TfliteModel:
         self.outputs = tuple(_tensor(detail, name) for detail, name in zip(outputs, output_names))
         self._input_indices = {tensor.name: detail["index"] for tensor, detail in zip(self.inputs, declared)}
         self._output_indices = {name: detail["index"] for name, detail in zip(output_names, outputs)}
+
+    @property
+    def input_indices(self) -> Mapping[str, int]:
+        """Tensor of every input by its name."""
+        return self._input_indices
+
+    @property
+    def output_indices(self) -> Mapping[str, int]:
+        """Tensor of every output by its name."""
+        return self._output_indices
+
+    def nodes(self) -> List[Node]:
+        """The nodes after delegation; raises AttributeError where the interpreter does not tell."""
+        return nodes_of(self._interpreter)
 
     @property
     def watch(self) -> Optional[AcceleratorWatch]:
@@ -256,13 +317,13 @@ class TfliteModel:
     def placement(self) -> Placement:
         """Per original node, by the closure of each DELEGATE node."""
         try:
-            nodes = _nodes(self._interpreter)
+            nodes = self.nodes()
         except AttributeError as error:
             return placement.unknown(
                 f"this interpreter does not tell its nodes ({error}), so it is not known what its "
                 "delegates took"
             )
-        return _place(
+        found = _place(
             nodes,
             outputs=set(self._output_indices.values()),
             external_before=self._nodes_before_default_delegates,
@@ -270,6 +331,13 @@ class TfliteModel:
             other_subgraphs=_other_subgraphs(self._interpreter),
             tensor_name=self._tensor_name,
         )
+        if not self.wanted:
+            return found
+        ends = {"inputs": self._input_indices.values(), "outputs": self._output_indices.values()}
+        found = replace(found, crossings=crossings_of(self._interpreter, found.ops, self.wanted, **ends))
+        if self._external is not None and self._external.unit is Unit.TPU:
+            found = tflite_causes.with_causes(found, self._model, self.wanted)
+        return found
 
     def _tensor_name(self, index: int) -> str:
         return str(self._interpreter._interpreter.TensorName(index, 0))
@@ -343,28 +411,6 @@ def _rejected(model: Path, error: Exception, *, delegated: bool) -> ModelRejecte
     return ModelRejected(f"tflite refuses {model.name}: {todo} (it said: {said[:500]})")
 
 
-@dataclass(frozen=True)
-class Node:
-    """A node of the first subgraph; tensors by index, absent optional ones left out."""
-
-    name: str
-    inputs: Tuple[int, ...]
-    outputs: Tuple[int, ...]
-
-
-def _nodes(interpreter: Any) -> List[Node]:
-    # The wrapper and not _get_ops_details: that one fails at any tensor whose type NumPy lacks.
-    wrapper = interpreter._interpreter
-    return [
-        Node(
-            name=str(wrapper.NodeName(at)),
-            inputs=tuple(int(tensor) for tensor in wrapper.NodeInputs(at) if tensor >= 0),
-            outputs=tuple(int(tensor) for tensor in wrapper.NodeOutputs(at) if tensor >= 0),
-        )
-        for at in range(wrapper.NumNodes())
-    ]
-
-
 def _node_count(interpreter: Any) -> Optional[int]:
     try:
         return int(interpreter._interpreter.NumNodes())
@@ -375,7 +421,7 @@ def _node_count(interpreter: Any) -> Optional[int]:
 def _has_delegate(interpreter: Any) -> bool:
     """Whether a delegate has taken anything so far; True where the interpreter does not tell."""
     try:
-        return any(node.name == DELEGATE_NODE for node in _nodes(interpreter))
+        return any(node.name == DELEGATE_NODE for node in nodes_of(interpreter))
     except AttributeError:
         return True
 
@@ -403,12 +449,12 @@ def _place(
     """
     library = "" if external is None else Path(external.library).name
     standin = external is not None and external.standin
-    originals = {at: node for at, node in enumerate(nodes) if node.name != DELEGATE_NODE}
+    originals = originals_of(nodes)
     delegates = {at: node for at, node in enumerate(nodes) if node.name == DELEGATE_NODE}
     producer = {tensor: at for at, node in originals.items() for tensor in node.outputs}
     unit_of: Dict[int, Tuple[Unit, str]] = {}
     for at, delegate in delegates.items():
-        taken = _closure(delegate, originals, producer)
+        taken = closure(delegate, originals, producer)
         if not taken or not taken.isdisjoint(unit_of):
             return placement.unknown(
                 f"the tensors of delegate node {at} do not tell which operations it took, so where they run "
@@ -437,28 +483,13 @@ def _place(
         for position, at in enumerate(originals)
     ]
     detail = _detail(ops, len(delegates), other_subgraphs)
-    return placement.known(ops, evidence=Evidence.PARTITION, detail=detail, standin=standin)
-
-
-def _closure(delegate: Node, originals: Mapping[int, Node], producer: Mapping[int, int]) -> Set[int]:
-    """Original nodes between a delegate's outputs and its inputs."""
-    stop = set(delegate.inputs)
-    taken: Set[int] = set()
-    pending = list(delegate.outputs)
-    while pending:
-        tensor = pending.pop()
-        at = producer.get(tensor)
-        if tensor in stop or at is None or at in taken:
-            continue
-        taken.add(at)
-        pending.extend(originals[at].inputs)
-    return taken
+    return placement.known(ops, evidence=Evidence.PARTITION, detail=detail, standin=standin, wanted=library)
 
 
 def _dead_ends(originals: Mapping[int, Node], producer: Mapping[int, int], outputs: Set[int]) -> Set[int]:
     """Original nodes from which no path leads to an output of the model."""
     everything = Node(name="", inputs=(), outputs=tuple(outputs))
-    return set(originals) - _closure(everything, originals, producer)
+    return set(originals) - closure(everything, originals, producer)
 
 
 def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: Optional[int]) -> str:
