@@ -373,8 +373,8 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 # What an agent that waits has no use for: engines and what they stand on, and what costs megabytes.
 BANNED = (
     "numpy", "onnxruntime", "ai_edge_litert", "tflite_runtime", "onnx", "flatbuffers", "click", "rich",
-    "sqlite3", "prometheus_client", "aiohttp", "psutil", "ssl", "multiprocessing", "importlib.metadata",
-    "email", "xml", "ctypes", "shutil", "tempfile", "asyncio.__main__", "unittest",
+    "sqlite3", "prometheus_client", "aiohttp", "psutil", "ssl", "hashlib", "multiprocessing",
+    "importlib.metadata", "email", "xml", "ctypes", "shutil", "tempfile", "asyncio.__main__", "unittest",
 )  # fmt: skip
 
 

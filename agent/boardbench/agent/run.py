@@ -380,6 +380,7 @@ class Attempt:
                 self._stage_deadline.cancel()
             if self._worker is not None:
                 self._worker.kill()
+                await self._worker.ended()
             if watching is not None:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

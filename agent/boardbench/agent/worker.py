@@ -151,8 +151,11 @@ async def start(
     lines, tail = _Lines(on_line, on_flood), _Tail()
     worker = Worker(process, lines, tail)
     try:
-        await loop.connect_read_pipe(lambda: lines, os.fdopen(events_in, "rb", buffering=0))
-        await loop.connect_read_pipe(lambda: tail, os.fdopen(output_in, "rb", buffering=0))
+        with contextlib.ExitStack() as unread:
+            unread.callback(os.close, output_in)
+            await loop.connect_read_pipe(lambda: lines, os.fdopen(events_in, "rb", buffering=0))
+            unread.pop_all()
+            await loop.connect_read_pipe(lambda: tail, os.fdopen(output_in, "rb", buffering=0))
     except BaseException:
         worker.kill()
         await worker.ended()
