@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from boardbench.agent import folder, wire
 from boardbench.agent.config import AgentConfig
+from boardbench.agent.drift import Placements
 from boardbench.agent.errors import (
     AgentError,
     DiskFull,
@@ -109,6 +110,7 @@ class Runs:
         store: ModelStore,
         spool: Spool,
         journal: Journal,
+        placements: Placements,
         engines: Engines,
         identify: Callable[[], board_pb2.Board],
         scratch: Path,
@@ -118,6 +120,7 @@ class Runs:
         self._store = store
         self._spool = spool
         self._journal = journal
+        self._placements = placements
         self._engines = engines
         self._identify = identify
         self._scratch = scratch
@@ -338,7 +341,12 @@ class Runs:
                 return
             if result is None:
                 result = await self._measure(run, plan_)
+        drifted = await asyncio.to_thread(self._placements.compare, result)
+        if drifted is not None:
+            result.warnings.append(drifted)
+            run.emit(drifted)
         await self._finish(run, result)
+        await asyncio.to_thread(self._placements.remember, result)
 
     async def _measure(self, run: _Run, plan_: Plan) -> result_pb2.RunResult:
         order = run.order

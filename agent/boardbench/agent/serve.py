@@ -20,6 +20,7 @@ from grpc_health.v1._async import HealthServicer
 from boardbench.agent import folder, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig, parse_address
+from boardbench.agent.drift import Placements
 from boardbench.agent.errors import ConfigurationError, StorageError
 from boardbench.agent.journal import Journal
 from boardbench.agent.probe import Engines
@@ -119,7 +120,8 @@ class _Agent:
             await probe
             await asyncio.Event().wait()
         finally:
-            probe.cancel()
+            # Not cancelled: it sees its child to the end, which comes at once.
+            self._engines.close()
             await asyncio.gather(probe, return_exceptions=True)
 
     async def _probe(self) -> None:
@@ -150,7 +152,8 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         engines = Engines(config, scratch)
         try:
             journal = Journal(data_dir / "runs", config.runs.kept_limit, config.runs.kept_bytes)
-            runs = Runs(config, store, spool, journal, engines, describe_board, scratch)
+            placements = Placements(data_dir / "placements")
+            runs = Runs(config, store, spool, journal, placements, engines, describe_board, scratch)
             await runs.recover()
         except OSError as error:
             raise StorageError(f"{data_dir / 'runs'}: can't be read: {error}; check the disk") from error
