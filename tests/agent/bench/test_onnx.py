@@ -233,9 +233,9 @@ def test_a_device_that_takes_no_part_is_an_error_unless_that_is_allowed(
     real = onnx.OnnxModel._create
 
     def create(self: onnx.OnnxModel, settings: Any) -> Any:
-        named, self._providers = self._providers, [(onnx.CPU, {})]
+        named, self.providers = self.providers, [(onnx.CPU, {})]
         session = real(self, settings)
-        self._providers = named
+        self.providers = named
         monkeypatch.setattr(session, "get_providers", lambda: providers)
         return session
 

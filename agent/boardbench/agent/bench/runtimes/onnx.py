@@ -81,6 +81,8 @@ LEVELS: Mapping[str, str] = {
 
 MOST_THREADS = 1024
 
+_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+
 
 class OnnxRuntime:
     """The engine."""
@@ -170,6 +172,22 @@ class OnnxRuntime:
             given=shapes,
         )
 
+    def assignment(
+        self, model: bytes, providers: Sequence[Tuple[str, Mapping[str, str]]]
+    ) -> Optional[List[Assigned]]:
+        """Where nodes of a small model would run; None where this version does not tell.
+
+        As they are: nothing is optimised away. Raises what the engine raises.
+        """
+        settings = self._ort.SessionOptions()
+        settings.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.intra_op_num_threads = 1
+        settings.log_severity_level = 4  # what is refused is an answer here, and no error
+        settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
+        return _assigned(
+            self._ort.InferenceSession(model, settings, providers=list(providers), enable_fallback=0)
+        )
+
     def _provider(self, device: str, may_be_missing: bool) -> str:
         """The provider that a device stands for; with ``may_be_missing`` also one that this build lacks."""
         known = self._ort.get_all_providers() if may_be_missing else self._providers()
@@ -231,13 +249,13 @@ class OnnxModel:
         self._ort = ort
         self._model = model
         self._settings = settings
-        self._providers = [(name, dict(entries)) for name, entries in providers]
+        self.providers = [(name, dict(entries)) for name, entries in providers]
         self.wanted = wanted
         self.options = options
         self.threads = threads
         self._feeds: Tensors = {}
         # Costs nothing after the session is made; older versions pass over keys they don't know.
-        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         self._session: Any = self._create(settings)
         self.inputs = shapes.settle([_input(node, model) for node in self._session.get_inputs()], given)
         self.outputs = tuple(_output(node) for node in self._session.get_outputs())
@@ -253,7 +271,7 @@ class OnnxModel:
     def _create(self, settings: Any) -> Any:
         try:
             session = self._ort.InferenceSession(
-                str(self._model), settings, providers=self._providers, enable_fallback=0
+                str(self._model), settings, providers=self.providers, enable_fallback=0
             )
         except MemoryError:
             raise
@@ -266,7 +284,7 @@ class OnnxModel:
         """Why the provider that was asked for has no part in this; empty when it has, or there is none."""
         if not self.wanted:
             return ""
-        if self.wanted not in (name for name, _ in self._providers):
+        if self.wanted not in (name for name, _ in self.providers):
             return "is not in this build of ONNX Runtime"
         if self.wanted not in self._session.get_providers():
             return "could not be started, so that everything would run on the CPU"
@@ -307,7 +325,7 @@ class OnnxModel:
         return self._place(profiled, Evidence.PROFILED, how)
 
     def _place(self, nodes: Sequence[Assigned], evidence: Evidence, how: str) -> Placement:
-        options = dict(self._providers)
+        options = dict(self.providers)
         ops = []
         for index, node in enumerate(nodes):
             unit = unit_of(node.provider, options.get(node.provider, {}))
@@ -330,20 +348,7 @@ class OnnxModel:
 
     def assigned(self) -> Optional[List[Assigned]]:
         """Every node with its provider; None where this version does not tell."""
-        try:
-            parts = self._session.get_provider_graph_assignment_info()
-        except AttributeError:
-            return None
-        return [
-            Assigned(
-                provider=part.ep_name,
-                name=node.name,
-                op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
-                part=at,
-            )
-            for at, part in enumerate(parts)
-            for node in part.get_nodes()
-        ]
+        return _assigned(self._session)
 
     def profile(self, runs: Iterable[object]) -> List[Mapping[str, Any]]:
         """The events of a profile, in a session of its own: one inference, then one for each of ``runs``."""
@@ -371,6 +376,23 @@ class OnnxModel:
         """Drops the session."""
         self._session = None
         self._feeds = {}
+
+
+def _assigned(session: Any) -> Optional[List[Assigned]]:
+    try:
+        parts = session.get_provider_graph_assignment_info()
+    except AttributeError:
+        return None
+    return [
+        Assigned(
+            provider=part.ep_name,
+            name=node.name,
+            op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
+            part=at,
+        )
+        for at, part in enumerate(parts)
+        for node in part.get_nodes()
+    ]
 
 
 def is_kernel(event: Mapping[str, Any]) -> bool:
