@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -33,8 +34,8 @@ class Check:
 
     def line(self) -> str:
         sign = "≥" if self.at_least else "≤"
-        verdict = "ok    " if self.holds else "MISSED"
-        return f"{verdict}  {self.what}: {self.value:.4g} {self.unit} ({sign} {self.limit:g})"
+        verdict = "ok" if self.holds else "MISSED"
+        return f"{verdict}: {self.what}: {self.value:.4g} {self.unit} ({sign} {self.limit:g})"
 
 
 @dataclasses.dataclass
@@ -62,6 +63,18 @@ class Report:
             if number == 0:
                 lines.append("  ".join("-" * width for width in widths))
         return "\n".join([*lines, "", *(check.line() for check in self.checks)])
+
+    def markdown(self) -> str:
+        rows = [[_cell(value) for value in row] for row in self.rows]
+        table = [list(self.columns), ["---", *["---:"] * (len(self.columns) - 1)], *rows]
+        return "\n".join(
+            [
+                f"### {self.name[0].upper()}{self.name[1:]}\n\n{self.method}\n",
+                *("| " + " | ".join(row) + " |" for row in table),
+                "",
+                *(f"- {check.line()}" for check in self.checks),
+            ]
+        )
 
     def json(self) -> dict[str, Any]:
         return {
@@ -107,6 +120,7 @@ def run(
     """Parses the command line, measures, prints; 0 when every check holds, else 1."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--readme", action="store_true", help="write the figures into README.md as well")
     for _, add_arguments in benchmarks:
         add_arguments(parser)
     arguments = parser.parse_args()
@@ -121,7 +135,25 @@ def run(
     if arguments.json:
         found = {"machine": before, "reports": [report.json() for report in reports]}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.readme:
+        _write_readme(before, reports)
     return 0 if all(check.holds for report in reports for check in report.checks) else 1
+
+
+def _write_readme(before: dict[str, Any], reports: Sequence[Report]) -> None:
+    path = Path(__file__).with_name("README.md")
+    begin, end = "<!-- figures: written by `all.py --readme` -->\n", "<!-- end of figures -->"
+    head, _, rest = path.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    packages = ", ".join(f"{name} {version}" for name, version in before["packages"].items() if version)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    machine_line = (
+        f"{today}: {before['cpu']}, {before['processors']} processors, "
+        f"{before['architecture']}, Linux {before['kernel']}, Python {before['python']}, load average "
+        f"{before['load_average']:.2f} at the start; {packages}."
+    )
+    figures = "\n\n".join([machine_line, *(report.markdown() for report in reports)])
+    path.write_text(f"{head}{begin}\n{figures}\n\n{end}{tail}")
 
 
 def note(text: str) -> None:

@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             assert done.already_present and not sent, "the second push sent bytes"
             speeds.append(size / _MB / (end - begin))
             whole_speeds.append(size / _MB / (end - opened))
-            growths.append(growth / (1 << 20))
+            growths.append(growth / _MB)
             seconds_again.append(again_seconds)
             connected.append(begin - hashed)
             rows.append(
@@ -85,11 +85,11 @@ def measure(arguments: argparse.Namespace) -> Report:
         "transfer: from the first message to the agent's answer that the file is verified and on the disk; "
         "with hash: the client's own hashing before it included; copy: the same bytes read, written, synced "
         "by one process; memory: peak of the agent's resident set during the push less what it was before",
-        ("push", "transfer MB/s", "with hash MB/s", "copy MB/s", "memory MiB", "second push ms"),
+        ("push", "transfer MB/s", "with hash MB/s", "copy MB/s", "memory MB", "second push ms"),
         rows,
         [
             Check("upload, median", statistics.median(speeds), 200, "MB/s", at_least=True),
-            Check("memory that the agent grows by, largest", max(growths), 32, "MiB"),
+            Check("memory that the agent grows by, largest", max(growths), 32, "MB"),
             Check(
                 "second push, connected to answered, median",
                 statistics.median(seconds_again) * 1e3,

@@ -478,7 +478,12 @@ class House:
 def house(module_programs: Programs) -> House:
     """A collector and an agent, shared by the tests of a module."""
     collector = module_programs.collector()
-    return House(module_programs, collector, module_programs.agent(collector=collector.address))
+    agent = module_programs.agent(collector=collector.address)
+    eventually(
+        "the board is up",
+        lambda: collector.metric("boardbench_device_up", device=agent.device_id),
+    )
+    return House(module_programs, collector, agent)
 
 
 @pytest.fixture(name="eventually")
