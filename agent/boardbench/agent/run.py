@@ -579,7 +579,7 @@ class Attempt:
             result.status = result_pb2.RUN_STATUS_CANCELLED
         result.warnings.extend(self._warnings)
         if result.placement.standin and "standin" not in " ".join(result.standins):
-            result.standins.append(f"standin-{spec.device}")
+            result.standins.append(f"standin-{spec.device if spec.device != 'cpu' else spec.runtime}")
         return result
 
     def _take_report(
