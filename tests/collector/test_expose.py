@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,9 @@ def snapshot(
     left_out: dict[str, int] | None = None,
     outcomes: tuple[Outcomes, ...] = (),
     tally: Tally | None = None,
+    drifts: int | None = None,
 ) -> Snapshot:
-    latest = tuple(LatestResult(result.board.device_id, NOW - 1, result) for result in results)
+    latest = tuple(LatestResult(result.board.device_id, NOW - 1, result, drifts) for result in results)
     return Snapshot(
         at=NOW,
         devices=tuple(devices),
@@ -89,9 +91,26 @@ def board(make_hello: MakeHello) -> Callable[..., DeviceView]:
     return make
 
 
+def costly() -> result_pb2.RunResult:
+    """A run of which nothing is known but that ops fell back, and what it cost."""
+    result = result_pb2.RunResult(run_id="run-3", status=result_pb2.RUN_STATUS_SUCCEEDED)
+    result.board.device_id, result.model.name, result.model.sha256 = "pi5", "deeplab.tflite", "beef" * 16
+    result.runtime.name, result.runtime.device = "tflite", "edgetpu"
+    placement = result.placement
+    placement.evidence = placement_pb2.EVIDENCE_PARTITION
+    placement.verdict = placement_pb2.PLACEMENT_VERDICT_PARTLY
+    placement.units.add(unit=placement_pb2.UNIT_TPU, ops=64)
+    placement.units.add(unit=placement_pb2.UNIT_CPU, ops=8)
+    cost = placement.fallback_cost
+    cost.share, cost.share_low, cost.share_high = 0.34, 0.31, 0.37
+    cost.seconds, cost.latency_without_seconds = 0.0041, 0.008
+    placement.crossings.count, placement.crossings.bytes = 2, 110_592
+    return result
+
+
 @pytest.fixture
 def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot:
-    """Two boards, one gone; a known and an unknown placement; something of everything."""
+    """Two boards, one gone; a known, an unknown and a costly placement; something of everything."""
     unknown = make_result(
         "run-2", device_id="pi4", model="net.onnx", sha256="feed" * 16, runtime="onnxruntime"
     )
@@ -101,7 +120,8 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
     tally = Tally(stored=5, duplicates=2, store_failures=1, streams=3, superseded=1, silent=1)
     tally.refused.update({"run_id": 1, "too_large": 2})
     return snapshot(
-        [unknown, make_result("run-1")],
+        [unknown, make_result("run-1"), costly()],
+        drifts=2,
         devices=[board("pi4", up=False, heartbeat=None, last_seen_at=NOW - 300), board("pi5")],
         left_out={"pi5": 7},
         outcomes=(Outcomes("pi4", 1, 1), Outcomes("pi5", 1, 3), Outcomes("pi5", 2, 1), Outcomes("pi5", 9, 1)),
@@ -110,6 +130,9 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
 
 
 def test_golden_exposition(whole: Snapshot) -> None:
+    """After a wanted change: BOARDBENCH_WRITE_GOLDEN=1, run, read the difference, commit it."""
+    if os.environ.get("BOARDBENCH_WRITE_GOLDEN"):
+        GOLDEN.write_text(expose(whole))
     assert expose(whole) == GOLDEN.read_text()
 
 
@@ -202,6 +225,23 @@ def test_what_is_absent_has_no_series(make_result: MakeResult, board: Callable[.
         "boardbench_agent_info",
         "boardbench_device_results_left_out",
     }
+
+
+def test_drifts_have_a_series_once_a_placement_was_known(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    text = expose(snapshot([make_result()], devices=[board()], drifts=0))
+    assert [value for _, value in series(text, "boardbench_placement_drifts_total")] == [0]
+    assert "boardbench_placement_drifts_total" not in expose(snapshot([make_result()], devices=[board()]))
+
+
+def test_bytes_that_are_not_told_are_not_zero(board: Callable[..., DeviceView]) -> None:
+    result = costly()
+    result.placement.crossings.ClearField("bytes")
+    result.placement.ClearField("fallback_cost")
+    shown = names(expose(snapshot([result], devices=[board()])))
+    assert "boardbench_crossings" in shown
+    assert not {name for name in shown if "crossing_bytes" in name or "fallback" in name}
 
 
 def test_a_figure_that_is_no_number_is_left_out(

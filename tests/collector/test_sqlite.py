@@ -14,7 +14,7 @@ from boardbench.collector.errors import OutOfOrder, StoreDamaged, StoreForeign, 
 from boardbench.collector.store import ResultFilter
 from boardbench.collector.stores import sqlite_schema
 from boardbench.collector.stores.sqlite import SqliteResultStore
-from boardbench.v1 import collector_pb2, result_pb2
+from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
@@ -101,6 +101,36 @@ async def test_version_1_is_brought_up_to_date(old_store: Path, make_result: Mak
     # And it goes on.
     assert await store.append("pi5", "spool-1", 3, make_result("run-3")) is False
     assert await store.append("pi5", "spool-1", 4, make_result("run-5")) is True
+    await store.close()
+
+
+async def test_version_3_knows_where_ops_were_before(old_store: Path, make_result: MakeResult) -> None:
+    store = await SqliteResultStore.open(old_store)
+    assert [entry.drifts for entry in (await store.latest(received_since=0, per_device=9)).results] == [0, 0]
+    moved = make_result("run-9")
+    moved.placement.ops[3].unit = placement_pb2.UNIT_CPU
+    assert await store.append("pi5", "spool-1", 9, moved) is True
+    drifts = {
+        entry.device_id: entry.drifts
+        for entry in (await store.latest(received_since=0, per_device=9)).results
+    }
+    assert drifts == {"pi4": 0, "pi5": 1}
+    await store.close()
+    store = await SqliteResultStore.open(old_store)
+    latest = await store.latest(received_since=0, per_device=9)
+    assert [entry.drifts for entry in latest.results] == [0, 1], "it outlives the process"
+    await store.close()
+
+
+async def test_places_that_are_damaged_are_forgotten(path: Path, make_result: MakeResult) -> None:
+    store = await SqliteResultStore.open(path)
+    await store.append("pi5", "spool-1", 1, make_result("run-1"))
+    for sequence, damage in enumerate(
+        (b"", b"\x01", b"\x01\x00\x09", b"\x09\x00\x00", b"\x01\x00\x00abc"), 2
+    ):
+        await store._write(lambda db, damage=damage: db.execute("UPDATE series SET places = ?", (damage,)))
+        assert await store.append("pi5", "spool-1", sequence, make_result(f"run-{sequence}"))
+    assert (await store.latest(received_since=0, per_device=9)).results[0].drifts == 0
     await store.close()
 
 

@@ -6,10 +6,23 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from boardbench.collector.errors import InvalidRequest, OutOfOrder, ResultRefused, StoreUnavailable
-from boardbench.collector.store import Position, ResultFilter, ResultStore, Series, Sighting, series_of, split
-from boardbench.v1 import collector_pb2, result_pb2
+from boardbench.collector.store import (
+    Places,
+    Position,
+    ResultFilter,
+    ResultStore,
+    Series,
+    Sighting,
+    has_drifted,
+    places_of,
+    series_of,
+    split,
+)
+from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
@@ -360,3 +373,163 @@ def test_a_series_is_told_by_everything_that_moves_the_figures(make_result: Make
         variant="a=1,xnnpack=false,input=1x224x224x3,inputs=c0ffeec0ffee",
     )
     assert series_of(result_pb2.RunResult()) == Series("", "", "", "", "", "")
+
+
+# Placement drift
+
+CPU, DELEGATED, TPU = placement_pb2.UNIT_CPU, placement_pb2.UNIT_CPU_DELEGATE, placement_pb2.UNIT_TPU
+
+
+@pytest.fixture
+def placed(make_result: MakeResult) -> Callable[..., result_pb2.RunResult]:
+    """A result whose ops ran there, each with a name of its own."""
+
+    def make(run_id: str, *units: int, **more: object) -> result_pb2.RunResult:
+        result = make_result(run_id, **more)
+        placement = result.placement
+        del placement.ops[:], placement.units[:]
+        for index, unit in enumerate(units):
+            placement.ops.add(index=index, type="CONV_2D", name=f"conv{index}", unit=unit)  # type: ignore[arg-type]
+        for unit in sorted(set(units)):
+            placement.units.add(unit=unit, ops=units.count(unit))  # type: ignore[arg-type]
+        on_cpu = {CPU, DELEGATED} & set(units)
+        placement.verdict = (
+            placement_pb2.PLACEMENT_VERDICT_UNSPECIFIED
+            if 0 in units
+            else placement_pb2.PLACEMENT_VERDICT_ACCELERATED
+            if not on_cpu
+            else placement_pb2.PLACEMENT_VERDICT_PARTLY
+        )
+        return result
+
+    return make
+
+
+async def _drifts(store: ResultStore) -> list[int | None]:
+    latest = await store.latest(received_since=0, per_device=10)
+    return [entry.drifts for entry in latest.results]
+
+
+async def _stored(
+    store: ResultStore, *results: result_pb2.RunResult, spool: str = "spool-1"
+) -> list[int | None]:
+    for sequence, result in enumerate(results, 1):
+        assert await store.append("pi5", spool, sequence, result)
+    return await _drifts(store)
+
+
+async def test_a_series_that_is_placed_otherwise_is_counted(store: ResultStore, placed: MakeResult) -> None:
+    assert await _stored(store, placed("a", TPU, TPU, CPU), placed("b", TPU, TPU, CPU)) == [0]
+    await store.append("pi5", "spool-1", 3, placed("c", TPU, CPU, CPU))
+    assert await _drifts(store) == [1]
+    await store.append("pi5", "spool-1", 4, placed("d", TPU, CPU, CPU))
+    assert await _drifts(store) == [1], "it is counted once"
+    await store.append("pi5", "spool-1", 5, placed("e", TPU, TPU, CPU))
+    assert await _drifts(store) == [2], "and the way back, too"
+
+
+async def test_many_results_of_a_series_in_one_commit_are_compared_one_by_one(
+    store: ResultStore, placed: MakeResult
+) -> None:
+    results = [placed("a", TPU), placed("b", CPU), placed("c", CPU), placed("d", TPU), placed("e", TPU)]
+    futures = [
+        store.append("pi5", "spool-1", sequence, result, after=sequence - 1)
+        for sequence, result in enumerate(results, 1)
+    ]
+    assert await asyncio.gather(*futures) == [True] * 5
+    assert await _drifts(store) == [2]
+
+
+async def test_the_same_result_again_is_no_drift(store: ResultStore, placed: MakeResult) -> None:
+    await _stored(store, placed("a", TPU), placed("b", CPU))
+    assert await store.append("pi5", "spool-1", 1, placed("a", TPU)) is False
+    assert await store.append("pi5", "spool-2", 1, placed("a", TPU)) is False
+    assert await _drifts(store) == [1]
+
+
+async def test_a_board_that_was_set_up_anew_is_compared_with_what_it_did_before(
+    store: ResultStore, placed: MakeResult
+) -> None:
+    await _stored(store, placed("a", TPU))
+    assert await _stored(store, placed("b", CPU), spool="spool-of-a-new-card") == [1]
+
+
+async def test_series_boards_and_versions(store: ResultStore, placed: MakeResult) -> None:
+    newer = placed("b", CPU)
+    newer.runtime.version = "ai-edge-litert 9.9"
+    assert await _stored(store, placed("a", TPU), newer) == [1], "the version is no part of a series"
+    other = placed("c", TPU, model="other.tflite", sha256="feed" * 16)
+    await store.append("pi5", "spool-1", 3, other)
+    await store.append("pi4", "spool-1", 1, placed("d", TPU, device_id="pi4"))
+    assert sorted(await _drifts(store)) == [0, 0, 1]  # type: ignore[type-var]
+
+
+async def test_what_is_not_known_has_not_drifted(store: ResultStore, placed: MakeResult) -> None:
+    unknown = placed("a", TPU)
+    unknown.placement.Clear()
+    assert await _stored(store, unknown) == [None], "nothing was ever known"
+    contradicted, file_only = placed("c", CPU), placed("d", CPU)
+    contradicted.placement.verdict = placement_pb2.PLACEMENT_VERDICT_CONTRADICTED
+    file_only.placement.evidence = placement_pb2.EVIDENCE_STATIC
+    failed = placed("e", CPU, status=result_pb2.RUN_STATUS_FAILED)
+    rest = [placed("b", TPU, CPU), contradicted, file_only, failed]
+    for sequence, result in enumerate(rest, 2):
+        await store.append("pi5", "spool-1", sequence, result)
+    assert await _drifts(store) == [0]
+    await store.append("pi5", "spool-1", 9, placed("f", 0, CPU))
+    assert await _drifts(store) == [0], "an op of which nothing is known has not moved"
+    await store.append("pi5", "spool-1", 10, placed("g", CPU, CPU))
+    assert await _drifts(store) == [1], "it is compared with where it was known to be"
+
+
+async def test_other_ops_are_a_drift_only_with_another_verdict(
+    store: ResultStore, placed: MakeResult
+) -> None:
+    fused = placed("b", TPU, CPU)
+    for op in fused.placement.ops:
+        op.name = "fused/" + op.name
+    assert await _stored(store, placed("a", TPU, TPU, CPU), fused) == [0]
+    gone = placed("c", TPU)
+    gone.placement.ops[0].name = "all in one"
+    await store.append("pi5", "spool-1", 3, gone)
+    assert await _drifts(store) == [1]
+
+
+async def test_without_a_list_of_ops_their_numbers_are_compared(
+    store: ResultStore, placed: MakeResult
+) -> None:
+    results = [placed("a", TPU, CPU), placed("b", TPU, CPU), placed("c", CPU, CPU)]
+    for result in results:
+        del result.placement.ops[:]
+    assert await _stored(store, *results) == [1]
+
+
+async def test_hostile_placements_break_nothing(store: ResultStore, placed: MakeResult) -> None:
+    many = placed("b", *range(1, 300))
+    many.placement.units.add(unit=1, ops=2**32 - 1)
+    many.placement.units.add(unit=2**31 - 1, ops=1)  # type: ignore[arg-type]
+    many.placement.verdict = 2**31 - 1  # type: ignore[assignment]
+    assert (await _stored(store, many, placed("c", *range(1, 300))))[0] is not None
+
+
+def test_the_ops_of_a_giant_are_counted_and_not_kept_one_by_one(placed: MakeResult) -> None:
+    giant = placed("a", *[TPU] * 30_000)
+    places = places_of(giant)
+    assert places is not None
+    assert (dict(places.units), dict(places.ops)) == ({TPU: 30_000}, {})
+    assert len(places.packed()) < 100
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 4, 6]), min_size=1, max_size=40))
+def test_places_survive_being_packed(units: list[int]) -> None:
+    result = result_pb2.RunResult(status=result_pb2.RUN_STATUS_SUCCEEDED)
+    result.placement.evidence = placement_pb2.EVIDENCE_PARTITION
+    for unit in units:
+        result.placement.ops.add(type="X", unit=unit, delegate="d")  # type: ignore[arg-type]
+        result.placement.units.add(unit=unit, ops=1)  # type: ignore[arg-type]
+    places = places_of(result)
+    assert places is not None
+    assert Places.unpacked(places.packed()) == places
+    assert not has_drifted(places, places)
+    for length in range(len(places.packed())):
+        Places.unpacked(places.packed()[:length])  # what it gives does not matter, that it gives up does

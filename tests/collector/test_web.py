@@ -13,7 +13,7 @@ from google.protobuf import json_format
 
 from boardbench.collector.errors import StoreUnavailable
 from boardbench.collector.stores.memory import MemoryResultStore
-from boardbench.v1 import result_pb2
+from boardbench.v1 import placement_pb2, result_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 
@@ -330,4 +330,30 @@ async def test_an_odd_result_does_not_break_the_page(collector: Any, http: aioht
     page = await _page(http, collector.url)
     assert "not known" in page.text
     assert "4 unknown" in page.text
+    await board.leave()
+
+
+async def test_the_page_tells_where_it_ran_and_what_that_cost(
+    collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
+) -> None:
+    board = collector.board()
+    await board.join()
+    verdicts = placement_pb2.PlacementVerdict
+    for number, verdict in enumerate(("ACCELERATED", "PARTLY", "NOT_ACCELERATED", "CONTRADICTED"), 1):
+        result = make_result(f"run-{number}")
+        result.spec.device = "edgetpu"
+        result.placement.verdict = verdicts.Value(f"PLACEMENT_VERDICT_{verdict}")
+        await board.send(number, result)
+    standin = make_result("run-5")
+    standin.spec.device, standin.placement.standin = "edgetpu", True
+    standin.placement.verdict = placement_pb2.PLACEMENT_VERDICT_PARTLY
+    cost = standin.placement.fallback_cost
+    cost.share, cost.share_low, cost.share_high = 0.34, 0.31, 0.37
+    await board.send(5, standin)
+    await board.send(6, make_result("run-6"))
+    await board.acknowledged(6)
+    page = await _page(http, collector.url)
+    cells = " ".join(page.text.split())
+    for words in ("yes", "partly", "contradicted", "stand-in: partly", "34% (31%–37%)", "not asked for"):
+        assert words in cells, words
     await board.leave()

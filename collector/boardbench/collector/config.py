@@ -101,7 +101,7 @@ class CollectorConfig:
     monthly runs would be a guess about the future; shorter would lose weekly ones."""
 
     series_per_device: int = 5000
-    """Series of results that one board may have in ``/metrics``: about 90 models at 55 each. Prometheus
+    """Series of results that one board may have in ``/metrics``: about 80 models at 62 each. Prometheus
     keeps every one in memory, so one board must not be able to fill it."""
 
     max_result_bytes: int = 16 * 1024 * 1024

@@ -137,6 +137,32 @@ METRICS: tuple[Metric, ...] = (
         "standin",
         kind="info",
     ),
+    _of_series(
+        "boardbench_placement_drifts_total",
+        "Times that operations were elsewhere than in the board's run before; absent while no placement was "
+        "known.",
+        kind="counter",
+    ),
+    _of_series(
+        "boardbench_fallback_share_ratio",
+        "Share of the time of an inference that operations on the CPU take; absent when not measured.",
+    ),
+    _of_series(
+        "boardbench_fallback_share_low_ratio", "Lower bound of the fallback share's 95 % confidence interval."
+    ),
+    _of_series(
+        "boardbench_fallback_share_high_ratio",
+        "Upper bound of the fallback share's 95 % confidence interval.",
+    ),
+    _of_series("boardbench_fallback_seconds", "Time that operations on the CPU take in one inference."),
+    _of_series(
+        "boardbench_latency_without_fallback_seconds",
+        "Median latency less the time of operations on the CPU: a lower bound of what can be reached.",
+    ),
+    _of_series("boardbench_crossings", "Times that one inference moves between the accelerator and the CPU."),
+    _of_series(
+        "boardbench_crossing_bytes", "Bytes that move between the accelerator and the CPU in one inference."
+    ),
     _of_series("boardbench_result_timestamp_seconds", "When the run ended, by the board's clock."),
     _of_series("boardbench_result_warnings", "Number of doubts that the result itself carries."),
     _of_series(
@@ -296,7 +322,7 @@ class FleetCollector(Collector):
             if base in shown:
                 continue
             shown.add(base)
-            more = tuple(_result_samples(latest.result, base))
+            more = tuple(_result_samples(latest, base))
             count = series.get(latest.device_id, 0) + len(more)
             if count > self._series_per_device:
                 left_out[latest.device_id] += 1
@@ -386,8 +412,9 @@ def _base_labels(latest: LatestResult) -> tuple[str, ...]:
     return tuple(_label(value) for value in values)
 
 
-def _result_samples(result: result_pb2.RunResult, base: tuple[str, ...]) -> Iterator[_Sample]:
+def _result_samples(latest: LatestResult, base: tuple[str, ...]) -> Iterator[_Sample]:
     """Returns the series of one finished measurement; what is not known has none."""
+    result = latest.result
     if result.HasField("latency") and result.latency.count:
         latency = result.latency
         shown: set[str] = set()
@@ -410,11 +437,14 @@ def _result_samples(result: result_pb2.RunResult, base: tuple[str, ...]) -> Iter
             yield f"boardbench_{name}", base, getattr(result, name)
     yield from _memory_samples(result.memory, base)
     yield from _placement_samples(result.placement, base)
+    yield from _cost_samples(result.placement, base)
+    if latest.drifts is not None:
+        yield "boardbench_placement_drifts_total", base, latest.drifts
     if result.HasField("finished_at"):
         time_seconds = result.finished_at.seconds + result.finished_at.nanos / 1e9
         yield "boardbench_result_timestamp_seconds", base, time_seconds
     yield "boardbench_result_warnings", base, len(result.warnings)
-    yield "boardbench_result_standin", base, bool(result.standins)
+    yield "boardbench_result_standin", base, _has_standin(result)
     if result.model.size_bytes > 0:
         yield "boardbench_model_size_bytes", base, result.model.size_bytes
     yield "boardbench_model_info", (*base, _label(result.model.format)), 1
@@ -459,6 +489,24 @@ def _placement_samples(placement: placement_pb2.Placement, base: tuple[str, ...]
         ),
         1,
     )
+
+
+def _cost_samples(placement: placement_pb2.Placement, base: tuple[str, ...]) -> Iterator[_Sample]:
+    if placement.HasField("fallback_cost"):
+        cost = placement.fallback_cost
+        yield "boardbench_fallback_share_ratio", base, cost.share
+        yield "boardbench_fallback_share_low_ratio", base, cost.share_low
+        yield "boardbench_fallback_share_high_ratio", base, cost.share_high
+        yield "boardbench_fallback_seconds", base, cost.seconds
+        yield "boardbench_latency_without_fallback_seconds", base, cost.latency_without_seconds
+    if placement.HasField("crossings"):
+        yield "boardbench_crossings", base, placement.crossings.count
+        if placement.crossings.HasField("bytes"):
+            yield "boardbench_crossing_bytes", base, placement.crossings.bytes
+
+
+def _has_standin(result: result_pb2.RunResult) -> bool:
+    return bool(result.standins) or result.placement.standin or result.accelerator.standin
 
 
 def _device_samples(view: DeviceView) -> Iterator[_Sample]:

@@ -7,12 +7,15 @@ waits for a writer. Every implementation passes the same suite (``tests/collecto
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from boardbench.collector.errors import InvalidRequest, ResultRefused
-from boardbench.v1 import collector_pb2, result_pb2
+from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
 
 MAX_ID_LENGTH = 128
 """Longest run, device and spool identity in characters: a UUID has 36, a host name at most 64."""
@@ -93,6 +96,9 @@ class LatestResult:
     """Unix seconds, by the collector's clock."""
     result: result_pb2.RunResult
     """Without raw samples and per-op list."""
+    drifts: int | None = None
+    """How often the series was placed otherwise than just before (:func:`has_drifted`), over all time; None
+    while no placement of it was ever known."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,113 @@ class Series:
     """Number of threads; empty: the engine's own default."""
     variant: str
     """Options, shapes and inputs that were asked for, readable; empty: none."""
+
+
+_MAX_PLACED_OPS = 20_000
+"""Ops of a model whose places are kept one by one; the largest models have some thousands."""
+
+_UNIT_COUNT = struct.Struct("<BI")
+_OP_DIGEST_BYTES, _OP_PLACE_BYTES = 8, 2
+_OP_BYTES = _OP_DIGEST_BYTES + _OP_PLACE_BYTES
+_NO_PLACE = bytes(_OP_PLACE_BYTES)
+_PLACES_VERSION = 1
+_LARGEST_UNIT, _LARGEST_COUNT = 0x7F, 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the ops of one run were, short enough to be kept for every series."""
+
+    verdict: int
+    units: Mapping[int, int]
+    """Number of ops by unit."""
+    ops: Mapping[bytes, bytes]
+    """Place of each op by a digest of its type, name and order among its like; no known place: zeros."""
+
+    def packed(self) -> bytes:
+        """The same as bytes."""
+        head = bytes((_PLACES_VERSION, self.verdict, len(self.units)))
+        counts = (_UNIT_COUNT.pack(unit, ops) for unit, ops in sorted(self.units.items()))
+        return b"".join((head, *counts, *(key + place for key, place in sorted(self.ops.items()))))
+
+    @classmethod
+    def unpacked(cls, content: bytes) -> Places | None:
+        """What :meth:`packed` made; None for anything else."""
+        if len(content) < 3 or content[0] != _PLACES_VERSION:
+            return None
+        end = 3 + content[2] * _UNIT_COUNT.size
+        if len(content) < end or (len(content) - end) % _OP_BYTES:
+            return None
+        units = dict(_UNIT_COUNT.iter_unpack(content[3:end]))
+        ops = {
+            content[at : at + _OP_DIGEST_BYTES]: content[at + _OP_DIGEST_BYTES : at + _OP_BYTES]
+            for at in range(end, len(content), _OP_BYTES)
+        }
+        return cls(content[1], units, ops)
+
+    def after(self, before: Places) -> Places:
+        """The same; an op of which nothing is known now is where it was."""
+        ops = {
+            key: before.ops.get(key, place) if place == _NO_PLACE else place
+            for key, place in self.ops.items()
+        }
+        return replace(self, ops=ops)
+
+
+def places_of(result: result_pb2.RunResult) -> Places | None:
+    """Returns where the ops of a finished measurement were; None where the runtime does not prove it.
+
+    The file's own word is the same wherever it runs, and what other evidence contradicts is no place.
+    """
+    placement = result.placement
+    unproven = (
+        placement_pb2.EVIDENCE_UNSPECIFIED,
+        placement_pb2.EVIDENCE_STATIC,
+        placement_pb2.EVIDENCE_PREDICTION,
+    )
+    if (
+        result.status != result_pb2.RUN_STATUS_SUCCEEDED
+        or placement.evidence in unproven
+        or placement.verdict == placement_pb2.PLACEMENT_VERDICT_CONTRADICTED
+        or not (placement.units or placement.ops)
+    ):
+        return None
+    units: Counter[int] = Counter()
+    for count in placement.units:
+        unit = count.unit & _LARGEST_UNIT
+        units[unit] = min(units[unit] + count.ops, _LARGEST_COUNT)
+    ops: dict[bytes, bytes] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for op in placement.ops if len(placement.ops) <= _MAX_PLACED_OPS else ():
+        like = (op.type, op.name)
+        name = f"{op.type}\0{op.name}\0{seen[like]}".encode()
+        ops[hashlib.blake2b(name, digest_size=_OP_DIGEST_BYTES).digest()] = _place(op)
+        seen[like] += 1
+    return Places(placement.verdict & 0xFF, dict(units), ops)
+
+
+def _place(op: placement_pb2.OpPlacement) -> bytes:
+    if op.unit == placement_pb2.UNIT_UNSPECIFIED:
+        return _NO_PLACE
+    # Of a delegate that is not known for its unit, the name tells one from another.
+    foreign = op.delegate if op.unit == placement_pb2.UNIT_DELEGATE else ""
+    return bytes((op.unit & _LARGEST_UNIT,)) + hashlib.blake2b(foreign.encode(), digest_size=1).digest()
+
+
+def has_drifted(before: Places, after: Places) -> bool:
+    """Whether the same model was placed otherwise than just before.
+
+    It was when an op is elsewhere. Other ops alone are no drift, since a newer engine may fuse more of them,
+    unless the verdict is another; without ops, their numbers by unit count. What is not known did not move.
+    """
+    for key, place in after.ops.items():
+        if before.ops.get(key, place) != place and _NO_PLACE not in (before.ops[key], place):
+            return True
+    if before.ops and after.ops:
+        unknown = placement_pb2.PLACEMENT_VERDICT_UNSPECIFIED
+        return before.verdict != after.verdict and unknown not in (before.verdict, after.verdict)
+    unknown_unit = placement_pb2.UNIT_UNSPECIFIED
+    return before.units != after.units and not (unknown_unit in before.units or unknown_unit in after.units)
 
 
 class ResultStore(Protocol):
@@ -179,7 +292,11 @@ class ResultStore(Protocol):
         """Returns the result of this run, or else up to two whose run's identity begins so."""
 
     async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
-        """Returns each series' last SUCCEEDED result that arrived since then, at most so many a board."""
+        """Returns each series' last SUCCEEDED result that arrived since then, at most so many a board.
+
+        Drifts are counted as results are stored, in the order of their arrival, and outlive everything but
+        the store: a board that was set up anew is compared with what it did before, too.
+        """
 
     async def probe(self) -> None:
         """Returns once something was written and committed; StoreError when that can't be done."""

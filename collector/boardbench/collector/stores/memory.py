@@ -15,6 +15,7 @@ from boardbench.collector.store import (
     LatestResult,
     LatestResults,
     Outcomes,
+    Places,
     Position,
     ResultFilter,
     ResultPage,
@@ -23,6 +24,8 @@ from boardbench.collector.store import (
     check_limit,
     check_result,
     finished_microseconds,
+    has_drifted,
+    places_of,
     series_of,
     split,
 )
@@ -59,6 +62,8 @@ class MemoryResultStore:
         self._results: dict[str, _Stored] = {}
         self._outcomes: Counter[tuple[str, int]] = Counter()
         self._latest: dict[tuple[str, Series], _Stored] = {}
+        self._places: dict[tuple[str, Series], Places] = {}
+        self._drifts: Counter[tuple[str, Series]] = Counter()
 
     def append(
         self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
@@ -102,7 +107,14 @@ class MemoryResultStore:
         self._outcomes[(device_id, result.status)] += 1
         if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
             self._latest[(device_id, series)] = stored
+            self._track((device_id, series), places_of(result))
         return True
+
+    def _track(self, key: tuple[str, Series], places: Places | None) -> None:
+        before = self._places.get(key)
+        if places is not None:
+            self._drifts[key] += before is not None and has_drifted(before, places)
+            self._places[key] = places if before is None else places.after(before)
 
     async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
         """See ``ResultStore.greet``."""
@@ -191,14 +203,16 @@ class MemoryResultStore:
         self._check_open()
         kept: list[LatestResult] = []
         counts: Counter[str] = Counter()
-        for (device_id, _), stored in sorted(
+        for key, stored in sorted(
             self._latest.items(), key=lambda item: (item[0][0], -item[1].position.arrival)
         ):
+            device_id = key[0]
             if stored.received_at < received_since:
                 continue
             counts[device_id] += 1
             if counts[device_id] <= per_device:
-                kept.append(LatestResult(device_id, stored.received_at, stored.read(summary=True)))
+                drifts = self._drifts[key] if key in self._places else None
+                kept.append(LatestResult(device_id, stored.received_at, stored.read(summary=True), drifts))
         return LatestResults(
             tuple(kept), {name: count - per_device for name, count in counts.items() if count > per_device}
         )

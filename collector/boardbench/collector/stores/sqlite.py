@@ -38,6 +38,7 @@ from boardbench.collector.store import (
     LatestResult,
     LatestResults,
     Outcomes,
+    Places,
     Position,
     ResultFilter,
     ResultPage,
@@ -45,10 +46,12 @@ from boardbench.collector.store import (
     check_limit,
     check_result,
     finished_microseconds,
+    has_drifted,
+    places_of,
     series_of,
     split,
 )
-from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, SET_SERIES, migrate, series_text
+from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, TRACK_SERIES, migrate, series_text
 from boardbench.v1 import collector_pb2, result_pb2
 
 _T = TypeVar("_T")
@@ -83,6 +86,17 @@ class _Append:
     row: tuple[Any, ...]
     series: str | None
     """None: not a measurement that a graph could show."""
+    places: Places | None
+
+
+@dataclass
+class _Track:
+    """What a batch adds to one series."""
+
+    arrival: int
+    places: Places | None
+    """The last that are known, those of before the batch included."""
+    drifts: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +187,14 @@ class SqliteResultStore:
         future: asyncio.Future[bool] = self._loop.create_future()
         self._put(
             _Append(
-                future, device_id, spool_id, sequence, after, row, series_text(series) if measured else None
+                future,
+                device_id,
+                spool_id,
+                sequence,
+                after,
+                row,
+                series_text(series) if measured else None,
+                places_of(result),
             )
         )
         return future
@@ -277,7 +298,7 @@ class SqliteResultStore:
         marks: dict[tuple[str, str], int] = {}
         moved: set[tuple[str, str]] = set()
         counts: Counter[tuple[str, int]] = Counter()
-        latest: dict[tuple[str, str], int] = {}
+        latest: dict[tuple[str, str], _Track] = {}
         db.execute("BEGIN IMMEDIATE")
         try:
             for entry in batch:
@@ -294,7 +315,7 @@ class SqliteResultStore:
             if counts:
                 db.executemany(ADD_OUTCOMES, [(*key, total) for key, total in counts.items()])
             if latest:
-                db.executemany(SET_SERIES, [(*key, arrival) for key, arrival in latest.items()])
+                db.executemany(TRACK_SERIES, [_track_row(key, track) for key, track in latest.items()])
             db.execute("COMMIT")
         except BaseException:
             # SQLite has rolled back by itself after some errors, a full disk among them.
@@ -310,7 +331,7 @@ class SqliteResultStore:
         marks: dict[tuple[str, str], int],
         moved: set[tuple[str, str]],
         counts: Counter[tuple[str, int]],
-        latest: dict[tuple[str, str], int],
+        latest: dict[tuple[str, str], _Track],
     ) -> bool | CollectorError:
         """Returns what to tell about one result; a record that SQLite refuses does not touch the others."""
         db = self._db
@@ -349,8 +370,29 @@ class SqliteResultStore:
         counts[(entry.device_id, status)] += 1
         if entry.series is not None:
             assert cursor.lastrowid is not None
-            latest[(entry.device_id, entry.series)] = cursor.lastrowid
+            self._track((entry.device_id, entry.series), cursor.lastrowid, entry.places, latest)
         return True
+
+    def _track(
+        self,
+        key: tuple[str, str],
+        arrival: int,
+        places: Places | None,
+        latest: dict[tuple[str, str], _Track],
+    ) -> None:
+        """Notes the latest result of a series, and whether its ops were elsewhere than just before."""
+        track = latest.get(key)
+        if track is None:
+            found = self._db.execute(
+                "SELECT places FROM series WHERE device_id = ? AND series = ?", key
+            ).fetchone()
+            before = Places.unpacked(found[0]) if found and found[0] is not None else None
+            track = latest[key] = _Track(arrival, before, 0)
+        track.arrival = arrival
+        if places is not None:
+            before = track.places
+            track.drifts += before is not None and has_drifted(before, places)
+            track.places = places if before is None else places.after(before)
 
     # Reading.
 
@@ -473,9 +515,10 @@ class SqliteResultStore:
         def read(db: sqlite3.Connection) -> LatestResults:
             kept: list[LatestResult] = []
             left_out: dict[str, int] = {}
-            for device_id, received, summary, place, count in db.execute(
-                "SELECT s.device_id, r.received, r.summary, s.place, s.count FROM ("
+            for device_id, received, summary, place, count, drifts in db.execute(
+                "SELECT s.device_id, r.received, r.summary, s.place, s.count, s.drifts FROM ("
                 " SELECT n.device_id, n.arrival,"
+                " CASE WHEN n.places IS NULL THEN NULL ELSE n.drifts END AS drifts,"
                 " ROW_NUMBER() OVER (PARTITION BY n.device_id ORDER BY n.arrival DESC) AS place,"
                 " COUNT(*) OVER (PARTITION BY n.device_id) AS count"
                 " FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= ?"
@@ -485,7 +528,9 @@ class SqliteResultStore:
             ):
                 if place == 1 and count > per_device:
                     left_out[device_id] = count - per_device
-                kept.append(LatestResult(device_id, received, result_pb2.RunResult.FromString(summary)))
+                kept.append(
+                    LatestResult(device_id, received, result_pb2.RunResult.FromString(summary), drifts)
+                )
             return LatestResults(tuple(kept), left_out)
 
         return await self._read(read)
@@ -553,6 +598,10 @@ class SqliteResultStore:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.close()
         os.close(self._lock)
+
+
+def _track_row(key: tuple[str, str], track: _Track) -> tuple[Any, ...]:
+    return (*key, track.arrival, None if track.places is None else track.places.packed(), track.drifts)
 
 
 def _tell(batch: list[_Entry], outcomes: list[Any]) -> None:

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Callable
 
 from boardbench.collector.errors import StoreForeign
-from boardbench.collector.store import Series, series_of, split
+from boardbench.collector.store import Series, places_of, series_of, split
 from boardbench.v1 import result_pb2
 
 APPLICATION_ID = 0x62623031
@@ -118,7 +118,21 @@ def _version_2(db: sqlite3.Connection) -> None:
     _index_results(db)
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_version_1, _version_2)
+def _version_3(db: sqlite3.Connection) -> None:
+    """Where the ops of each series last were, and how often they were elsewhere than just before."""
+    db.execute("ALTER TABLE series ADD COLUMN places BLOB")  # Places.packed(); NULL: never known
+    db.execute("ALTER TABLE series ADD COLUMN drifts INTEGER NOT NULL DEFAULT 0")
+    for device_id, series, arrival in db.execute("SELECT device_id, series, arrival FROM series").fetchall():
+        found = db.execute("SELECT summary, detail FROM results WHERE arrival = ?", (arrival,)).fetchone()
+        places = places_of(result_pb2.RunResult.FromString(found[0] + found[1])) if found else None
+        if places is not None:
+            db.execute(
+                "UPDATE series SET places = ? WHERE device_id = ? AND series = ?",
+                (places.packed(), device_id, series),
+            )
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_version_1, _version_2, _version_3)
 """The step to version n is at n - 1."""
 
 LATEST_VERSION = len(MIGRATIONS)
@@ -131,6 +145,12 @@ ADD_OUTCOMES = (
 SET_SERIES = (
     "INSERT INTO series (device_id, series, arrival) VALUES (?,?,?)"
     " ON CONFLICT (device_id, series) DO UPDATE SET arrival = excluded.arrival"
+)
+
+TRACK_SERIES = (
+    "INSERT INTO series (device_id, series, arrival, places, drifts) VALUES (?,?,?,?,?)"
+    " ON CONFLICT (device_id, series) DO UPDATE SET arrival = excluded.arrival,"
+    " places = COALESCE(excluded.places, places), drifts = drifts + excluded.drifts"
 )
 
 

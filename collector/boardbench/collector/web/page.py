@@ -100,11 +100,17 @@ def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
                 _ending(result),
                 _percentile(result, 50),
                 _percentile(result, 99),
+                _verdict(result),
                 _placement(result.placement),
+                _fallback(result.placement),
             )
         )
     return _table(
-        ("run", "ended (UTC)", "board", "model", "runtime", "ending", "#p50", "#p99", "operations"), rows
+        (
+            *("run", "ended (UTC)", "board", "model", "runtime", "ending", "#p50", "#p99"),
+            *("accelerated", "operations", "#fallback"),
+        ),
+        rows,
     )
 
 
@@ -144,6 +150,36 @@ def _percentile(result: result_pb2.RunResult, which: float) -> str:
         if percentile.percentile == which:
             return f"{percentile.seconds * 1e3:,.3f} ms"
     return "–"
+
+
+_VERDICTS = {
+    placement_pb2.PLACEMENT_VERDICT_ACCELERATED: '<span class="good">yes</span>',
+    placement_pb2.PLACEMENT_VERDICT_PARTLY: '<span class="doubt">partly</span>',
+    placement_pb2.PLACEMENT_VERDICT_NOT_ACCELERATED: '<span class="bad">no</span>',
+    placement_pb2.PLACEMENT_VERDICT_CONTRADICTED: '<span class="bad">contradicted</span>',
+}
+
+
+def _verdict(result: result_pb2.RunResult) -> str:
+    """Returns whether an accelerator did the work; a stand-in for one never counts as one."""
+    if result.status != result_pb2.RUN_STATUS_SUCCEEDED:
+        return "–"
+    placement = result.placement
+    asked = result.spec.device or result.runtime.device or "cpu"
+    if asked == "cpu" and placement.verdict == placement_pb2.PLACEMENT_VERDICT_NOT_ACCELERATED:
+        return "not asked for"
+    text = _VERDICTS.get(placement.verdict, '<span class="doubt">not known</span>')
+    if placement.standin or result.accelerator.standin:
+        return f'<span class="bad">stand-in</span>: {text}'
+    return text
+
+
+def _fallback(placement: placement_pb2.Placement) -> str:
+    """Returns the share of the time that goes into operations on the CPU, with its bounds."""
+    if not placement.HasField("fallback_cost"):
+        return "–"
+    cost = placement.fallback_cost
+    return f"{cost.share:.0%} <small>({cost.share_low:.0%}–{cost.share_high:.0%})</small>"
 
 
 def _placement(placement: placement_pb2.Placement) -> str:
