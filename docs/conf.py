@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 project = "boardbench"
 author = "the boardbench authors"
 copyright = "the boardbench authors"
-release = version("boardbench")
+release = distribution_version("boardbench")
 
 extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence", "deflist"]

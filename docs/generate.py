@@ -12,7 +12,6 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -24,7 +23,6 @@ from boardbench.agent.drift import WARNINGS as DRIFT_WARNINGS
 from boardbench.agent.run import WARNINGS as RUN_WARNINGS
 from boardbench.cli.errors import EXIT_CODES
 from boardbench.cli.main import boardbench
-from boardbench.cli.require_names import FLAGS, NAMES, PERCENTILES, PERCENTILES_MEANING
 from boardbench.cli.require_names import FLAGS, NAMES, PERCENTILES, PERCENTILES_MEANING, VALUES
 from boardbench.collector.cli import main as boardbench_collector
 from boardbench.collector.expose import LABELS, METRICS
@@ -46,7 +44,6 @@ def pages() -> dict[str, str]:
         "engines.md": _engines(),
         "requirements.md": _requirements(),
         "report-warnings.md": _report_warnings(),
-        "requirements.md": _requirements(),
     }
     return {name: text.rstrip() + "\n" for name, text in found.items()}
 
@@ -147,21 +144,6 @@ def _requirements() -> str:
     ]
     rows.append((PERCENTILES, VALUES["seconds"], "a run", PERCENTILES_MEANING))
     return _table(("name", "compared with", "told by", "meaning"), rows)
-
-
-def _requirements() -> str:
-    rows = [(f"`{flag.name}`", "flag", flag.meaning, _where(flag)) for flag in _values(FLAGS)]
-    rows += [(f"`{name.name}`", name.kind, name.meaning, _where(name)) for name in _values(NAMES)]
-    rows.append((f"`{PERCENTILES}`", "seconds", PERCENTILES_MEANING, "run"))
-    return _table(("name", "compared with", "meaning", "of a"), rows)
-
-
-def _where(asked: Any) -> str:
-    return ", ".join(word for word in ("run", "file") if getattr(asked, word, word == "run"))
-
-
-def _values(table: Any) -> list[Any]:
-    return list(table.values()) if hasattr(table, "values") else list(table)
 
 
 def _report_warnings() -> str:
