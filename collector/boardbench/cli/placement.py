@@ -21,6 +21,7 @@ from boardbench.cli.verdict import (
     on_accelerator,
     placement_known,
     share,
+    short_name,
     unit_name,
     unit_of,
     verdict_word,
@@ -43,11 +44,12 @@ _EVIDENCE: dict[int, str] = {
 
 
 def placement_block(
-    placement: placement_pb2.Placement, *, asked: str, whole: bool, more: str
+    placement: placement_pb2.Placement, *, asked: str, whole: bool, more: str, evidence_follows: bool = False
 ) -> RenderableType:
     """Verdict, evidence, counts by unit, and the ops that stayed behind, or with ``whole`` every op.
 
-    ``asked`` is the device that was wanted; ``more`` says how to see what was cut off.
+    ``asked`` is the device that was wanted; ``more`` says how to see what was cut off. What the evidence will
+    say is not said here when it follows.
     """
     placement = cleaned(placement)
     verdict = _verdict(placement, asked)
@@ -55,7 +57,8 @@ def placement_block(
         known = _EVIDENCE.get(placement.evidence, "known in a way that this version does not know")
         verdict.append(f" ({known})", QUIET)
     parts: list[RenderableType] = [verdict]
-    if placement.detail:
+    told = {report.detail for report in placement.evidence_reports} if evidence_follows else set()
+    if placement.detail and placement.detail not in told:
         parts.append(Text(placement.detail))
     units = _unit_table(placement, whole)
     if units is not None:
@@ -63,7 +66,7 @@ def placement_block(
     if placement.HasField("crossings") and (placement.crossings.count or whole):
         parts.append(Text(_crossings(placement.crossings)))
     if whole and placement.ops:
-        parts.append(_op_table(placement.ops))
+        parts.append(_op_table(placement.ops, whole=True))
     elif placement.ops:
         parts.extend(_left_out(placement, asked, more))
     return Group(*parts)
@@ -99,7 +102,7 @@ def evidence_block(placement: placement_pb2.Placement) -> RenderableType:
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for report in cleaned(placement).evidence_reports:
+    for report in sorted(cleaned(placement).evidence_reports, key=lambda report: report.evidence):
         word, style = verdict_word(report.verdict)
         table.add_row(evidence_name(report.evidence), Text(word, style), report.detail)
     return table
@@ -246,7 +249,7 @@ def _left_out(placement: placement_pb2.Placement, asked: str, more: str) -> Iter
     yield Text(title, DOUBTFUL if wanted else "")
     # What costs most comes first; where that is not known, what stays because of itself: it can be mended.
     left.sort(key=lambda op: (-op.seconds, cause_rank(op)))
-    yield _op_table(left[:_OPS_SHOWN], with_unit=False)
+    yield _op_table(left[:_OPS_SHOWN], whole=False)
     if len(left) > _OPS_SHOWN:
         rest = sum(op.seconds for op in left[_OPS_SHOWN:])
         cost = f", {figures.seconds(rest)} together" if rest else ""
@@ -254,21 +257,22 @@ def _left_out(placement: placement_pb2.Placement, asked: str, more: str) -> Iter
         yield Text(f"and {len(left) - _OPS_SHOWN:,} more{cost}{hint}", QUIET)
 
 
-def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, with_unit: bool = True) -> RenderableType:
+def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, whole: bool) -> RenderableType:
+    """A line an op; with ``whole``, its unit and all of its name, too."""
     ops = list(ops)
     timed = any(op.HasField("seconds") for op in ops)
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True, style=QUIET)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold", style=QUIET)
-    if with_unit:
+    if whole:
         table.add_column(no_wrap=True)
     if timed:
         table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for op in ops:
-        cells: list[RenderableType] = [f"#{op.index}", op.type, op.name]
-        if with_unit:
+        cells: list[RenderableType] = [f"#{op.index}", op.type, op.name if whole else short_name(op)]
+        if whole:
             cells.append(Text(unit_of(op), DOUBTFUL if op.unit == placement_pb2.UNIT_UNSPECIFIED else ""))
         if timed:
             cells.append(figures.seconds(op.seconds) if op.HasField("seconds") else "–")

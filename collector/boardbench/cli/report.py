@@ -76,11 +76,20 @@ def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[
     if result.memory.phases:
         yield "Memory", _memory(result.memory)
     if result.HasField("placement"):
-        asked = device_asked(result)
-        yield "Placement", placement_block(result.placement, asked=asked, whole=whole, more=more)
-        if result.placement.HasField("fallback_cost") and (whole or not is_plain(result)):
+        told = whole or not is_plain(result)
+        yield (
+            "Placement",
+            placement_block(
+                result.placement,
+                asked=device_asked(result),
+                whole=whole,
+                more=more,
+                evidence_follows=told,
+            ),
+        )
+        if result.placement.HasField("fallback_cost") and told:
             yield "Cost", cost_block(result)
-        if result.placement.evidence_reports and (whole or not is_plain(result)):
+        if result.placement.evidence_reports and told:
             yield "Evidence", evidence_block(result.placement)
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED and not result.HasField("placement"):
         yield "Placement", Text("unknown: the run tells nothing about it", DOUBTFUL)

@@ -237,9 +237,7 @@ def holds(requirements: Sequence[Requirement], subject: Subject, output: Output,
     for judgement in judgements:
         if not judgement.held or not output.quiet:
             word = "held" if judgement.held else "NOT HELD"
-            flag = judgement.requirement.flag
-            told = flag is not None and flag.name == "no-standin"
-            note = " (by a stand-in or emulator, not by hardware)" if subject.standin and not told else ""
+            note = _note(judgement.requirement, subject)
             output.complain(f"{head}required {judgement.requirement.text}: {word}: {judgement.words}{note}")
     lost = [judgement.requirement for judgement in judgements if not judgement.held]
     if any(requirement.about_placement for requirement in lost):
@@ -248,9 +246,27 @@ def holds(requirements: Sequence[Requirement], subject: Subject, output: Output,
     return not lost
 
 
+def _note(requirement: Requirement, subject: Subject) -> str:
+    """What must not be overlooked about where the figure comes from."""
+    from boardbench.v1 import placement_pb2
+
+    told = requirement.flag is not None and requirement.flag.name == "no-standin"
+    if subject.standin and not told:
+        return " (by a stand-in or emulator, not by hardware)"
+    placement = subject.placement
+    if (
+        requirement.about_placement
+        and placement is not None
+        and placement.evidence == placement_pb2.EVIDENCE_PREDICTION
+        and subject.report is not None
+    ):
+        return " (predicted by rule, not seen)"
+    return ""
+
+
 def _blame(subject: Subject) -> Iterator[str]:
     """The ops that are not on the accelerator, a line each: those that stay because of themselves first."""
-    from boardbench.cli.verdict import cause_rank, evidence_name, on_accelerator, unit_of
+    from boardbench.cli.verdict import cause_rank, evidence_name, on_accelerator, short_name, unit_of
 
     placement = subject.placement
     if placement is None:
@@ -261,7 +277,7 @@ def _blame(subject: Subject) -> Iterator[str]:
         yield f"  not on the accelerator, by {evidence_name(placement.evidence)}, root causes first:"
     for op in left:
         words = in_words(op.seconds, "seconds") if op.HasField("seconds") else ""
-        parts = (f"#{op.index} {op.type}", op.name, unit_of(op), words, _why(op))
+        parts = (f"#{op.index} {op.type}", short_name(op), unit_of(op), words, _why(op))
         yield "    " + "  ".join(part for part in parts if part)
 
 

@@ -11,7 +11,9 @@ from boardbench.v1 import placement_pb2, result_pb2
 
 ON_CPU = (placement_pb2.UNIT_CPU, placement_pb2.UNIT_CPU_DELEGATE)
 COMPILED = "edgetpu-custom-op"  # one op that stands for all that edgetpu_compiler put into it
+# Warnings of the worker that say more than the placement.
 NOT_COMPILED = "not_compiled_for_edgetpu"
+DEVICE_FALLBACK = "device_fallback"
 
 _UNITS: dict[int, str] = {
     placement_pb2.UNIT_UNSPECIFIED: "unknown",
@@ -87,9 +89,8 @@ def _verdict(result: result_pb2.RunResult, placement: placement_pb2.Placement) -
         text = f"NOT COMPILED for the Edge TPU: {ran} (compile it with edgetpu_compiler)"
         return Verdict("✗", text, BAD)
     if placement.accelerated_ops == 0:
-        instead = result.effective_spec.device
-        if result.spec.allow_fallback and instead and instead != asked:
-            return Verdict("✗", f"NOT ACCELERATED: {asked} is not there, and {ran} instead", BAD)
+        if any(warning.code == DEVICE_FALLBACK for warning in result.warnings):
+            return Verdict("✗", f"NOT ACCELERATED: {asked} could not be used, and {ran} instead", BAD)
         return Verdict("✗", f"NOT ACCELERATED: {asked} was asked for, and {ran}", BAD)
     units = accelerator_names(placement)
     if unknown := _unknown_ops(placement):
@@ -182,6 +183,11 @@ def verdict_word(verdict: int) -> tuple[str, str]:
 def on_accelerator(op: placement_pb2.OpPlacement) -> bool:
     """Whether the op is known to be on something else than the CPU."""
     return op.unit not in (*ON_CPU, placement_pb2.UNIT_UNSPECIFIED)
+
+
+def short_name(op: placement_pb2.OpPlacement) -> str:
+    """The name of an op; of a fused one, which has the names of all that went into it, the first."""
+    return op.name.split(";", 1)[0]
 
 
 def unit_of(op: placement_pb2.OpPlacement) -> str:
