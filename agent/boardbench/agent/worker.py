@@ -76,8 +76,7 @@ class Worker:
     async def ended(self) -> WorkerEnd:
         """How it ended, once it has, and once all that it said was heard."""
         end = await asyncio.shield(self._end)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.gather(self._lines.closed, self._tail.closed), _DRAIN_SECONDS)
+        await asyncio.wait([self._lines.closed, self._tail.closed], timeout=_DRAIN_SECONDS)
         self._lines.close()
         self._tail.close()
         return end
