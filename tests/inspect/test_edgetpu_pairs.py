@@ -164,3 +164,31 @@ def test_wrong_kind_of_original(tmp_path: Path, conv_chain: Callable[..., bytes]
     text.write_text("no model")
     with pytest.raises(InspectError, match="is none"):
         analyse.inspect(compiled, original=text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deeplabv3_mnv2_dm05_pascal_quant",
+        "movenet_single_pose_lightning_ptq",
+        "posenet_mobilenet_v1_075_353_481_16_quant_decoder",
+    ],
+)
+def test_a_compiled_file_alone_tells_why_operations_stayed(shared_models: Path, name: str) -> None:
+    """What stayed is in the compiled file with all its tensors: the roots are those that the original tells."""
+    compiled, original = shared_models / f"{name}_edgetpu.tflite", shared_models / f"{name}.tflite"
+    alone = analyse.inspect(compiled)
+    both = analyse.inspect(compiled, original=original)
+
+    def stayed(report: analyse.ModelReport) -> dict[tuple[str, str], tuple[str, bool | None]]:
+        assert report.placement is not None
+        return {
+            (op.type, op.name): (op.cause.split(":")[0], op.root_cause)
+            for op in report.placement.ops
+            if op.unit is Unit.CPU
+        }
+
+    assert stayed(alone)
+    assert stayed(alone) == stayed(both)
+    assert alone.placement is not None
+    assert alone.placement.accelerated_ops is None

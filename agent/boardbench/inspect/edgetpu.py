@@ -86,24 +86,27 @@ def edgetpu_report(packages: Sequence[Sequence[darwinn.Package]]) -> EdgeTpuRepo
 
 
 def place_compiled(model: Model) -> Placement:
-    """Where the operations of a compiled file run, as far as it says: those inside a node are not in it."""
+    """Where the operations of a compiled file run, as far as it says: those inside a node are not in it.
+
+    Those on the CPU are there as they were in the original, with all their tensors, so that the rules tell
+    why they stayed.
+    """
     graph = model.main
     cpu = [operator for operator in graph.operators if operator.type != darwinn.CUSTOM_OP]
-    nodes = len(graph.operators) - len(cpu)
+    stayed = {operator.index for operator in cpu}
+    compiled = {operator.index for operator in graph.operators} - stayed
+    nodes = len(compiled)
+    reasons = _explain(model, compiled, stayed)
     ops = tuple(
-        OpPlacement(
-            index=operator.index,
-            type=operator.type,
-            name=op_name(graph, operator),
-            unit=Unit.TPU if operator.type == darwinn.CUSTOM_OP else Unit.CPU,
+        _placed(
+            graph, operator, Unit.CPU if operator.index in stayed else Unit.TPU, reasons.get(operator.index)
         )
         for operator in graph.operators
     )
     detail = f"{nodes} compiled Edge TPU subgraph{'s' if nodes != 1 else ''}"
     detail += (
         f"; {len(cpu)} operation{'s' if len(cpu) != 1 else ''} left to the CPU "
-        f"({_types(count_types(cpu))}). Why, and what is inside the subgraph, only the original file can "
-        "tell"
+        f"({_types(count_types(cpu))}). What is inside the subgraph, only the original file can tell"
         if cpu
         else "; nothing is left to the CPU"
     )

@@ -173,15 +173,16 @@ class RuntimeStatus(google.protobuf.message.Message):
         self,
         *,
         name: builtins.str = ...,
-        available: builtins.bool = ...,
+        available: builtins.bool | None = ...,
         version: builtins.str = ...,
         reason: builtins.str = ...,
         formats: collections.abc.Iterable[builtins.str] | None = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         interpreter: Global___Interpreter | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["interpreter", b"interpreter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["available", b"available", "devices", b"devices", "formats", b"formats", "interpreter", b"interpreter", "name", b"name", "reason", b"reason", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_available", b"_available", "available", b"available", "interpreter", b"interpreter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_available", b"_available", "available", b"available", "devices", b"devices", "formats", b"formats", "interpreter", b"interpreter", "name", b"name", "reason", b"reason", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_available", b"_available"]) -> typing.Literal["available"] | None: ...
 
 Global___RuntimeStatus: typing_extensions.TypeAlias = RuntimeStatus
 

@@ -144,12 +144,19 @@ class Heartbeat(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        spool_pending: builtins.int = ...,
-        spool_dropped: builtins.int = ...,
+        spool_pending: builtins.int | None = ...,
+        spool_dropped: builtins.int | None = ...,
         running_run_id: builtins.str = ...,
-        queued_runs: builtins.int = ...,
+        queued_runs: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["queued_runs", b"queued_runs", "running_run_id", b"running_run_id", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_queued_runs", b"_queued_runs", "_spool_dropped", b"_spool_dropped", "_spool_pending", b"_spool_pending", "queued_runs", b"queued_runs", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_queued_runs", b"_queued_runs", "_spool_dropped", b"_spool_dropped", "_spool_pending", b"_spool_pending", "queued_runs", b"queued_runs", "running_run_id", b"running_run_id", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_queued_runs", b"_queued_runs"]) -> typing.Literal["queued_runs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_spool_dropped", b"_spool_dropped"]) -> typing.Literal["spool_dropped"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_spool_pending", b"_spool_pending"]) -> typing.Literal["spool_pending"] | None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
 
@@ -343,14 +350,18 @@ class Device(google.protobuf.message.Message):
         agent_version: builtins.str = ...,
         runtimes: collections.abc.Iterable[boardbench.v1.board_pb2.RuntimeStatus] | None = ...,
         address: builtins.str = ...,
-        up: builtins.bool = ...,
+        up: builtins.bool | None = ...,
         last_seen_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         first_seen_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
-        results: builtins.int = ...,
+        results: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["board", b"board", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "board", b"board", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at", "results", b"results", "runtimes", b"runtimes", "up", b"up"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_results", b"_results", "_up", b"_up", "board", b"board", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at", "results", b"results", "up", b"up"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_results", b"_results", "_up", b"_up", "address", b"address", "agent_version", b"agent_version", "board", b"board", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at", "results", b"results", "runtimes", b"runtimes", "up", b"up"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_results", b"_results"]) -> typing.Literal["results"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_up", b"_up"]) -> typing.Literal["up"] | None: ...
 
 Global___Device: typing_extensions.TypeAlias = Device
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62oardbench/v1/model.proto\x12\rboardbench.v1\"I\n\x05Model\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"k\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x31\n\x0cquantization\x18\x04 \x01(\x0b\x32\x1b.boardbench.v1.Quantization\"1\n\x0cQuantization\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\x12\n\nzero_point\x18\x02 \x01(\x03\"\x1b\n\x05Shape\x12\x12\n\ndimensions\x18\x01 \x03(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62oardbench/v1/model.proto\x12\rboardbench.v1\"I\n\x05Model\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"k\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x31\n\x0cquantization\x18\x04 \x01(\x0b\x32\x1b.boardbench.v1.Quantization\"E\n\x0cQuantization\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\x17\n\nzero_point\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_zero_point\"\x1b\n\x05Shape\x12\x12\n\ndimensions\x18\x01 \x03(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORINFO']._serialized_start=119
   _globals['_TENSORINFO']._serialized_end=226
   _globals['_QUANTIZATION']._serialized_start=228
-  _globals['_QUANTIZATION']._serialized_end=277
-  _globals['_SHAPE']._serialized_start=279
-  _globals['_SHAPE']._serialized_end=306
+  _globals['_QUANTIZATION']._serialized_end=297
+  _globals['_SHAPE']._serialized_start=299
+  _globals['_SHAPE']._serialized_end=326
 # @@protoc_insertion_point(module_scope)
