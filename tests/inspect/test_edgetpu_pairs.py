@@ -175,7 +175,7 @@ def test_wrong_kind_of_original(tmp_path: Path, conv_chain: Callable[..., bytes]
     ],
 )
 def test_a_compiled_file_alone_tells_why_operations_stayed(shared_models: Path, name: str) -> None:
-    """What stayed is in the compiled file with all its tensors: the roots are those that the original tells."""
+    """What stayed is in the compiled file with all its tensors, so the roots are those of the original."""
     compiled, original = shared_models / f"{name}_edgetpu.tflite", shared_models / f"{name}.tflite"
     alone = analyse.inspect(compiled)
     both = analyse.inspect(compiled, original=original)
