@@ -262,6 +262,19 @@ def test_a_compiled_file_does_not_tell_how_many_ops_it_took():
     assert held("parameters_streamed<=5", report)
 
 
+def test_a_prediction_counts_for_a_file_and_says_what_it_is(capsys):
+    from boardbench.cli.require import holds
+    from boardbench.cli.terminal import Output
+
+    report = report_pb2.ModelReport()
+    report.placement.evidence = placement_pb2.EVIDENCE_PREDICTION
+    report.placement.verdict = placement_pb2.PLACEMENT_VERDICT_ACCELERATED
+    report.placement.accelerated_ops, report.placement.cpu_ops = 31, 0
+    requirements = [parse("no-fallback", file=True), parse("accelerated_ops==31", file=True)]
+    assert holds(requirements, Subject.of_report(report), Output(json=False, quiet=False))
+    assert capsys.readouterr().err.count("(predicted by rule, not seen)") == 2
+
+
 # The commands
 
 

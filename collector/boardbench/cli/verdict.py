@@ -74,7 +74,7 @@ def verdict_of(result: result_pb2.RunResult) -> Verdict | None:
     placement = result.placement
     verdict = _verdict(result, placement)
     if placement.standin or result.accelerator.standin:
-        return Verdict("✗", f"by a STAND-IN and no hardware: {verdict.text}", BAD)
+        return Verdict("✗", f"STAND-IN, no hardware: {verdict.text}", BAD)
     return verdict
 
 
@@ -98,7 +98,7 @@ def _verdict(result: result_pb2.RunResult, placement: placement_pb2.Placement) -
         return Verdict("?", f"on the {units} in part: of {lost} it is not known where", DOUBTFUL)
     if placement.cpu_ops == 0:
         return Verdict("✓", f"{_taken(placement, units)}, nothing fell back", GOOD)
-    return Verdict("✗", f"partly on the {units}: {_left(placement)} {_cost(result)}", DOUBTFUL)
+    return Verdict("✗", f"partly on the {units}: {_left(placement)}{_cost(result)}", DOUBTFUL)
 
 
 def _every(count: int) -> str:
@@ -122,9 +122,9 @@ def _left(placement: placement_pb2.Placement) -> str:
 
 def _cost(result: result_pb2.RunResult) -> str:
     if not result.placement.HasField("fallback_cost"):
-        return "at a cost that was not measured"
+        return ", cost not measured"
     cost = result.placement.fallback_cost
-    text = f"cost {share(cost)} of the time"
+    text = f" cost {share(cost)} of the time"
     median = next((entry.seconds for entry in result.latency.percentiles if entry.percentile == 50), None)
     if median is None:
         return text
