@@ -236,6 +236,28 @@ def test_ctrl_c_cancels_the_run_on_the_board(board, start, model_file, wait_unti
     assert "interrupted" in done.err
 
 
+def test_a_result_that_overtakes_the_answer_to_the_cancellation_is_no_failure(
+    board, start, model_file, wait_until
+):
+    board.script = lambda board, run: run.tell(stage=agent_pb2.StageEvent(stage=result_pb2.STAGE_MEASURE))
+
+    def answers_too_late(request, context):
+        board.runs[request.run_id].finish(result_pb2.RunResult(status=result_pb2.RUN_STATUS_CANCELLED))
+        wait_until(lambda: not context.is_active(), "the client's leaving")
+        return agent_pb2.CancelRunResponse(cancelled=True)
+
+    board.CancelRun = answers_too_late
+    board.stop()
+    board.start()
+    running = start("push", model_file, "--to", f"127.0.0.1:{board.port}")
+    wait_until(lambda: board.runs and next(iter(board.runs.values())).events, "the run")
+    running.process.send_signal(signal.SIGINT)
+    done = running.finished()
+    assert done.code == 130
+    assert "cancelled" in done.out
+    assert "could not be cancelled" not in done.err
+
+
 def test_a_second_ctrl_c_leaves_at_once(board, start, model_file, wait_until):
     board.script = lambda board, run: run.tell(stage=agent_pb2.StageEvent(stage=result_pb2.STAGE_MEASURE))
     asked = []

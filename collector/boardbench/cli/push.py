@@ -182,13 +182,16 @@ class Board(threading.Thread):
     def interrupt(self) -> None:
         """Ends an upload now and a run soon: the board is asked to cancel it. Called from another thread."""
         self._interrupted.set()
-        if not self._run_id:
+        run_id = self._run_id
+        if not run_id:
             self._client.stop()
             return
         self._progress.note("Cancelling the run on the board; Ctrl-C again leaves at once")
         try:
-            self._client.cancel(self._run_id)
-        except CliError as error:
+            self._client.cancel(run_id)
+        except (CliError, ValueError) as error:  # ValueError: gRPC's word for a channel that is closed
+            if self._run_id != run_id:
+                return  # its result was faster than the answer, and the connection is closed by now
             error = CliError(f"the run could not be cancelled and goes on: {error}")
             self._inbox.put(Outcome(self._address, len(self._order.sources), error=error))
             self._client.stop()
