@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 
+from boardbench.agent import footprint
 from boardbench.v1 import agent_pb2, agent_pb2_grpc, result_pb2
 
 QUICK = result_pb2.BenchmarkSpec(duration_seconds=0.0, min_runs=3, warm_up_seconds=0.0, warm_up_runs=1)
@@ -397,6 +398,71 @@ def test_agent_that_has_run_a_model_has_loaded_no_engine(agents: Callable[..., A
     agent = agents().ready()
     list(agent.run(agent.model(), "done"))
     maps = Path(f"/proc/{agent.process.pid}/maps").read_text()
-    for name in ("numpy", "onnxruntime", "litert", "sqlite", "_ssl", "ctypes"):
+    for name in ("numpy", "onnxruntime", "litert", "sqlite", "_ssl"):
         assert name not in maps
     assert "cygrpc" in maps, "the maps are those of the agent"
+
+
+def test_agent_that_waits_lets_go_of_the_code_that_starting_took(agents: Callable[..., Agent]) -> None:
+    agent = agents().ready()
+    agent.describe()
+
+    def code_bytes() -> int:
+        """What is resident of gRPC's code, by far the largest library."""
+        found, is_code = 0, False
+        for line in Path(f"/proc/{agent.process.pid}/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                is_code = "cygrpc" in line and "r-xp" in line
+            elif line.startswith("Rss:") and is_code:
+                found += int(line.split()[1]) * 1024
+        return found
+
+    before = code_bytes()
+    assert before > 0
+    eventually("the code is dropped", lambda: code_bytes() < before * 0.7)
+    # And it works on.
+    assert list(agent.run(agent.model(), "done"))[-1].event.result.status == result_pb2.RUN_STATUS_SUCCEEDED
+
+
+SMAPS = """\
+00400000-00500000 r-xp 00000000 08:01 1234       /usr/lib/clean.so
+Rss:                 100 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd ex
+00500000-00600000 r-xp 00000000 08:01 1235       /usr/lib/with relocations in its code.so
+Anonymous:             4 kB
+Swap:                  0 kB
+VmFlags: rd ex
+00600000-00700000 r-xp 00000000 08:01 1236       /usr/lib/whose changed pages are swapped out.so
+Anonymous:             0 kB
+Swap:                  4 kB
+VmFlags: rd ex
+00700000-00800000 rw-p 00000000 08:01 1234       /usr/lib/clean.so
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd wr
+00800000-00900000 r--p 00000000 08:01 1237       /usr/lib/locale/C.utf8/LC_CTYPE
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd
+00900000-00a00000 r--p 00000000 08:01 1234       /usr/lib/constants of the clean.so.6
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd
+00a00000-00b00000 r-xp 00000000 00:00 0
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd ex
+7fff0000-7fff1000 r-xp 00000000 00:00 0          [vdso]
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd ex
+"""
+
+
+def test_only_code_that_is_as_in_its_file_is_dropped() -> None:
+    assert list(footprint._clean_libraries(SMAPS.splitlines())) == [
+        (0x400000, 0x500000),
+        (0x900000, 0xA00000),
+    ]

@@ -130,6 +130,7 @@ class Runs:
         self._latest: _Run | None = None
         self._news = asyncio.Event()
         self._admission = asyncio.Lock()
+        self._finished = 0
         self._stopping = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -145,6 +146,11 @@ class Runs:
     def waiting(self) -> int:
         """Number of runs that wait."""
         return len(self._waiting)
+
+    @property
+    def finished(self) -> int:
+        """Number of runs that have ended in this life of the agent."""
+        return self._finished
 
     def summaries(self) -> list[agent_pb2.RunSummary]:
         """Running first, then waiting in their order, then ended, the latest first."""
@@ -403,6 +409,7 @@ class Runs:
         # The runs are in the order of their ends.
         self._runs[result.run_id] = self._runs.pop(result.run_id, run)
         run.end(result)
+        self._finished += 1
         try:
             await asyncio.to_thread(self._journal.end, result, run.last_sequence)
         except OSError as error:

@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from boardbench.agent import folder, wire
+from boardbench.agent import folder, footprint, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig, parse_address
 from boardbench.agent.drift import Placements
@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 _FAREWELL_SECONDS = 2.0
 # How long the collector is let waiting for the first probe, which its hello tells about.
 _PROBE_PATIENCE_SECONDS = 30.0
+# Long enough after the start for the collector's link to be up.
+_CALM_SECONDS = 5.0
 _LOOKAHEAD_BYTES = 4 * 1024 * 1024
 _LOOPBACK = ("localhost", "[::1]")
 _EVERYWHERE = ("0.0.0.0", "[::]")
@@ -84,14 +86,15 @@ class _Agent:
         self._link = link
         self._work = asyncio.create_task(runs.work())
         self._report = asyncio.create_task(self._keep_reporting())
+        self._rest = asyncio.create_task(self._keep_small())
+        self._tasks = (self._work, self._report, self._rest)
 
     async def work_until(self, stop: asyncio.Event) -> None:
         """Returns when it is to stop; raises when a part of it has failed."""
         stopped = asyncio.create_task(stop.wait())
-        tasks = (stopped, self._work, self._report)
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in (self._work, self._report):
+            await asyncio.wait((stopped, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
+            for task in self._tasks:
                 if task.done():
                     task.result()
         finally:
@@ -106,9 +109,9 @@ class _Agent:
 
     async def close(self) -> None:
         """Ends what is left."""
-        for task in (self._work, self._report):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(self._work, self._report, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _keep_reporting(self) -> None:
         # The hello tells what the board can run.
@@ -123,6 +126,16 @@ class _Agent:
             # Not cancelled: it sees its child to the end, which comes at once.
             self._engines.close()
             await asyncio.gather(probe, return_exceptions=True)
+
+    async def _keep_small(self) -> None:
+        """Lets memory go when the start is over, and again when runs are."""
+        seen = -1
+        while True:
+            await asyncio.sleep(_CALM_SECONDS)
+            idle = bool(self._engines.known) and not self._runs.running_run_id and not self._runs.waiting
+            if idle and self._runs.finished != seen:
+                seen = self._runs.finished
+                await asyncio.to_thread(footprint.let_go)
 
     async def _probe(self) -> None:
         for status in await self._engines.statuses():
