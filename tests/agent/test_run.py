@@ -203,6 +203,16 @@ async def test_every_end_has_its_code(
     assert result.error.stage == result_pb2.STAGE_CREATE
 
 
+async def test_model_is_called_by_its_name_and_not_by_its_file_in_the_store(
+    harness: Harness, tmp_path: Path
+) -> None:
+    stored = tmp_path / f"{MODEL.sha256}.fake"
+    stored.write_text("no fake model")
+    result = await harness.execute(stored)
+    assert result.error.code == "model_rejected"
+    assert result.error.message.startswith("m.fake is no model")
+
+
 async def test_exit_code_is_told(harness: Harness, fake_model: Callable[..., Path]) -> None:
     result = await harness.execute(fake_model(create=[{"exit_code": 7}]))
     assert (result.error.exit_code, result.error.signal) == (7, "")

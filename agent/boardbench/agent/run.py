@@ -403,16 +403,24 @@ class Attempt:
         if self._is_over():
             return
         try:
-            self._take(wire.parse_event(line))
+            self._take(wire.parse_event(self._with_names(line)))
         except wire.MalformedEvent as error:
             self._garbled(f"{error}: {line[:120].decode('utf-8', 'replace')!r}")
+
+    def _with_names(self, line: bytes) -> bytes:
+        """The line with the model called by its name; in the store its file is called by its hash."""
+        stored, name = self._job.model_path, self._job.model.name
+        if stored.name != name:
+            for told in (str(stored), stored.name):
+                line = line.replace(_in_json(told), _in_json(name))
+        return line
 
     def _hear_profile(self, line: bytes) -> None:
         """Takes what the worker adds to its report; whatever else comes after that is not heard."""
         if self._profile is not None or self._profile_missing:
             return
         with contextlib.suppress(wire.MalformedEvent):
-            event = wire.parse_event(line)
+            event = wire.parse_event(self._with_names(line))
             if isinstance(event, wire.Profiling) and not self._profiling:
                 self._profiling = True
                 self._limit(self._profile_seconds())
@@ -629,6 +637,10 @@ class Attempt:
             result.error.signal = end.signal
             if end.exit_code is not None:
                 result.error.exit_code = end.exit_code
+
+
+def _in_json(text: str) -> bytes:
+    return json.dumps(text)[1:-1].encode()
 
 
 class _OomCounter:
