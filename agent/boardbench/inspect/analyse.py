@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
-from boardbench.inspect import coreml, executorch, onnx, opaque, openvino, tflite_report, torchscript
+from boardbench.inspect import tflite_report
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat, Unreadable
 from boardbench.inspect.fit import EDGETPU_CACHE, fit, memory_of
@@ -18,13 +19,15 @@ EDGETPU = tflite_report.EDGETPU
 TARGETS = (EDGETPU,)
 
 _PIECE_BYTES = 1 << 20
-_READERS: Dict[str, Callable[[ModelReport, memoryview], ModelReport]] = {
-    "coreml": coreml.report,
-    "ell": opaque.report_library,
-    "executorch": executorch.report,
-    "onnx": onnx.report,
-    "tensorrt": opaque.report_engine,
-    "torchscript": torchscript.report,
+# Module and function of each format's reader: only the one that is needed is imported, since importing
+# all of them takes as long as reading a model.
+_READERS: Dict[str, Tuple[str, str]] = {
+    "coreml": ("coreml", "report"),
+    "ell": ("opaque", "report_library"),
+    "executorch": ("executorch", "report"),
+    "onnx": ("onnx", "report"),
+    "tensorrt": ("opaque", "report_engine"),
+    "torchscript": ("torchscript", "report"),
 }
 
 
@@ -56,6 +59,8 @@ def inspect(
 
 def _inspect(path: Path, original: Optional[Path], target: str) -> ModelReport:
     if path.is_dir():
+        from boardbench.inspect import coreml
+
         if not (path / coreml.MANIFEST).is_file():
             raise UnknownFormat("a folder, and no Core ML package (.mlpackage)")
         found = coreml.report_folder(path)
@@ -63,7 +68,7 @@ def _inspect(path: Path, original: Optional[Path], target: str) -> ModelReport:
         return found
     with Opened(path) as data:
         if original is None:
-            return inspect_bytes(path.name, data, target=target, weights=openvino.weights_of(path))
+            return inspect_bytes(path.name, data, target=target, weights=path.with_suffix(".bin"))
         with Opened(original) as source:
             return inspect_bytes(path.name, data, original=source, target=target)
 
@@ -90,12 +95,17 @@ def inspect_bytes(
     if base.format == "openvino":
         if bytes(data[:2]) == b"PK":
             raise UnknownFormat("an archive: unpack it, and inspect the .xml file in it")
+        from boardbench.inspect import openvino
+
         return openvino.report(base, data, weights)
-    read = _READERS.get(base.format)
-    if read is None:
+    if base.format not in _READERS:
         what = "arrays and no model" if base.format == "npz" else "not a model format that is known"
         known = ", ".join(sorted((*_READERS, "openvino", "tflite")))
         raise UnknownFormat(f"{what}; inspected are {known}")
+    module, function = _READERS[base.format]
+    read: Callable[[ModelReport, memoryview], ModelReport] = getattr(
+        importlib.import_module(f"boardbench.inspect.{module}"), function
+    )
     return read(base, data)
 
 

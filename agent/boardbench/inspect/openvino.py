@@ -237,11 +237,6 @@ def report(base: ModelReport, data: memoryview, weights: Optional[Path]) -> Mode
     )
 
 
-def weights_of(path: Path) -> Path:
-    """Where the constants of the model at ``path`` are expected."""
-    return path.with_suffix(".bin")
-
-
 def _number(text: str) -> int:
     return int(text) if text.isdigit() and len(text) < 19 else 0
 
