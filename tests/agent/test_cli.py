@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,23 @@ def test_reader_that_goes_away_is_no_crash(fake_model: Callable[..., Path], tmp_
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {program} | true"], capture_output=True, text=True, timeout=120
     )
+    assert "Traceback" not in done.stderr
+
+
+def test_version_is_the_one_that_is_installed() -> None:
+    done = subprocess.run(command("--version"), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"boardbench-agent {metadata.version('boardbench')}\n"
+
+
+def test_missing_part_of_the_installation_is_told_with_the_command_that_mends_it() -> None:
+    program = (
+        "import sys; sys.modules['grpc_health'] = None; from boardbench.agent import cli; cli.main(['serve'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "pip install 'boardbench[agent]'" in done.stderr
+    assert "grpc_health" in done.stderr
     assert "Traceback" not in done.stderr
 
 

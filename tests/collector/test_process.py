@@ -57,6 +57,18 @@ def test_looking_at_the_help_loads_nothing_heavy() -> None:
     assert answer.stdout.strip() == "[]"
 
 
+def test_missing_part_of_the_installation_is_told_with_the_command_that_mends_it(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['aiohttp'] = None; from boardbench.collector.cli import main; "
+        f"main(['serve', '--data-dir', {str(tmp_path)!r}])"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 1
+    assert "pip install 'boardbench[collector]'" in answer.stderr
+    assert "aiohttp" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -19,6 +19,9 @@ PROGRAM = "boardbench-agent"
 
 _DONE, _FAILED, _USAGE = 0, 1, 2
 
+# What boardbench[agent] brings, by the name that it is imported as.
+_EXTRA = ("grpc_health", "grpc_reflection", "psutil", "tomli")
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command and ends the process with its exit code."""
@@ -27,6 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
+    try:
+        return _obey(options)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        return _complain(
+            f"{options.command} needs the agent's part of boardbench ({error.name} is missing): "
+            "pip install 'boardbench[agent]'",
+            _FAILED,
+        )
+
+
+def _obey(options: argparse.Namespace) -> int:
     if options.command == "serve":
         _leave_ssl_out()
     from boardbench.agent.config import load
@@ -54,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_Help,
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run")
 
     serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
@@ -77,6 +94,16 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_spec(run)
     return top
+
+
+class _Version(argparse.Action):
+    """Prints the version and ends; looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_ignored: object) -> NoReturn:
+        from boardbench.agent.version import version
+
+        _say(f"{PROGRAM} {version() or 'of an unknown version: it runs from a folder and is not installed'}")
+        parser.exit()
 
 
 class _Help(argparse.HelpFormatter):

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+# What boardbench[collector] brings, by the name that it is imported as.
+_EXTRA = ("aiohttp", "grpc_health", "grpc_reflection", "prometheus_client")
+
 
 class _AddressType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
     name = "HOST[:PORT]"
@@ -145,7 +148,15 @@ def serve(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
-    from boardbench.collector.serve import serve as run
+    try:
+        from boardbench.collector.serve import serve as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        raise click.ClickException(
+            f"the collector needs more of boardbench ({error.name} is missing): "
+            "pip install 'boardbench[collector]'"
+        ) from error
 
     def ready(listening: Listening) -> None:
         click.echo(f"gRPC: {listening.grpc}")
