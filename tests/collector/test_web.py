@@ -284,7 +284,8 @@ async def test_the_page_shows_boards_and_results(filled: Any, http: aiohttp.Clie
         "mobilenet.tflite",
         "12.500 ms",
         "30 cpu delegate, 1 cpu",
-        "but high_load",
+        "succeeded, 1 doubt",
+        "high_load",
         "worker_killed",
         "cancelled",
     ):
@@ -292,6 +293,26 @@ async def test_the_page_shows_boards_and_results(filled: Any, http: aiohttp.Clie
     for link in page.links:
         async with http.get(filled.url + link) as answer:
             assert answer.status == 200, link
+
+
+async def test_long_texts_dont_push_the_figures_off_the_page(
+    collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
+) -> None:
+    board = collector.board()
+    await board.join()
+    name = f"{'mobilenet_' * 20}.tflite"
+    result = make_result("run-1", model=name)
+    result.warnings.add(code="preempted")
+    await board.send(1, result)
+    await board.acknowledged(1)
+    async with http.get(collector.url) as answer:
+        text = await answer.text()
+    assert f'<td class="long">{name}</td>' in text
+    _, _, row = text.partition(f"{name}</td>")
+    assert row.index("12.500 ms") < row.index("preempted"), "the figures come before what may be long"
+    async with http.get(collector.url + "/style.css") as answer:
+        assert "td.long { min-width: 8rem; overflow-wrap: anywhere; }" in await answer.text()
+    await board.leave()
 
 
 async def test_what_strangers_say_is_shown_as_text(

@@ -13,18 +13,22 @@ from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
 
 STYLE = """\
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 100rem; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid #8884; }
+th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid #8884; }
 th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.whole { white-space: nowrap; }
+td.long { min-width: 8rem; overflow-wrap: anywhere; }
 .good { color: #1a7f37; } .bad { color: #c0392b; } .doubt { color: #9a6700; }
 code { font-family: ui-monospace, monospace; font-size: .92em; }
 @media (prefers-color-scheme: dark) {
   .good { color: #57c785; } .bad { color: #ff7b72; } .doubt { color: #e3b341; }
 }
 """
+
+_COLUMNS = {"#": "number", "=": "whole", "~": "long"}
 
 _PAGE = """\
 <!doctype html>
@@ -101,24 +105,29 @@ def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
                 _percentile(result, 50),
                 _percentile(result, 99),
                 _verdict(result),
-                _placement(result.placement),
+                _placement(result),
                 _fallback(result.placement),
+                f'<span class="doubt">{escape(", ".join(_doubts(result)))}</span>',
             )
         )
     return _table(
         (
-            *("run", "ended (UTC)", "board", "model", "runtime", "ending", "#p50", "#p99"),
-            *("accelerated", "operations", "#fallback"),
+            *("run", "=ended (UTC)", "board", "~model", "runtime", "ending", "#p50", "#p99"),
+            *("accelerated", "~operations", "#fallback", "~doubts"),
         ),
         rows,
     )
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table; a heading that begins with # is of numbers. Cells are HTML already."""
-    classes = [' class="number"' if heading.startswith("#") else "" for heading in headings]
+    """Returns a table; cells are HTML already.
+
+    A heading that begins with # is of numbers, with = of what stays on one line, with ~ of long texts that
+    may be broken anywhere, so that a file's name of 60 letters doesn't push the figures off the page.
+    """
+    classes = [f' class="{_COLUMNS[heading[0]]}"' if heading[0] in _COLUMNS else "" for heading in headings]
     head = "".join(
-        f"<th{kind}>{escape(heading.lstrip('#'))}</th>"
+        f"<th{kind}>{escape(heading.lstrip(''.join(_COLUMNS)))}</th>"
         for heading, kind in zip(headings, classes, strict=True)
     )
     body = "\n".join(
@@ -131,16 +140,19 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _ending(result: result_pb2.RunResult) -> str:
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
-        doubts = [escape(warning.code) for warning in result.warnings]
-        doubts += [f"stand-in {escape(name)}" for name in result.standins]
-        if doubts:
-            return f'succeeded, <span class="doubt">but {", ".join(doubts)}</span>'
-        return '<span class="good">succeeded</span>'
+        doubts = len(_doubts(result))
+        if not doubts:
+            return '<span class="good">succeeded</span>'
+        return f'succeeded, <span class="doubt">{doubts} doubt{"s" if doubts > 1 else ""}</span>'
     if result.status == result_pb2.RUN_STATUS_FAILED:
         return f'<span class="bad">failed</span>: {escape(result.error.code)}'
     if result.status == result_pb2.RUN_STATUS_CANCELLED:
         return "cancelled"
     return '<span class="doubt">not known</span>'
+
+
+def _doubts(result: result_pb2.RunResult) -> list[str]:
+    return [warning.code for warning in result.warnings] + [f"stand-in {name}" for name in result.standins]
 
 
 def _percentile(result: result_pb2.RunResult, which: float) -> str:
@@ -182,7 +194,10 @@ def _fallback(placement: placement_pb2.Placement) -> str:
     return f"{cost.share:.0%} <small>({cost.share_low:.0%}–{cost.share_high:.0%})</small>"
 
 
-def _placement(placement: placement_pb2.Placement) -> str:
+def _placement(result: result_pb2.RunResult) -> str:
+    if result.status != result_pb2.RUN_STATUS_SUCCEEDED:
+        return "–"
+    placement = result.placement
     counts = []
     for count in placement.units:
         known = count.unit in placement_pb2.Unit.values() and count.unit
