@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
 import pytest
@@ -38,6 +39,30 @@ def tflite_dead_end() -> bytes:
     x, y, unused = (graph.tensor(name, [1, 4], "float32") for name in ("x", "y", "unused"))
     graph.operator("RELU", [x], [y])
     graph.operator("NEG", [x], [unused], build.Options("NegOptions"))
+    graph.inputs(x)
+    graph.outputs(y)
+    return bytes(model.finish())
+
+
+def tflite_small_and_large() -> bytes:
+    """RELU on 16 floats, then TILE, POW and SUM on a million of them, then RELU6 on one.
+
+    What is in between takes some 10 ms on a laptop, and what is around it nothing.
+    """
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    graph = model.subgraph()
+    x, small = graph.tensor("x", [1, 16], "float32"), graph.tensor("small", [1, 16], "float32")
+    large, power = (graph.tensor(name, [1024, 1024], "float32") for name in ("large", "power"))
+    times = graph.tensor("times", [2], "int32", data=struct.pack("<2i", 1024, 64))
+    exponent = graph.tensor("exponent", [1], "float32", data=_float(0.5))
+    axes = graph.tensor("axes", [2], "int32", data=struct.pack("<2i", 0, 1))
+    total, y = graph.tensor("total", [], "float32"), graph.tensor("y", [], "float32")
+    graph.operator("RELU", [x], [small])
+    graph.operator("TILE", [small, times], [large], build.Options("TileOptions"))
+    graph.operator("POW", [large, exponent], [power], build.Options("PowOptions"))
+    graph.operator("SUM", [power, axes], [total], build.Options("ReducerOptions"))
+    graph.operator("RELU6", [total], [y])
     graph.inputs(x)
     graph.outputs(y)
     return bytes(model.finish())
@@ -97,8 +122,6 @@ def tflite_of_unknown_ops(name: str, version: int = 1) -> bytes:
 
 
 def _float(value: float) -> bytes:
-    import struct
-
     return struct.pack("<f", value)
 
 
@@ -159,17 +182,55 @@ def onnx_of_division() -> bytes:
     return finish(nodes, [x], [y])
 
 
-def onnx_relu_unique() -> bytes:
-    """Relu, which every provider has, and Unique, which few have."""
+def onnx_partly(*, keep: bool = True, unique: bool = True, named: bool = True) -> bytes:
+    """Conv, Relu, Flatten, Unique, ReduceSum: every provider has the first three, and few have Unique.
+
+    ``keep``: the sum keeps its dimension, else it is a number without any.
+    """
+    helper, types, finish = _onnx_builder()
+    x = helper.make_tensor_value_info("x", types.FLOAT, [1, 3, 32, 32])
+    y = helper.make_tensor_value_info("y", types.FLOAT, None)
+    values = [((at * 7919) % 1000 - 500) / 500 for at in range(16 * 3 * 3 * 3)]
+    weight = helper.make_tensor("w", types.FLOAT, [16, 3, 3, 3], values)
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+        return helper.make_node(kind, inputs, [output], name=kind.lower() if named else "", **attributes)
+
+    nodes = [
+        node("Conv", ["x", "w"], "c", pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], "r"),
+        node("Flatten", ["r"], "f"),
+        *([node("Unique", ["f"], "u")] if unique else []),
+        node("ReduceSum", ["u" if unique else "f"], "y", keepdims=int(keep)),
+    ]
+    return finish(nodes, [x], [y], constants=[weight])
+
+
+def onnx_cut_off() -> bytes:
+    """Relu, Unique, Relu, Unique: two of what every provider has, cut off from each other."""
     helper, types, finish = _onnx_builder()
     x = helper.make_tensor_value_info("x", types.FLOAT, [1, 64])
     y = helper.make_tensor_value_info("y", types.FLOAT, None)
     nodes = [
-        helper.make_node("Relu", ["x"], ["r"]),
-        helper.make_node("Mul", ["r", "r"], ["m"]),
-        helper.make_node("Unique", ["m"], ["y"]),
+        helper.make_node("Relu", ["x"], ["a"], name="relu_a"),
+        helper.make_node("Unique", ["a"], ["b"], name="unique_a"),
+        helper.make_node("Relu", ["b"], ["c"], name="relu_b"),
+        helper.make_node("Unique", ["c"], ["y"], name="unique_b"),
     ]
     return finish(nodes, [x], [y])
+
+
+def onnx_of_constants() -> bytes:
+    """Two constants added to a third, and that to the input."""
+    helper, types, finish = _onnx_builder()
+    x, y = (helper.make_tensor_value_info(name, types.FLOAT, [2]) for name in "xy")
+    one, two = (helper.make_tensor(name, types.FLOAT, [2], [1.0, 2.0]) for name in ("one", "two"))
+    nodes = [
+        helper.make_node("Mul", ["one", "two"], ["product"]),
+        helper.make_node("Neg", ["product"], ["negative"]),
+        helper.make_node("Add", ["x", "negative"], ["y"]),
+    ]
+    return finish(nodes, [x], [y], constants=[one, two])
 
 
 def onnx_gather(rows: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -280,29 +279,6 @@ def test_a_provider_s_hardware_is_said_only_where_it_is_known(
     provider: str, options: dict[str, str], unit: Unit
 ) -> None:
     assert onnx.unit_of(provider, options) is unit
-
-
-OPENVINO_PYTHON = os.environ.get("BOARDBENCH_OPENVINO_PYTHON", "")
-
-
-@pytest.mark.skipif(
-    not OPENVINO_PYTHON, reason="set BOARDBENCH_OPENVINO_PYTHON to a Python that has onnxruntime-openvino"
-)
-@pytest.mark.usefixtures("runtime")
-def test_a_real_provider_takes_a_part_and_the_rest_is_on_the_cpu(worker: Any, made: Any) -> None:
-    """Unique is not in OpenVINO's provider; Relu before it is."""
-    file = made(models.onnx_relu_unique())
-    partly = worker.run(job(file, device="openvino"), python=OPENVINO_PYTHON).result["placement"]
-    units = {op["type"]: op["unit"] for op in partly["ops"]}
-    assert (units["Relu"], units["Unique"]) == ("UNIT_CPU_DELEGATE", "UNIT_CPU")
-    assert "listed provider by provider" in partly["detail"]
-    assert partly["verdict"] == "PLACEMENT_VERDICT_PARTLY"
-    strict = worker.run(job(file, device="openvino", strict=True), python=OPENVINO_PYTHON)
-    assert strict.error["code"] == "cpu_fallback"
-    no_gpu = worker.run(
-        job(file, device="openvino", options={"provider.device_type": "GPU"}), python=OPENVINO_PYTHON
-    )
-    assert "could not be started" in no_gpu.error["message"]
 
 
 # -- models ---------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ _LOCK_TO_WRITE = 1  # kLiteRtTensorBufferLockModeWrite
 _INVOKED, _OPERATION, _IN_DELEGATE = 1, 2, 8
 """tflite::Profiler::EventType: DEFAULT, OPERATOR_INVOKE, DELEGATE_PROFILED_OPERATOR_INVOKE."""
 
-# tag, type, start and duration in microseconds, two records of memory (three numbers each in C++), two
-# numbers of which the first is the operation's, source.
+# tag, type, start and duration in microseconds, two records of memory (three numbers each in C++), the number
+# of the operation and that of its graph, source.
 _EVENT = struct.Struct("<QixxxxQQ48xQQixxxx")
 _UNTOUCHED = 0xA5
 
@@ -212,7 +212,9 @@ class _Library:
         run()
         self._call("LiteRtStopProfiler", profiler)
         seconds, events = 0.0, []
-        for tag, kind, microseconds, index in self._events(profiler):
+        for tag, kind, microseconds, index, graph in self._events(profiler):
+            if graph:
+                continue  # the body of a loop: the loop has the time
             if kind == _INVOKED and tag == "Invoke":
                 seconds += microseconds / 1e6
             elif kind in (_OPERATION, _IN_DELEGATE):
@@ -221,8 +223,8 @@ class _Library:
             raise NoProfiler("its profile of an inference is empty")
         return Inference(seconds=seconds, events=tuple(events))
 
-    def _events(self, profiler: ctypes.c_void_p) -> Iterator[Tuple[str, int, int, int]]:
-        """(tag, type, microseconds, number) of every event."""
+    def _events(self, profiler: ctypes.c_void_p) -> Iterator[Tuple[str, int, int, int, int]]:
+        """(tag, type, microseconds, number, graph) of every event."""
         count = ctypes.c_int()
         self._call("LiteRtGetNumProfilerEvents", profiler, ctypes.byref(count))
         room = 2 * _EVENT.size * (count.value + 1)
@@ -237,5 +239,6 @@ class _Library:
                 f"{count.value} events take {written} bytes: this version has another layout than is known"
             )
         for at in range(count.value):
-            tag, kind, _, microseconds, index, _, _ = _EVENT.unpack_from(content, at * _EVENT.size)
-            yield ctypes.string_at(tag).decode("utf-8", "replace"), kind, microseconds, index & 0xFFFFFFFF
+            tag, kind, _, microseconds, index, graph, _ = _EVENT.unpack_from(content, at * _EVENT.size)
+            name = ctypes.string_at(tag).decode("utf-8", "replace")
+            yield name, kind, microseconds, index & 0xFFFFFFFF, graph

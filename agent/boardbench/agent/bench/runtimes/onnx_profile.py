@@ -1,9 +1,9 @@
 """Where the time of an ONNX Runtime inference goes, and why nodes are not where they were asked to be.
 
-A second session with ``enable_profiling`` writes an event for every node that ran, with its provider, duration
-and shapes. Nodes are there as they ran: what a provider took in one piece is one event, and nodes of the CPU
-may be fused or have companions that only change a layout. What fallback costs is therefore told by provider;
-the time of a single operation only where its node ran as it is in the model.
+A second session with ``enable_profiling`` writes an event for every node that ran, with its provider,
+duration and shapes. Nodes are there as they ran: what a provider took in one piece is one event, and nodes
+of the CPU may be fused or have companions that only change a layout. What fallback costs is therefore told
+by provider; the time of a single operation only where its node ran as it is in the model.
 
 A node on the CPU is a root cause when the provider refuses it also by itself and between neighbours that it
 takes: each is asked for with a model of its own. If the provider takes it there, its place in the graph was
@@ -386,7 +386,7 @@ def _causes(runtime: OnnxRuntime, model: OnnxModel, seen: _Seen) -> Dict[int, Ca
             first = _blocker(seen, at, roots)
             named = f"#{first} {seen.ops[first].type}" if first is not None else "what is around it"
             causes[at] = Cause(
-                f"{provider} takes it by itself: it is on the CPU because of {named}",
+                f"{provider} takes it elsewhere: it is on the CPU because of {named}",
                 False,
                 f"change {named} first" if first is not None else "",
             )
