@@ -195,8 +195,6 @@ def _fallback(placement: placement_pb2.Placement) -> str:
 
 
 def _placement(result: result_pb2.RunResult) -> str:
-    if result.status != result_pb2.RUN_STATUS_SUCCEEDED:
-        return "–"
     placement = result.placement
     counts = []
     for count in placement.units:
@@ -204,6 +202,8 @@ def _placement(result: result_pb2.RunResult) -> str:
         name = placement_pb2.Unit.Name(count.unit).removeprefix("UNIT_").lower() if known else "unknown"
         counts.append(f"{count.ops} {name.replace('_', ' ')}")
     if placement.evidence == placement_pb2.EVIDENCE_UNSPECIFIED or not counts:
+        if result.status in (result_pb2.RUN_STATUS_FAILED, result_pb2.RUN_STATUS_CANCELLED):
+            return "–"  # it did not get that far
         return '<span class="doubt">not known</span>'
     return escape(", ".join(counts))
 
