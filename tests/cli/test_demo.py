@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import urllib.request
 
 import pytest
+
+from boardbench.cli import demo
 
 psutil = pytest.importorskip("psutil", reason="the demo needs pip install 'boardbench[demo]'")
 for needed in ("ai_edge_litert", "onnxruntime", "onnx", "flatbuffers", "aiohttp", "prometheus_client"):
@@ -41,6 +44,23 @@ def test_it_plays_to_the_end_and_leaves_nothing(boardbench, nothing_left):
     assert 'boardbench_device_up{device="' in done.out
     assert "boardbench demo --stay" in done.out
     assert done.err == ""
+
+
+def test_its_commands_can_be_typed_as_they_are_shown(tmp_path, monkeypatch):
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "boardbench", "boardbench-collector"):
+        (programs / name).touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    shown = demo._where_to_go()
+    assert "  .venv/bin/boardbench demo --stay " in shown
+    assert "  .venv/bin/boardbench-collector serve " in shown
+    monkeypatch.chdir("/")
+    assert f"  {str(programs)[1:]}/boardbench demo --stay " in demo._where_to_go()
+    monkeypatch.setenv("PATH", str(programs))
+    assert "  boardbench demo --stay " in demo._where_to_go()
 
 
 def read_until(stream, pattern):

@@ -206,29 +206,44 @@ def _has(client: CollectorClient, run_id: str) -> bool:
 def _where_to_look(
     board: Address, collector: Address, web: str, results: list[result_pb2.RunResult], models: list[Path]
 ) -> str:
+    here = _as_typed_here
     return f"""All of it stays up until Ctrl-C. Look around:
 
   {web}/          boards and results as a page
   {web}/metrics   for Prometheus
   {web}/api/v1/results
 
-  boardbench devices --to {board}
-  boardbench results --collector {collector}
-  boardbench show {results[0].run_id[:8]} --collector {collector}
-  boardbench push {models[0]} --to {board} --threads 1
+  {here("boardbench")} devices --to {board}
+  {here("boardbench")} results --collector {collector}
+  {here("boardbench")} show {results[0].run_id[:8]} --collector {collector}
+  {here("boardbench")} push {models[0]} --to {board} --threads 1
 """
 
 
 def _where_to_go() -> str:
-    return """That was all of it, and nothing is left behind. Next:
+    client, collector = _as_typed_here("boardbench"), _as_typed_here("boardbench-collector")
+    again, own, serve = f"{client} demo --stay", f"{client} run model.tflite", f"{collector} serve"
+    width = max(map(len, (again, own, serve)))
+    return f"""That was all of it, and nothing is left behind. Next:
 
-  boardbench demo --stay               the same, and it stays up to look around
-  boardbench run model.tflite          measure a model of yours on this machine
+  {again:<{width}}   the same, and it stays up to look around
+  {own:<{width}}   measure a model of yours on this machine
 
-  boardbench-collector serve           on your side, then on the board:
+  {serve:<{width}}   on your side, then on the board:
   boardbench-agent serve --listen 0.0.0.0:7341 --collector HOST:7342
-  boardbench push model.tflite --to BOARD
+  {client} push model.tflite --to BOARD
 """
+
+
+def _as_typed_here(program: str) -> str:
+    """What starts this installation's ``program`` when typed here: its name if that will do, or its path."""
+    ours = Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if not ours.exists() or (found and Path(found).parent.resolve() == ours.parent.resolve()):
+        return program
+    with contextlib.suppress(ValueError):
+        return str(ours.relative_to(Path.cwd()))
+    return str(ours)
 
 
 def _say(text: str) -> None:
