@@ -55,8 +55,6 @@ def test_every_node_that_ran_as_it_is_has_its_time(
     assert len(found.whole_seconds) == 6
     assert (found.fallback_seconds, found.crossings, found.causes) == ((), None, {})
     assert sum(found.op_seconds.values()) <= 1.5 * max(found.whole_seconds)
-    if not hasattr(runtime._ort.InferenceSession, "get_provider_graph_assignment_info"):
-        return  # then nothing can be joined
     assert set(found.op_seconds) == set(range(5))
     # Sorting 16384 numbers takes longer than flattening them.
     assert found.op_seconds[3] > found.op_seconds[2]
@@ -79,12 +77,13 @@ def test_its_files_are_gone_afterwards(
     assert list(scratch.iterdir()) == []
 
 
-def test_a_version_that_does_not_tell_who_took_a_node_has_the_times_of_inferences(
+def test_a_version_that_does_not_tell_who_took_a_node_has_the_times_of_nodes_as_they_ran(
     runtime: onnx.OnnxRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As in versions before 1.24, whose placement is itself from a profile."""
     monkeypatch.setattr(onnx.OnnxModel, "assigned", lambda self: None)
-    found = profile(runtime, models.onnx_affine(), tmp_path)
-    assert (found.op_seconds, len(found.whole_seconds)) == ({}, 6)
+    found = profile(runtime, models.onnx_partly(), tmp_path)
+    assert set(found.op_seconds) == set(range(len(found.units)))
 
 
 @pytest.mark.usefixtures("runtime")
@@ -154,7 +153,7 @@ def test_copies_between_device_and_host_are_a_cost_of_fallback() -> None:
     )
     inference = onnx_profile._Inference(1.0, nodes)
     assert onnx_profile._seconds_away(inference) == pytest.approx(15e-6)
-    assert onnx_profile._crossings(inference, None).count == 2
+    assert onnx_profile._crossings(inference, seen([], [])).count == 2
 
 
 def seen(assigned: list[Assigned], nodes: list[dict[str, Any]]) -> onnx_profile._Seen:

@@ -5,7 +5,15 @@ from collections import Counter
 import pytest
 
 from boardbench.agent.bench import placement
-from boardbench.agent.domain import Evidence, OpPlacement, Placement, Unit, UnitCount, Verdict
+from boardbench.agent.domain import (
+    Evidence,
+    EvidenceReport,
+    OpPlacement,
+    Placement,
+    Unit,
+    UnitCount,
+    Verdict,
+)
 
 
 def known(*units: Unit) -> Placement:
@@ -49,3 +57,43 @@ def test_unknown_has_a_reason_and_no_number() -> None:
 def test_a_list_for_a_person_is_short() -> None:
     assert placement.listed(Counter("aaabbc")) == "3 a, 2 b, 1 c"
     assert placement.listed(Counter("aaabbcd"), most=2) == "3 a, 2 b, 2 others"
+
+
+def report(evidence: Evidence, detail: str) -> EvidenceReport:
+    return EvidenceReport(evidence=evidence, verdict=Verdict.UNSPECIFIED, detail=detail)
+
+
+def test_a_placement_reports_its_own_evidence_and_each_kind_once() -> None:
+    found = placement.with_report(known(Unit.TPU), report(Evidence.PROFILED, "first"))
+    found = placement.with_report(found, report(Evidence.PROFILED, "second"))
+    assert [(each.evidence, each.detail) for each in found.evidence_reports] == [
+        (Evidence.PARTITION, ""),
+        (Evidence.PROFILED, "second"),
+    ]
+    assert found.evidence_reports[0].accelerated_ops == 1
+    assert placement.with_report(placement.unknown("nobody knows")).evidence_reports == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "verdict", "away"),
+    [
+        ("", Verdict.NOT_ACCELERATED, []),
+        ("OpenVINO", Verdict.PARTLY, [2, 3]),
+        ("elsewhere", Verdict.NOT_ACCELERATED, [0, 1, 2, 3]),
+    ],
+)
+def test_the_verdict_is_about_what_was_asked_for(wanted: str, verdict: Verdict, away: list[int]) -> None:
+    ops = [
+        OpPlacement(index=at, type="OP", unit=unit, delegate=delegate)
+        for at, (unit, delegate) in enumerate(
+            [
+                (Unit.CPU_DELEGATE, "OpenVINO"),
+                (Unit.CPU_DELEGATE, "OpenVINO"),
+                (Unit.CPU_DELEGATE, "XNNPACK"),
+                (Unit.CPU, ""),
+            ]
+        )
+    ]
+    found = placement.known(ops, evidence=Evidence.PARTITION, detail="", wanted=wanted)
+    assert (found.verdict, found.accelerated_ops, found.cpu_ops) == (verdict, 0, 4)
+    assert [op.index for op in placement.fallen_back(found, wanted)] == away

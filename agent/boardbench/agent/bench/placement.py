@@ -75,21 +75,18 @@ def verdict(accelerated: int, on_cpu: int, open_ops: int = 0) -> Verdict:
 
 
 def with_report(placement: Placement, *reports: EvidenceReport) -> Placement:
-    """The placement with its own evidence among the reports, and then with ``reports``."""
-    found = list(placement.evidence_reports)
-    if placement.evidence is not Evidence.UNSPECIFIED and placement.evidence not in (
-        *(report.evidence for report in found),
-        *(report.evidence for report in reports),
-    ):
-        found.append(
-            EvidenceReport(
-                evidence=placement.evidence,
-                verdict=placement.verdict,
-                detail=placement.detail,
-                accelerated_ops=placement.accelerated_ops,
-                cpu_ops=placement.cpu_ops,
-            )
-        )
+    """The placement with its own evidence among the reports, and ``reports`` behind, each kind once."""
+    own = EvidenceReport(
+        evidence=placement.evidence,
+        verdict=placement.verdict,
+        detail=placement.detail,
+        accelerated_ops=placement.accelerated_ops,
+        cpu_ops=placement.cpu_ops,
+    )
+    new = {report.evidence for report in reports}
+    found = [report for report in placement.evidence_reports if report.evidence not in new]
+    if own.evidence not in (Evidence.UNSPECIFIED, *new, *(report.evidence for report in found)):
+        found.append(own)
     return replace(placement, evidence_reports=(*found, *reports))
 
 

@@ -63,20 +63,24 @@ def profile(runtime: OnnxRuntime, request: ProfileRequest, runs: Callable[[], It
     found = model.placement()
     if not found.ops:
         raise NoProfile(f"it is not known where nodes run: {found.detail}")
-    assigned = model.assigned()
+    assigned = model.assigned() or [
+        # A version that does not tell was asked by a profile: its operations are the nodes of one.
+        Assigned(op.delegate or CPU, op.name, op.type, part=op.index)
+        for op in found.ops
+    ]
     inferences = _inferences(model.profile(runs()))
     ran = _nodes(inferences)
     whole = tuple(inference.seconds for inference in inferences)
     fallback = tuple(_seconds_away(inference) for inference in inferences) if model.wanted else ()
-    seen = _Seen(found.ops, assigned, ran, _graph(request)) if assigned is not None else None
-    seconds = seen.op_seconds() if seen is not None else {}
+    seen = _Seen(found.ops, assigned, ran, _graph(request))
+    seconds = seen.op_seconds()
     text = (
         f"{len(inferences)} inferences of {median_milliseconds(whole)}, {METHOD}: "
         f"{_by_provider(inferences)}; {len(seconds)} of {len(found.ops)} nodes ran as they are in the model "
         "and have a time of their own"
     )
     causes: Mapping[int, Cause] = {}
-    if seen is not None and model.wanted and not model.device_fallback:
+    if model.wanted and not model.device_fallback:
         request.trying("single operations asked for")
         if "single operations asked for" not in request.avoid:
             causes = _causes(runtime, model, seen)
@@ -304,11 +308,11 @@ def _last_number(name: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _crossings(inference: _Inference, seen: Optional[_Seen]) -> Crossings:
+def _crossings(inference: _Inference, seen: _Seen) -> Crossings:
     """Changes of side in the order in which nodes ran, and the bytes that went along."""
     sides = [event["args"]["provider"] == CPU for event in inference.nodes]
     count = sum(sides[at] != sides[at - 1] for at in range(1, len(sides)))
-    return Crossings(count=count, bytes=None if seen is None else _crossing_bytes(seen))
+    return Crossings(count=count, bytes=_crossing_bytes(seen))
 
 
 def _crossing_bytes(seen: _Seen) -> Optional[int]:
