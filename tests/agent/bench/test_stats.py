@@ -122,3 +122,11 @@ def test_five_samples_have_no_percentile_and_six_have_the_median_alone() -> None
 def test_nothing_has_no_latency() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         stats.latency([])
+
+
+def test_the_mean_of_the_middle_half_does_not_see_outliers() -> None:
+    assert stats.midmean([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1000.0]) == 4.5
+    assert stats.midmean([3.0]) == 3.0
+    assert stats.midmean([1.0, 2.0, 6.0]) == 3.0
+    # A clock that ticks in whole steps: finer than a median.
+    assert stats.midmean([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]) == 1.75
