@@ -1,6 +1,6 @@
 # The two commands a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint protos docs bench soak build clean
+.PHONY: help same-python demo test lint protos docs bench soak build clean
 
 # The newest Python on the PATH that boardbench runs on; `make PYTHON=…` chooses another.
 PYTHON ?= $(shell deploy/find_python.sh)
@@ -15,10 +15,19 @@ help:  ## Say what there is
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "boardbench needs Python 3.10 or newer; found none on the PATH (make PYTHON=/path/to/python3)"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "'$(PYTHON)' is no Python 3.10 or newer"; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+# A Python that is asked for by name is not passed over because another one was here first.
+VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+same-python: | $(BIN)/python
+ifeq ($(origin PYTHON),command line)
+	@asked=$$("$(PYTHON)" $(VERSION)) && here=$$($(BIN)/python $(VERSION)) && test "$$asked" = "$$here" || \
+		{ echo "$(VENV) is of Python $$here: make clean first, or keep both with VENV=.venv-$$asked"; exit 1; }
+endif
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python same-python
 	$(BIN)/python -m pip install -q -e '.[demo]'
 	@touch $@
 
