@@ -66,8 +66,8 @@ open(report, "w").write(json.dumps(noted["samples"]))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("overhead")
-    group.add_argument("--rounds", type=int, default=12, help="rounds of all three (default 12)")
-    group.add_argument("--runs", type=int, default=3000, help="counted inferences of each (default 3000)")
+    group.add_argument("--rounds", type=int, default=40, help="rounds of all three (default 40)")
+    group.add_argument("--runs", type=int, default=1000, help="counted inferences of each (default 1000)")
     group.add_argument("--threads", type=int, default=1, help="threads of all three (default 1)")
 
 
