@@ -563,7 +563,7 @@ async def test_last_words_are_bounded_and_harmless_on_a_terminal(
     harness: Harness, worker_program: Callable[[str], str]
 ) -> None:
     body = """
-        sys.stdout.write("x" * 1_000_000 + "\\x1b[2Jgone\\rover\\tthe end\\n")
+        sys.stdout.write("x" * 1_000_000 + "\\x1b[2Jgone\\rover\\t\\x1b[1;31mthe end\\x1b[m\\n")
         sys.stdout.flush()
         os._exit(3)
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -36,6 +37,8 @@ JOB_LIMIT_BYTES = 32 * 1024
 # A full pipe is read at most this often, so that a worker that floods it can't keep the agent busy.
 _FLOOD_PAUSE_SECONDS = 0.005
 _PIPE_BYTES = 64 * 1024
+# Engines colour their log (ECMA-48, "select graphic rendition"), whoever reads it.
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 # After the worker's end its pipes are empty at once, unless something that left its session holds them.
 _DRAIN_SECONDS = 1.0
 
@@ -244,6 +247,7 @@ class _Tail(_Reader):
     def text(self) -> str:
         """What is kept, without control characters: it is shown on terminals."""
         text = self._kept.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+        text = _COLOUR.sub("", text)
         return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -106,6 +106,18 @@ def test_the_users_file_is_fed_and_settles_open_shapes(worker: Any, fake_job: Ma
     assert "seed" not in result["input_data"]
 
 
+def test_an_array_that_the_file_lacks_is_told_with_those_it_has(
+    worker: Any, fake_job: Make, tmp_path: Path
+) -> None:
+    file = tmp_path / "inputs.npz"
+    np.savez(file, x=np.ones((3, 4), np.float32))
+    open_inputs = [{"name": name, "dtype": "float32", "shape": [-1, 4]} for name in ("x", "y")]
+    error = worker.run(fake_job(inputs=open_inputs, job={"inputs_path": str(file)})).error
+    assert error["code"] == "inputs_rejected"
+    assert "leaves sizes open in y float32 [?, 4]" in error["message"]
+    assert "the .npz holds x [3, 4]" in error["message"]
+
+
 def test_output_of_the_engine_is_never_in_the_events(worker: Any, fake_job: Make) -> None:
     outcome = worker.run(
         fake_job(create=[{"stdout": '{"event":"error"}', "times": 5000}, {"stderr": "noise"}],

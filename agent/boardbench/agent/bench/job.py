@@ -161,16 +161,22 @@ def execute(job: Job, events: EventWriter) -> None:
 
     events.stage(Stage.CREATE)
     shapes = _shapes(job)
-    model, create_seconds = _timed(
-        lambda: runtime.load(
-            job.model_path,
-            device=job.device,
-            threads=job.threads,
-            options=job.options,
-            shapes=shapes,
-            allow_fallback=job.allow_fallback,
+    try:
+        model, create_seconds = _timed(
+            lambda: runtime.load(
+                job.model_path,
+                device=job.device,
+                threads=job.threads,
+                options=job.options,
+                shapes=shapes,
+                allow_fallback=job.allow_fallback,
+            )
         )
-    )
+    except InputsRejected as error:
+        if job.inputs_path is None:
+            raise
+        held = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name not in job.shapes)
+        raise InputsRejected(f"{error}; the .npz holds {held or 'no array'}") from error
     wanted = model.wanted
     try:
         meter.end_phase(MemoryPhase.LOADED)
