@@ -118,6 +118,17 @@ def test_open_sizes_are_profiled_as_they_ran(
     assert all(op["seconds"] > 0 for op in placement["ops"])
 
 
+def test_what_nobody_uses_has_no_time(profiled: Callable[..., Any], python: str, tmp_path: Path) -> None:
+    """It is not known whether it runs, or in what."""
+    path = tmp_path / "dead_end.tflite"
+    path.write_bytes(models.tflite_dead_end())
+    _, placement, report = profiled(python, path)
+    used, unused = placement["ops"]
+    assert used["seconds"] >= 0
+    assert "seconds" not in unused or unused["unit"] == "UNIT_CPU"
+    assert report["detail"].startswith(("1 of 2", "2 of 2"))
+
+
 def test_data_of_the_user_is_what_runs(profiled: Callable[..., Any], python: str, tmp_path: Path) -> None:
     path, data = tmp_path / "loop.tflite", tmp_path / "data.npz"
     path.write_bytes(models.tflite_while())
@@ -209,6 +220,19 @@ def test_the_profiler_runs_on_the_data_that_it_is_given(litert: Any, tmp_path: P
         assert [event.name for event in found[0].events] == ["WHILE"]
         medians.append(statistics.median(inference.seconds for inference in found))
     assert medians[1] > 20 * medians[0]
+
+
+def test_text_is_refused(litert: Any, shared_models: Path) -> None:
+    """What NumPy has of it are pointers."""
+    with pytest.raises(litert_profiler.NoProfiler, match="type object can't be copied"):
+        litert_profiler.profile(
+            litert_profiler.library_of(litert),
+            shared_models / f"{MOBILENET}.tflite",
+            [np.array(["text"], object)],
+            threads=1,
+            xnnpack=True,
+            runs=range(1),
+        )
 
 
 @pytest.mark.parametrize("feeds", [[], [np.zeros(1, np.uint8)] * 2, [np.zeros(10**6, np.uint8)]])

@@ -19,6 +19,7 @@ from boardbench.agent.bench.runtime import (
     LoadedModel,
     ModelRejected,
     OptionRejected,
+    ProfileRequest,
     Runtime,
     RuntimeUnavailable,
 )
@@ -213,6 +214,45 @@ def test_the_placement_adds_up(model: LoadedModel, subject: Subject) -> None:
 def test_a_placement_is_the_same_when_asked_again(model: LoadedModel) -> None:
     ran(model)
     assert model.placement() == model.placement()
+
+
+def test_the_cpu_is_no_device_to_fall_back_from(model: LoadedModel) -> None:
+    assert (model.wanted, model.device_fallback) == ("", "")
+
+
+def test_a_profile_is_of_the_operations_of_the_placement(
+    runtime: Runtime, subject: Subject, file: Path
+) -> None:
+    loaded = load(runtime, file)
+    profiles = loaded.profiles
+    ran(loaded)
+    units = tuple(op.unit for op in loaded.placement().ops)
+    loaded.close()
+    profiler = runtimes.profiler(subject.name)
+    if not profiles:
+        return
+    assert profiler is not None
+    tried: list[str] = []
+    request = ProfileRequest(
+        model_path=file,
+        device="cpu",
+        threads=None,
+        options={},
+        shapes={},
+        allow_fallback=False,
+        feeds=lambda tensors: inputs.seeded(tensors, 0),
+        trying=tried.append,
+    )
+    found = profiler(runtime, request, lambda: range(7))
+    assert found.units == units
+    assert len(found.whole_seconds) == 7
+    assert all(seconds > 0 for seconds in found.whole_seconds)
+    assert found.fallback_seconds == ()  # there is nothing to fall back from
+    assert set(found.op_seconds) <= set(range(len(units)))
+    assert all(seconds >= 0 for seconds in found.op_seconds.values())
+    assert found.method
+    assert found.detail
+    assert tried  # before each step that may end the process
 
 
 def test_closing_twice_is_closing_once(runtime: Runtime, file: Path) -> None:

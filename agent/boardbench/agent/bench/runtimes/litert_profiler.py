@@ -181,6 +181,8 @@ class _Library:
         if len(buffers) != len(feeds):
             raise NoProfiler(f"it finds {len(buffers)} inputs where there are {len(feeds)}")
         for buffer, array in zip(buffers, feeds):
+            if array.dtype.hasobject or array.dtype.kind not in "biufc":
+                raise NoProfiler(f"an input of type {array.dtype} can't be copied into it")
             size = ctypes.c_size_t()
             self._call("LiteRtGetTensorBufferSize", buffer, ctypes.byref(size))
             if size.value < array.nbytes:

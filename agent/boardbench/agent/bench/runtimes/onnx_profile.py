@@ -27,6 +27,7 @@ from boardbench.agent.bench.stats import median, midmean
 from boardbench.agent.domain import Crossings, OpPlacement
 
 METHOD = "ONNX Runtime's profiler"
+ASKING = "asking for single operations"
 
 PROBE_SECONDS = 15.0
 """For asking about single operations, of which each needs a session: some 0.1 s for OpenVINO on a laptop."""
@@ -50,6 +51,8 @@ class _Ran:
 
 def profile(runtime: OnnxRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]) -> Profile:
     """Profiles the model as it was loaded in the run. Raises NoProfile, and what ``load`` raises."""
+    if METHOD in request.avoid:
+        raise NoProfile(f"{METHOD} ended the process")
     request.trying(METHOD)
     model = runtime.load(
         request.model_path,
@@ -80,10 +83,9 @@ def profile(runtime: OnnxRuntime, request: ProfileRequest, runs: Callable[[], It
         "and have a time of their own"
     )
     causes: Mapping[int, Cause] = {}
-    if model.wanted and not model.device_fallback:
-        request.trying("single operations asked for")
-        if "single operations asked for" not in request.avoid:
-            causes = _causes(runtime, model, seen)
+    if model.wanted and not model.device_fallback and ASKING not in request.avoid:
+        request.trying(ASKING)
+        causes = _causes(runtime, model, seen)
     return Profile(
         method=METHOD,
         detail=text,
