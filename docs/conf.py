@@ -19,6 +19,7 @@ release = distribution_version("boardbench")
 extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+smartquotes = False  # they would make a dash of the two hyphens of an option
 html_theme = "furo"
 html_title = "boardbench"
 

@@ -34,6 +34,16 @@ def test_every_generated_page_is_included_somewhere(generator: ModuleType) -> No
     assert not [name for name in generator.pages() if f"generated/{name}" not in written]
 
 
+def test_every_page_has_one_title() -> None:
+    """A second one would stand in the contents as a page of its own."""
+    several = {}
+    for path in DOCS.glob("*.md"):
+        prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+        if len(titles := re.findall(r"^# .*", prose, re.M)) != 1:
+            several[path.name] = titles
+    assert not several
+
+
 def test_every_error_code_of_a_run_is_explained() -> None:
     pages = (DOCS / "warnings-and-errors.md", DOCS / "generated" / "warnings.md")
     explained = {code for page in pages for code in re.findall(r"^\| `([a-z_]+)` \|", page.read_text(), re.M)}
