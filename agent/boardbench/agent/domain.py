@@ -11,39 +11,10 @@ import enum
 from dataclasses import dataclass, field
 from typing import Mapping, Optional, Tuple
 
+# What a file and a run have in common.
+from boardbench.inspect.report import Evidence, Quantization, TensorInfo, Unit, UnitCount, Verdict
 
-class Unit(str, enum.Enum):
-    """Where an operation runs. See ``boardbench.v1.Unit``."""
-
-    UNSPECIFIED = "UNIT_UNSPECIFIED"
-    CPU = "UNIT_CPU"
-    CPU_DELEGATE = "UNIT_CPU_DELEGATE"
-    GPU = "UNIT_GPU"
-    TPU = "UNIT_TPU"
-    NPU = "UNIT_NPU"
-    DELEGATE = "UNIT_DELEGATE"
-
-
-class Evidence(str, enum.Enum):
-    """How a placement came to be known. See ``boardbench.v1.Evidence``."""
-
-    UNSPECIFIED = "EVIDENCE_UNSPECIFIED"
-    STATIC = "EVIDENCE_STATIC"
-    PARTITION = "EVIDENCE_PARTITION"
-    PROFILED = "EVIDENCE_PROFILED"
-    COUNTERS = "EVIDENCE_COUNTERS"
-    HOST_CPU = "EVIDENCE_HOST_CPU"
-    PREDICTION = "EVIDENCE_PREDICTION"
-
-
-class Verdict(str, enum.Enum):
-    """What the evidence says when joined. See ``boardbench.v1.PlacementVerdict``."""
-
-    UNSPECIFIED = "PLACEMENT_VERDICT_UNSPECIFIED"
-    ACCELERATED = "PLACEMENT_VERDICT_ACCELERATED"
-    PARTLY = "PLACEMENT_VERDICT_PARTLY"
-    NOT_ACCELERATED = "PLACEMENT_VERDICT_NOT_ACCELERATED"
-    CONTRADICTED = "PLACEMENT_VERDICT_CONTRADICTED"
+__all__ = ["Evidence", "Quantization", "TensorInfo", "Unit", "UnitCount", "Verdict"]
 
 
 class Stage(str, enum.Enum):
@@ -70,24 +41,6 @@ class MemoryPhase(str, enum.Enum):
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """real = scale * (stored - zero_point), for a whole tensor."""
-
-    scale: float
-    zero_point: int
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input or output: NumPy's type name; ``shape`` outermost first, -1 where open."""
-
-    name: str
-    dtype: str
-    shape: Tuple[int, ...]
-    quantization: Optional[Quantization] = None
-
-
-@dataclass(frozen=True)
 class OpPlacement:
     """One operation and where it runs."""
 
@@ -100,14 +53,6 @@ class OpPlacement:
     root_cause: Optional[bool] = None
     remedy: str = ""
     seconds: Optional[float] = None
-
-
-@dataclass(frozen=True)
-class UnitCount:
-    """Number of operations on one unit."""
-
-    unit: Unit
-    ops: int
 
 
 @dataclass(frozen=True)
