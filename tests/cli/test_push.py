@@ -210,6 +210,19 @@ def test_a_stream_that_breaks_in_the_middle_of_a_run_is_taken_up_again(
     assert len(board.runs) == 1, "nothing is started twice"
 
 
+def test_a_board_that_is_lost_during_a_run_is_told_with_how_to_see_the_result(
+    board, start, model_file, wait_until
+):
+    board.script = lambda board, run: run.tell(stage=agent_pb2.StageEvent(stage=result_pb2.STAGE_MEASURE))
+    running = start("push", model_file, "--to", f"127.0.0.1:{board.port}", "--retry-for", "0.1")
+    wait_until(lambda: board.runs, "the run")
+    board.stop()
+    done = running.finished(20)
+    assert done.code == 3
+    (run_id,) = board.runs
+    assert f"boardbench watch {run_id[:8]} --to 127.0.0.1:{board.port}" in done.err
+
+
 @pytest.mark.parametrize(
     ("status", "word"),
     [("failed_sigsegv", "FAILED while running the first inference"), ("cancelled", "cancelled")],

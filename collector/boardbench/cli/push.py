@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from boardbench.cli.address import AGENT_PORT, Address, AddressType
-from boardbench.cli.errors import CliError, ExitCode, Interrupted, worst
+from boardbench.cli.errors import CliError, ExitCode, Interrupted, Unreachable, worst
 from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Seconds, Spec, spec_from, spec_options
 from boardbench.cli.terminal import Output, full_option, output_from, output_options
@@ -226,6 +226,11 @@ class Board(threading.Thread):
         try:
             with contextlib.closing(self._client.run(request)) as events:
                 return self._follow(index, source, run_id, events)
+        except Unreachable as error:
+            raise Unreachable(
+                f"{error}. A run that has begun goes on without this connection; see its result with: "
+                f"boardbench watch {run_id[:8]} --to {self._address}"
+            ) from error
         finally:
             self._run_id = ""
 
