@@ -63,6 +63,23 @@ def test_a_list_of_results(sample):
     compare("results", text_of(results_table([sample(name) for name in SAMPLES]), width=140))
 
 
+def test_boards_of_one_host_name_are_told_apart(sample):
+    one, same, other, another = (sample("success") for _ in range(4))
+    for result, hostname, device_id in (
+        (one, "raspberrypi", "pi-one"),
+        (same, "raspberrypi", "pi-one"),
+        (other, "raspberrypi", "pi-two"),
+        (another, "jetson", "jetson-one"),
+    ):
+        result.board.hostname, result.board.device_id = hostname, device_id
+    for table in (comparison_table, results_table):
+        text = text_of(table([one, other, another]), width=160)
+        assert "raspberrypi (pi-one)" in text
+        assert "raspberrypi (pi-two)" in text
+        assert "jetson" in text and "jetson-one" not in text
+        assert "pi-one" not in text_of(table([one, same, another])), "one board with two results"
+
+
 def test_a_comparison(sample):
     compare("comparison", text_of(comparison_table([sample(name) for name in SAMPLES])))
 

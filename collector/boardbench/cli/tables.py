@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 from collections.abc import Iterable, Sequence
 
@@ -44,6 +45,7 @@ def _table(*columns: str, whole: Sequence[str] = ()) -> Table:
 def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result: when, where, what, how fast, how much memory, where its ops ran."""
     results = [cleaned(result) for result in results]
+    boards = _short_names(result.board for result in results)
     fallback = ["fallback"] if _any_fallback(results) else []
     table = _table(
         *("ended", "board", "model", "runtime", *_FIGURES, "accelerated", *fallback, "status", "run"),
@@ -53,7 +55,7 @@ def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
         ended = _time(result.finished_at if result.HasField("finished_at") else None)
         table.add_row(
             ended,
-            result.board.hostname or result.board.device_id,
+            boards[result.board.device_id],
             result.model.name,
             _runtime(result),
             *_figures(result),
@@ -68,12 +70,13 @@ def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
 def comparison_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result of one command, to be read from top to bottom."""
     results = [cleaned(result) for result in results]
+    boards = _short_names(result.board for result in results)
     fallback = ["fallback"] if _any_fallback(results) else []
     table = _table("model", "board", "runtime", *_FIGURES, "accelerated", *fallback, "status")
     for result in results:
         table.add_row(
             result.model.name,
-            result.board.hostname or result.board.device_id,
+            boards[result.board.device_id],
             _runtime(result),
             *_figures(result),
             _accelerated(result),
@@ -81,6 +84,16 @@ def comparison_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
             _status(result),
         )
     return table
+
+
+def _short_names(boards: Iterable[board_pb2.Board]) -> dict[str, str]:
+    """Host names by identity; with the identity where two boards have one host name, as new boards do."""
+    known = {board.device_id: board for board in boards}
+    bearers = collections.Counter(board.hostname for board in known.values())
+    return {
+        device_id: board_name(board) if bearers[board.hostname] > 1 else board.hostname or device_id
+        for device_id, board in known.items()
+    }
 
 
 def _figures(result: result_pb2.RunResult) -> tuple[str, str, str]:
