@@ -53,7 +53,7 @@ def test_the_profile_comes_after_the_result_and_adds_to_its_placement(worker: An
     before, after = outcome.result["placement"], outcome.of("profile")[0]["placement"]
     assert [op["seconds"] for op in after["ops"]] == [0.001] * 4
     found = after["fallback_cost"]
-    assert (found["share"], found["share_low"], found["share_high"]) == (0.5, 0.5, 0.5)
+    assert 0 < found["share_low"] <= found["share"] == 0.5 <= found["share_high"] <= 1
     assert found["method"].startswith("fake profiler, 10 inferences")
     # Everything else is as it was.
     for op in after["ops"]:

@@ -274,5 +274,5 @@ def _cost(found: Placement, profile: Profile, wanted: str, latency_seconds: floa
         method = "no operation is away from the device that was asked for"
         return FallbackCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, latency_seconds, method)
     inferences = list(zip(profile.fallback_seconds, profile.whole_seconds))
-    method = f"{profile.method}, {len(inferences)} inferences, median and its order-statistic bounds"
-    return cost.of_fallback(inferences, latency_seconds, method)
+    method = f"{profile.method}, {len(inferences)} inferences"
+    return cost.of_fallback(inferences, latency_seconds, method, by_rest=profile.accelerator_apart)

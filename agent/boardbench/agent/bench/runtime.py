@@ -221,6 +221,9 @@ class Profile:
     fallback_seconds: Tuple[float, ...] = ()
     """The part of each in operations that are not where they were asked to be; empty: nothing was asked."""
 
+    accelerator_apart: bool = False
+    """Whether the rest of each is the time of hardware of its own, timed by itself to its end."""
+
     op_seconds: Mapping[int, float] = field(default_factory=dict)
     """Mean seconds of an operation in one inference (of the middle half), where that could be told."""
 

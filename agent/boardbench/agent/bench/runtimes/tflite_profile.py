@@ -50,7 +50,7 @@ from boardbench.agent.bench.runtimes.tflite_parts import (
     parts_of,
 )
 from boardbench.agent.bench.stats import midmean
-from boardbench.agent.domain import Placement
+from boardbench.agent.domain import Placement, Unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +73,9 @@ MOST_COPIED_BYTES = 512 << 20
 """Every part is a copy of the file, on the disk of the board."""
 
 _EMPTY_RUNS = 200
+
+_APART = (Unit.TPU, Unit.GPU, Unit.NPU)
+"""Not a delegate of which nobody knows where it computes."""
 
 
 class _TakenOtherwise(Exception):
@@ -184,6 +187,7 @@ def _profile(work: _Work, request: ProfileRequest, runs: Callable[[], Iterable[i
         units=tuple(op.unit for op in work.placement.ops),
         whole_seconds=tuple(timed.whole) if timed is not None else tuple(inferences),
         fallback_seconds=_fallback(segments, timed) if work.wanted and timed is not None else (),
+        accelerator_apart=any(op.unit in _APART for op in work.placement.ops),
         op_seconds=seconds,
     )
 
