@@ -323,6 +323,13 @@ def _reason(read: Read, data: bytes) -> Reason | None:
     return why_not(Context(model, model.main), model.main.operators[0])
 
 
+def test_tile_is_mapped(make: Make, read: Read) -> None:
+    """It is on no published list, and inside a compiled file of google-coral's (deeplab slim, cityscapes)."""
+    build = _simple("TILE", (1, 1, 1, 4), (1, 3, 3, 4), constants=[(np.array([1, 3, 3, 1]), "int32")])
+    made = make()
+    assert _reason(read, made.finish(*build(made))) is None
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_rule_is_broken_and_kept(make: Make, read: Read, name: str) -> None:
     breaking, status, keeping = RULES[name]

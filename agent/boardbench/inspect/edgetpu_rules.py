@@ -541,6 +541,9 @@ SUPPORTED: Mapping[str, Tuple[Check, ...]] = {
     "SUB": (),
     "SUM": (_no_batch_reduction,),
     "TANH": (),
+    # On no published list, and inside a compiled subgraph all the same: google-coral/test_data,
+    # deeplab_mobilenet_edgetpu_slim_cityscapes_quant_edgetpu.tflite.
+    "TILE": (),
     "TRANSPOSE": (_keeps_channels,),
     "TRANSPOSE_CONV": (),
     "UNIDIRECTIONAL_SEQUENCE_LSTM": (),
@@ -564,6 +567,7 @@ PARAMETERS: Mapping[str, Mapping[int, str]] = {
     "SPLIT": {0: "axis"},
     "STRIDED_SLICE": {1: "begin", 2: "end", 3: "strides"},
     "SUM": {1: "axis"},
+    "TILE": {1: "multiples"},
     "TRANSPOSE": {1: "order"},
     "TRANSPOSE_CONV": {0: "output shape", 1: "filter", 3: "bias"},
     "UNIDIRECTIONAL_SEQUENCE_LSTM": {
@@ -612,6 +616,7 @@ VERSIONS: Dict[str, int] = {
     "SUB": 5,
     "SUM": 2,
     "TANH": 3,
+    "TILE": 2,
     "TRANSPOSE": 5,
     "TRANSPOSE_CONV": 3,
     "UNIDIRECTIONAL_SEQUENCE_LSTM": 3,
