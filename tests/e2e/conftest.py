@@ -196,6 +196,18 @@ class Agent:
     data_dir: Path
     device_id: str
 
+    def runs(self) -> list[dict[str, Any]]:
+        """Its runs, asked without starting a client: that takes longer than some of them last."""
+        from google.protobuf import json_format
+
+        from boardbench.cli.address import parse_address
+        from boardbench.cli.client import AgentClient
+
+        with AgentClient(parse_address(self.address, 0)) as client:
+            return [
+                json_format.MessageToDict(run, preserving_proto_field_name=True) for run in client.list_runs()
+            ]
+
 
 def read_exposition(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
     """Name, labels and value of every sample of a text exposition."""

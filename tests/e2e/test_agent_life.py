@@ -17,14 +17,10 @@ QUICK = ("--duration", "0.1", "--min-runs", "3", "--warm-up", "0")
 LONG = ("--duration", "60", "--warm-up", "0")
 
 
-def _runs(programs: Any, agent: Any) -> list[dict[str, Any]]:
-    return list(programs.client("runs", "--to", agent.address, "--format", "json").json)
-
-
-def _measuring(programs: Any, agent: Any, client: Any, eventually: Any) -> str:
+def _measuring(agent: Any, client: Any, eventually: Any) -> str:
     def found() -> Any:
         assert client.running, client.log()
-        return [run for run in _runs(programs, agent) if run.get("stage") == "STAGE_MEASURE"]
+        return [run for run in agent.runs() if run.get("stage") == "STAGE_MEASURE"]
 
     return str(eventually("a run is being measured", found)[0]["run_id"])
 
@@ -43,7 +39,7 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(
     client = programs.client.begin(
         "push", demo_onnx, "--to", agent.address, "--duration", "3", "--format", "json"
     )
-    run_id = _measuring(programs, agent, client, eventually)
+    run_id = _measuring(agent, client, eventually)
     worker = _worker(agent)
     os.kill(worker, signal.SIGSTOP)
     assert client.process.wait(60) == 1, client.log()
@@ -127,9 +123,10 @@ def test_a_waiting_run_is_cancelled_and_its_model_stays_while_it_waits(
     agent = programs.agent()
     to = ("--to", agent.address)
     long = programs.client.begin("push", demo_onnx, *to, *LONG)
-    running = _measuring(programs, agent, long, eventually)
+    running = _measuring(agent, long, eventually)
     waiting = programs.client("push", demo_tflite, *to, "--detach", *QUICK).out.strip()
-    states = {run["run_id"]: run["state"] for run in _runs(programs, agent)}
+    listed = programs.client("runs", *to, "--format", "json").json
+    states = {run["run_id"]: run["state"] for run in listed}
     assert states == {running: "RUN_STATE_RUNNING", waiting: "RUN_STATE_QUEUED"}
     for model in programs.client("models", *to, "--format", "json").json:
         refused = programs.client("models", "rm", model["model"]["sha256"], *to, code=1)
@@ -137,7 +134,7 @@ def test_a_waiting_run_is_cancelled_and_its_model_stays_while_it_waits(
     programs.client("cancel", waiting, *to)
     programs.client("cancel", running, *to)
     assert long.process.wait(30) == 1
-    assert {run["status"] for run in _runs(programs, agent)} == {"RUN_STATUS_CANCELLED"}
+    assert {run["status"] for run in agent.runs()} == {"RUN_STATUS_CANCELLED"}
     for model in programs.client("models", *to, "--format", "json").json:
         programs.client("models", "rm", model["model"]["sha256"], *to)
     assert programs.client("models", *to, "--format", "json").json == []
@@ -147,7 +144,7 @@ def test_waiting_runs_survive_a_restart(programs: Any, demo_onnx: Path, eventual
     """What was accepted is done, once, even when the agent was killed meanwhile."""
     agent = programs.agent()
     long = programs.client.begin("push", demo_onnx, "--to", agent.address, *LONG)
-    running = _measuring(programs, agent, long, eventually)
+    running = _measuring(agent, long, eventually)
     waiting = [
         programs.client("push", demo_onnx, "--to", agent.address, "--detach", *QUICK).out.strip()
         for _ in range(2)
@@ -157,13 +154,13 @@ def test_waiting_runs_survive_a_restart(programs: Any, demo_onnx: Path, eventual
     assert long.process.wait(90) == 1
 
     def ended() -> Any:
-        states = {run["run_id"]: run for run in _runs(programs, again)}
+        states = {run["run_id"]: run for run in again.runs()}
         return {*waiting, running} <= states.keys() and all(
             run["state"] == "RUN_STATE_ENDED" for run in states.values()
         )
 
     eventually("all runs ended", ended, 60)
-    status = {run["run_id"]: run["status"] for run in _runs(programs, again)}
+    status = {run["run_id"]: run["status"] for run in again.runs()}
     assert status[running] == "RUN_STATUS_FAILED"
     assert [status[each] for each in waiting] == ["RUN_STATUS_SUCCEEDED"] * 2
 

@@ -17,19 +17,9 @@ QUICK = ("--duration", "0.1", "--min-runs", "3", "--warm-up", "0")
 LONG = ("--duration", "60", "--warm-up", "0")
 
 
-def _runs(programs: Any, agent: Any) -> list[dict[str, Any]]:
-    answer = programs.client("runs", "--to", agent.address, "--format", "json", code=None)
-    if answer.code:
-        return []
-    document = answer.json
-    return list(document["runs"] if isinstance(document, dict) else document)
-
-
-def _in_state(programs: Any, agent: Any, state: str, stage: str = "") -> list[dict[str, Any]]:
+def _in_state(agent: Any, state: str, stage: str = "") -> list[dict[str, Any]]:
     return [
-        run
-        for run in _runs(programs, agent)
-        if run.get("state") == state and (not stage or run.get("stage") == stage)
+        run for run in agent.runs() if run.get("state") == state and (not stage or run.get("stage") == stage)
     ]
 
 
@@ -42,16 +32,16 @@ def measuring(programs: Any, eventually: Any, demo_onnx: Path) -> Callable[[Any]
 
         def measured() -> Any:
             assert client.running, client.log()
-            return _in_state(programs, agent, "RUN_STATE_RUNNING", "STAGE_MEASURE")
+            return _in_state(agent, "RUN_STATE_RUNNING", "STAGE_MEASURE")
 
         return client, eventually("the run is being measured", measured)[0]["run_id"]
 
     return begin
 
 
-def _ended(programs: Any, agent: Any, eventually: Any, run_id: str, seconds: float = 60) -> dict[str, Any]:
+def _ended(agent: Any, eventually: Any, run_id: str, seconds: float = 60) -> dict[str, Any]:
     def ended() -> Any:
-        return [run for run in _in_state(programs, agent, "RUN_STATE_ENDED") if run["run_id"] == run_id]
+        return [run for run in _in_state(agent, "RUN_STATE_ENDED") if run["run_id"] == run_id]
 
     return dict(eventually(f"run {run_id} ended", ended, seconds)[0])
 
@@ -72,7 +62,7 @@ def test_two_clients_at_once(house: Any, demo_onnx: Path, demo_tflite: Path) -> 
     second = house.programs.client.begin("push", demo_tflite, *to, *duration, "--format", "json")
     assert first.process.wait(90) == 0, first.log()
     assert second.process.wait(90) == 0, second.log()
-    runs = [run for run in _runs(house.programs, house.agent) if run["state"] == "RUN_STATE_ENDED"]
+    runs = [run for run in house.agent.runs() if run["state"] == "RUN_STATE_ENDED"]
     results = sorted(
         (house.collector.get_json(f"/api/v1/results/{run['run_id']}") for run in runs[:2]),
         key=lambda result: str(result["started_at"]),
@@ -143,12 +133,10 @@ def test_a_connection_that_breaks_in_the_run_is_taken_up_again(
     client = programs.client.begin(
         "push", demo_onnx, "--to", wire.address, "--duration", "3", "--format", "json"
     )
-    eventually(
-        "the run is being measured", lambda: _in_state(programs, agent, "RUN_STATE_RUNNING", "STAGE_MEASURE")
-    )
+    eventually("the run is being measured", lambda: _in_state(agent, "RUN_STATE_RUNNING", "STAGE_MEASURE"))
     wire.cut()
     assert client.process.wait(90) == 0, client.log()
-    assert len(_runs(programs, agent)) == 1, "the run was not started twice"
+    assert len(agent.runs()) == 1, "the run was not started twice"
 
 
 def test_a_client_gone_in_the_middle_of_the_run(programs: Any, measuring: Any, eventually: Any) -> None:
@@ -157,7 +145,7 @@ def test_a_client_gone_in_the_middle_of_the_run(programs: Any, measuring: Any, e
     agent = programs.agent(collector=collector.address)
     client, run_id = measuring(agent, "--duration", "3", "--warm-up", "0")
     client.kill()
-    assert _ended(programs, agent, eventually, run_id)["status"] == "RUN_STATUS_SUCCEEDED"
+    assert _ended(agent, eventually, run_id)["status"] == "RUN_STATUS_SUCCEEDED"
     eventually("the result is in the collector", lambda: _in_collector(collector, run_id))
 
 
@@ -170,7 +158,7 @@ def test_cancel_ends_a_run_within_a_second(programs: Any, measuring: Any, eventu
     # A second for the agent; the rest is for a client to start on a busy machine.
     assert time.monotonic() - begin < 10
     assert client.process.wait(30) == 1, client.log()
-    assert _ended(programs, agent, eventually, run_id)["status"] == "RUN_STATUS_CANCELLED"
+    assert _ended(agent, eventually, run_id)["status"] == "RUN_STATUS_CANCELLED"
     assert _children(agent.program.pid) == []
 
 
@@ -278,10 +266,10 @@ def test_a_collector_that_is_killed_again_and_again(programs: Any, demo_onnx: Pa
         for _ in range(6)
     ]
     for _ in range(3):
-        before = len(_in_state(programs, agent, "RUN_STATE_ENDED"))
+        before = len(_in_state(agent, "RUN_STATE_ENDED"))
         eventually(
             "another run ended",
-            lambda before=before: len(_in_state(programs, agent, "RUN_STATE_ENDED")) > before or before == 6,
+            lambda before=before: len(_in_state(agent, "RUN_STATE_ENDED")) > before or before == 6,
         )
         collector.program.kill()
         collector = programs.collector(listen=collector.address, http=collector.http)
