@@ -53,7 +53,8 @@ class ModelBuilder:
 
     def __init__(self, description: str = "boardbench") -> None:
         self._schema, self._flatbuffers = _load_packages()
-        self._model: Any = self._schema.ModelT(
+        self._model: Any = _filled(
+            self._schema.ModelT,
             version=_SCHEMA_VERSION,
             operatorCodes=[],
             subgraphs=[],
@@ -67,7 +68,7 @@ class ModelBuilder:
 
     def subgraph(self, name: str = "main") -> GraphBuilder:
         """A new subgraph, empty; they are numbered in the order of these calls."""
-        table = self._schema.SubGraphT(name=name, tensors=[], operators=[], inputs=[], outputs=[])
+        table = _filled(self._schema.SubGraphT, name=name, tensors=[], operators=[], inputs=[], outputs=[])
         self._model.subgraphs.append(table)
         return GraphBuilder(self, table)
 
@@ -78,7 +79,7 @@ class ModelBuilder:
 
     def metadata(self, name: str, data: bytes) -> None:
         """Adds a named metadata entry, as converters do for "min_runtime_version"."""
-        self._model.metadata.append(self._schema.MetadataT(name=name, buffer=self.buffer(data)))
+        self._model.metadata.append(_filled(self._schema.MetadataT, name=name, buffer=self.buffer(data)))
 
     def signature(
         self,
@@ -90,12 +91,16 @@ class ModelBuilder:
     ) -> None:
         """Adds a signature: the names by which callers know the tensors, each with a tensor's number."""
         maps = [
-            [self._schema.TensorMapT(name=name, tensorIndex=index) for name, index in side.items()]
+            [_filled(self._schema.TensorMapT, name=name, tensorIndex=index) for name, index in side.items()]
             for side in (inputs, outputs)
         ]
         self._model.signatureDefs.append(
-            self._schema.SignatureDefT(
-                inputs=maps[0], outputs=maps[1], signatureKey=key, subgraphIndex=subgraph
+            _filled(
+                self._schema.SignatureDefT,
+                inputs=maps[0],
+                outputs=maps[1],
+                signatureKey=key,
+                subgraphIndex=subgraph,
             )
         )
 
@@ -113,7 +118,8 @@ class ModelBuilder:
         if place not in self._codes:
             self._codes[place] = len(self._model.operatorCodes)
             self._model.operatorCodes.append(
-                self._schema.OperatorCodeT(
+                _filled(
+                    self._schema.OperatorCodeT,
                     deprecatedBuiltinCode=min(code, _DEPRECATED_CODE_LIMIT),
                     builtinCode=code,
                     customCode=custom or None,
@@ -124,7 +130,7 @@ class ModelBuilder:
 
     def _aligned_buffer(self, data: bytes) -> object:
         # The generated Pack() aligns data to one byte only, and writes lists element by element.
-        buffer = self._schema.BufferT(data=data)
+        buffer = _filled(self._schema.BufferT, data=data)
         schema = self._schema
 
         def pack(builder: Any) -> object:
@@ -179,12 +185,16 @@ class GraphBuilder:
             points = [zero_point] * len(scales) if isinstance(zero_point, int) else list(zero_point)
             if len(points) != len(scales):
                 raise ValueError(f"tensor {name!r} has {len(scales)} scales but {len(points)} zero points")
-            quantization = self._schema.QuantizationParametersT(
-                scale=scales, zeroPoint=points, quantizedDimension=quantized_dimension
+            quantization = _filled(
+                self._schema.QuantizationParametersT,
+                scale=scales,
+                zeroPoint=points,
+                quantizedDimension=quantized_dimension,
             )
         contents = data if data is None or isinstance(data, bytes) else data.tobytes()
         self._table.tensors.append(
-            self._schema.TensorT(
+            _filled(
+                self._schema.TensorT,
                 shape=[max(1, size) for size in shape] if -1 in shape else list(shape),
                 shapeSignature=list(shape) if -1 in shape else None,
                 type=self._named(self._schema.TensorType, dtype.upper(), "element type"),
@@ -217,7 +227,8 @@ class GraphBuilder:
             custom_options: Raw options of a custom operator (often a FlexBuffer).
             version: Version of the operator that its types and options need.
         """
-        table = self._schema.OperatorT(
+        table = _filled(
+            self._schema.OperatorT,
             opcodeIndex=self._builder._operator_code(op, version),
             inputs=list(inputs),
             outputs=list(outputs),
@@ -258,6 +269,14 @@ class GraphBuilder:
         if found is None:
             raise ValueError(f"the TensorFlow Lite schema has no {kind} {name!r}")
         return found
+
+
+def _filled(kind: Any, **fields: object) -> Any:
+    """A table of the schema with these fields: classes that older flatbuffers generated take no arguments."""
+    table = kind()
+    for name, value in fields.items():
+        setattr(table, name, value)
+    return table
 
 
 def _load_packages() -> tuple[Any, Any]:
