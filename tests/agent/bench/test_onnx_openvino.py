@@ -104,10 +104,9 @@ def test_time_is_told_by_provider(run: Callable[..., Any]) -> None:
     # Three in one piece have no time of their own, one alone has.
     assert [name for name, each in seconds.items() if each is None] == ["Conv", "Relu", "Flatten"]
     cost = placement["fallback_cost"]
-    assert 0 < cost["share_low"] <= cost["share"] <= cost["share_high"] <= 1
-    assert cost["method"].startswith("ONNX Runtime's profiler, 20 inferences")
-    # Sorting thousands of numbers takes longer than adding them up.
-    assert seconds["Unique"] == pytest.approx(cost["seconds"], rel=1.0)
+    assert 0 <= cost["share_low"] <= cost["share"] <= cost["share_high"] <= 1
+    assert cost["share"] > 0
+    assert cost["method"] == "ONNX Runtime's profiler, 20 inferences, median share"
 
 
 @pytest.mark.parametrize("named", [True, False])
