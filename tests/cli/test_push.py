@@ -32,6 +32,14 @@ def test_a_model_is_sent_run_and_shown(board, boardbench, model_file):
     assert not run.request.spec.HasField("duration_seconds"), "what was not asked for is left to the board"
 
 
+def test_no_figure_is_cut_off_on_a_narrow_terminal(board, boardbench, model_file):
+    done = boardbench("push", model_file, "--to", f"127.0.0.1:{board.port}", COLUMNS="40")
+    assert "  p50  1.234 ms" in done.out
+    assert "95 % bounds" in done.out
+    assert "engine imported" in done.out
+    assert "peak in phase" in done.out
+
+
 def test_json_of_one_model_on_one_board_is_the_result(board, boardbench, model_file):
     done = boardbench("push", model_file, "--to", f"127.0.0.1:{board.port}", "--format", "json")
     assert done.code == 0

@@ -41,6 +41,7 @@ def console_for(file: TextIO) -> Console:
     )
 
 
+LEAST_WIDTH = 72  # in less, figures would be cut off: a narrower terminal folds lines, and nothing is lost
 TABLE_PIPE_WIDTH = 1000  # no name is as long, so that each row is one line for grep and awk
 
 
@@ -65,6 +66,7 @@ class Output:
         console = console_for(sys.stdout)
         if table and not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
             console.width = TABLE_PIPE_WIDTH
+        console.width = max(console.width, LEAST_WIDTH)
         with console.capture() as captured:
             for part in parts:
                 console.print(part)
