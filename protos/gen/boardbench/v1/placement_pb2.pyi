@@ -466,7 +466,9 @@ class OpPlacement(google.protobuf.message.Message):
     remedy: builtins.str
     """What to change so that it moves to the accelerator; empty when nothing can be named."""
     seconds: builtins.float
-    """Mean seconds that it takes in one inference, from the profiling pass; absent when not measured."""
+    """Seconds that it takes in one inference: the mean of the middle half of its times in the profiling
+    pass. Absent when not measured.
+    """
     def __init__(
         self,
         *,
