@@ -14,7 +14,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # in a fixture, because modules decide while they are collected what to skip.
 for _variable, _environment in {
     "BOARDBENCH_TFLITE_RUNTIME_PYTHON": "tflite-runtime",
-    "BOARDBENCH_OPENVINO_PYTHON": "ort-openvino",
     "BOARDBENCH_ORT_OPENVINO_PYTHON": "ort-openvino",
 }.items():
     _python = REPOSITORY / ".cache" / "engines" / _environment / "bin" / "python"
