@@ -28,6 +28,9 @@ FAKE = board_pb2.RuntimeStatus(
 TFLITE = board_pb2.RuntimeStatus(
     name="tflite", available=True, version="ai-edge-litert 2.3.0", formats=["tflite"], devices=["cpu"]
 )
+ONNX = board_pb2.RuntimeStatus(
+    name="onnxruntime", available=True, version="onnxruntime 1.32.0", formats=["onnx"], devices=["cpu"]
+)
 NO_ONNX = board_pb2.RuntimeStatus(name="onnxruntime", reason="pip install onnxruntime", formats=["onnx"])
 MODEL = model_pb2.Model(sha256="0" * 64, name="m.fake", format="fake", size_bytes=1)
 
@@ -693,14 +696,16 @@ def named(format: str) -> model_pb2.Model:
         (named("tflite"), spec(runtime="fake"), ["fake takes fake", "use tflite"]),
         (named("onnx"), spec(), ["m.onnx", "onnxruntime: pip install onnxruntime"]),
         (named("coreml"), spec(), ["m.coreml", "no runtime", "tflite"]),
-        (named("tflite"), spec(device="edgetpu"), ["'edgetpu'", "it has cpu"]),
+        (named("tflite"), spec(device="edgetpu"), ["'edgetpu'", "it has cpu", "libedgetpu1-std"]),
+        (named("onnx"), spec(device="cuda"), ["'cuda'", "it has cpu", "onnxruntime-gpu"]),
     ],
 )
 def test_what_the_board_can_not_run_is_told_with_what_it_can(
     model: model_pb2.Model, asked: result_pb2.BenchmarkSpec, words: list[str]
 ) -> None:
     with pytest.raises(NotRunnable) as raised:
-        plan(model, asked, (TFLITE, NO_ONNX, FAKE), SpecConfig())
+        onnx = ONNX if asked.device else NO_ONNX
+        plan(model, asked, (TFLITE, onnx, FAKE), SpecConfig())
     for word in words:
         assert word in str(raised.value)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent import wire, worker
+from boardbench.agent.bench.runtimes import offered
 from boardbench.agent.board.identify import EMULATORS
 from boardbench.agent.board.surroundings import Surroundings
 from boardbench.agent.config import DeadlinesConfig, SpecConfig
@@ -151,10 +152,11 @@ def plan(
     # What is given as a library brings its device along, and a fallback is the worker's to find: it knows
     # what the device is, and says what it ran on instead.
     if device not in status.devices and not (asked.allow_fallback or "delegate" in asked.options):
+        more = "".join(f". {e.more_devices}" for e in offered() if e.name == status.name and e.more_devices)
         raise NotRunnable(
             f"{status.name} has no device {device!r} on this board; "
             f"it has {', '.join(status.devices) or 'none'} (allow_fallback runs on what there is, "
-            "with a warning)"
+            f"with a warning){more}"
         )
     spec = result_pb2.BenchmarkSpec()
     spec.CopyFrom(asked)

@@ -16,6 +16,7 @@ class Engine:
     """A line of the table. ``environment`` names a variable that must be set for the engine to be offered.
 
     ``magic`` is how files of its format begin, where the format is the engine's own and nobody else's.
+    ``more_devices`` says how devices that the board lacks come to it.
     ``profiler`` is the module whose function ``profile`` tells where the time of an inference goes.
     """
 
@@ -26,13 +27,29 @@ class Engine:
     environment: str = ""
     magic: bytes = b""
     profiler: str = ""
+    more_devices: str = ""
 
 
 # For a format that two engines take, the first of them is the default.
 _HERE = "boardbench.agent.bench.runtimes"
 ENGINES = (
-    Engine("tflite", f"{_HERE}.tflite", "TfliteRuntime", ("tflite",), profiler=f"{_HERE}.tflite_profile"),
-    Engine("onnxruntime", f"{_HERE}.onnx", "OnnxRuntime", ("onnx",), profiler=f"{_HERE}.onnx_profile"),
+    Engine(
+        "tflite",
+        f"{_HERE}.tflite",
+        "TfliteRuntime",
+        ("tflite",),
+        profiler=f"{_HERE}.tflite_profile",
+        more_devices="edgetpu needs libedgetpu.so.1 (package libedgetpu1-std or libedgetpu1-max); "
+        "any device can be given by the option delegate=PATH of its library",
+    ),
+    Engine(
+        "onnxruntime",
+        f"{_HERE}.onnx",
+        "OnnxRuntime",
+        ("onnx",),
+        profiler=f"{_HERE}.onnx_profile",
+        more_devices="another build of ONNX Runtime may have it (onnxruntime-gpu, onnxruntime-openvino, …)",
+    ),
     Engine(
         "fake",
         f"{_HERE}.fake",
