@@ -403,7 +403,9 @@ def test_agent_that_has_run_a_model_has_loaded_no_engine(agents: Callable[..., A
     assert "cygrpc" in maps, "the maps are those of the agent"
 
 
-def test_agent_that_waits_lets_go_of_the_code_that_starting_took(agents: Callable[..., Agent]) -> None:
+def test_agent_that_waits_lets_go_of_the_code_that_is_not_needed(
+    agents: Callable[..., Agent],
+) -> None:
     agent = agents().ready()
     agent.describe()
 
@@ -420,8 +422,12 @@ def test_agent_that_waits_lets_go_of_the_code_that_starting_took(agents: Callabl
     before = code_bytes()
     assert before > 0
     eventually("the code is dropped", lambda: code_bytes() < before * 0.7)
+    # And again after an upload.
+    sha256 = agent.model()
+    uploaded = code_bytes()
+    eventually("the code is dropped again", lambda: code_bytes() < uploaded * 0.8)
     # And it works on.
-    assert list(agent.run(agent.model(), "done"))[-1].event.result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert list(agent.run(sha256, "done"))[-1].event.result.status == result_pb2.RUN_STATUS_SUCCEEDED
 
 
 SMAPS = """\

@@ -184,6 +184,7 @@ class ModelStore:
         self._entries: dict[str, _Entry] = {}
         self._leftovers: dict[str, _Leftover] = {}
         self._transfers: dict[str, Transfer] = {}
+        self._transfers_ended = 0
         self._turns = 0
         self._admission = asyncio.Lock()
         self._closed = self._worker_ended = False
@@ -213,6 +214,11 @@ class ModelStore:
             free_bytes=self._free_bytes(),
             files=len(self._entries),
         )
+
+    @property
+    def transfers(self) -> tuple[int, int]:
+        """How many go on, and how many have ended since the store was opened."""
+        return len(self._transfers), self._transfers_ended
 
     def files(self) -> tuple[StoredFile, ...]:
         """Every file, the one used last first."""
@@ -452,6 +458,7 @@ class ModelStore:
     def ended(self, transfer: Transfer, left_bytes: int) -> None:
         """The transfer has let go of its files; another one can take up what it left."""
         del self._transfers[transfer.sha256]
+        self._transfers_ended += 1
         if left_bytes:
             leftover = _Leftover(transfer.sha256, left_bytes, self._clock())
             self._take_turn(leftover)

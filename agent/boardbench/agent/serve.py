@@ -74,11 +74,13 @@ class _Agent:
         config: AgentConfig,
         port: int,
         health: HealthServicer,
+        store: ModelStore,
         runs: Runs,
         engines: Engines,
         link: CollectorLink | None,
     ) -> None:
         self.port = port
+        self._store = store
         self._config = config
         self._health = health
         self._runs = runs
@@ -128,13 +130,14 @@ class _Agent:
             await asyncio.gather(probe, return_exceptions=True)
 
     async def _keep_small(self) -> None:
-        """Lets memory go when the start is over, and again when runs are."""
-        seen = -1
+        """Lets memory go when the start is over, and again when runs and uploads are."""
+        seen = (-1, -1)
         while True:
             await asyncio.sleep(_CALM_SECONDS)
-            idle = bool(self._engines.known) and not self._runs.running_run_id and not self._runs.waiting
-            if idle and self._runs.finished != seen:
-                seen = self._runs.finished
+            arriving, arrived = self._store.transfers
+            busy = self._runs.running_run_id or self._runs.waiting or arriving
+            if self._engines.known and not busy and seen != (self._runs.finished, arrived):
+                seen = (self._runs.finished, arrived)
                 await asyncio.to_thread(footprint.let_go)
 
     async def _probe(self) -> None:
@@ -221,7 +224,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                     running_run_id=runs.running_run_id, queued_runs=runs.waiting
                 ),
             )
-        agent = _Agent(config, port, health, runs, engines, link)
+        agent = _Agent(config, port, health, store, runs, engines, link)
         stack.push_async_callback(agent.close)
         yield agent
 
