@@ -243,7 +243,8 @@ def _all_in_turn(work: _Work, segments: Sequence[Part], runs: Callable[[], Itera
         tuple(max(taken - overhead, 0.0) for taken in taken_by) for taken_by in _laps(invokes, runs())
     )
     how = "parts of the model timed in turn" if len(segments) > 1 else "the model timed whole"
-    return _Timed(how, seconds, tuple(sum(run) for run in seconds))
+    # A whole inference costs an invocation once, as a counted one does.
+    return _Timed(how, seconds, tuple(sum(run) + overhead for run in seconds))
 
 
 def _after_the_whole(work: _Work, segments: Sequence[Part], runs: Callable[[], Iterable[int]]) -> _Timed:
@@ -263,7 +264,7 @@ def _after_the_whole(work: _Work, segments: Sequence[Part], runs: Callable[[], I
         # What is left is the accelerator's, and can't be divided among its parts.
         left = max(total - overhead - sum(run.values()), 0.0) / max(len(segments) - len(on_cpu), 1)
         seconds.append(tuple(run.get(at, left) for at in range(len(segments))))
-        totals.append(total - overhead)
+        totals.append(total)
     return _Timed("parts on the CPU timed in turn with the whole model", tuple(seconds), tuple(totals))
 
 
