@@ -145,6 +145,7 @@ class _Archive:
     def __init__(self, path: Path) -> None:
         try:
             self._zip = zipfile.ZipFile(path)
+        # NotImplementedError: zipfile meets a compression that it does not know.
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise InputsRejected(
                 f"the inputs are not an .npz file ({error}): write them with numpy.savez(file, name=array)"
