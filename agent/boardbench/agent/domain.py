@@ -29,6 +29,8 @@ class Stage(str, enum.Enum):
     WARM_UP = "STAGE_WARM_UP"
     MEASURE = "STAGE_MEASURE"
     REPORT = "STAGE_REPORT"
+    COOL_DOWN = "STAGE_COOL_DOWN"
+    IDLE = "STAGE_IDLE"
 
 
 class MemoryPhase(str, enum.Enum):
@@ -137,12 +139,13 @@ class AcceleratorUse:
 
 @dataclass(frozen=True)
 class Percentile:
-    """One percentile with its distribution-free bounds, in seconds."""
+    """One percentile with its distribution-free bounds, in seconds, and LoadGen's estimate of it."""
 
     percentile: float
     seconds: float
     low_seconds: float
     high_seconds: float
+    loadgen_estimate_seconds: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,96 @@ class Latency:
     stdev_seconds: Optional[float]
     percentiles: Tuple[Percentile, ...]
     samples_nanoseconds: Tuple[int, ...]
+    confidence: Optional[float] = None
+    effective_count: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Inferences before the counted ones; ``steady`` is None when they were too few to tell."""
+
+    runs: int
+    seconds: float
+    steady: Optional[bool] = None
+    samples_nanoseconds: Tuple[int, ...] = ()
+
+
+class StopReason(str, enum.Enum):
+    """What ended a measurement."""
+
+    PRECISION = "STOP_REASON_PRECISION"
+    DURATION = "STOP_REASON_DURATION"
+    RUNS = "STOP_REASON_RUNS"
+
+
+@dataclass(frozen=True)
+class PrecisionReached:
+    """How precise one percentile has become: the bounds lie within the ratio of the value."""
+
+    percentile: float
+    asked_ratio: float
+    reached_ratio: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What ended a measurement, and how precise it then was."""
+
+    reason: StopReason
+    targets: Tuple[PrecisionReached, ...] = ()
+
+
+class ScenarioKind(str, enum.Enum):
+    """How inferences are asked for. See ``boardbench.v1.ScenarioKind``."""
+
+    SINGLE_STREAM = "SCENARIO_KIND_SINGLE_STREAM"
+    OFFLINE = "SCENARIO_KIND_OFFLINE"
+    PERIODIC = "SCENARIO_KIND_PERIODIC"
+    POISSON = "SCENARIO_KIND_POISSON"
+    MULTI_STREAM = "SCENARIO_KIND_MULTI_STREAM"
+    SUSTAINED = "SCENARIO_KIND_SUSTAINED"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What inferences are asked for, and when; None where nothing was said."""
+
+    kind: ScenarioKind = ScenarioKind.SINGLE_STREAM
+    rate_hertz: Optional[float] = None
+    deadline_seconds: Optional[float] = None
+    streams: Optional[int] = None
+    batch: Optional[int] = None
+    window_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a sustained run, in seconds since it began; what sensors say, the agent adds."""
+
+    begin_seconds: float
+    end_seconds: float
+    count: int
+    median_seconds: Optional[float] = None
+    median_low_seconds: Optional[float] = None
+    median_high_seconds: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class ScenarioResult:
+    """What a scenario adds to the latency. See ``boardbench.v1.ScenarioResult``."""
+
+    kind: ScenarioKind
+    throughput_hertz: Optional[float] = None
+    throughput_low_hertz: Optional[float] = None
+    throughput_high_hertz: Optional[float] = None
+    deadline_seconds: Optional[float] = None
+    deadline_misses: Optional[int] = None
+    most_waiting: Optional[int] = None
+    service: Optional[Latency] = None
+    worst_start_delay_seconds: Optional[float] = None
+    windows: Tuple[Window, ...] = ()
+    steady_median_seconds: Optional[float] = None
+    slowdown_ratio: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -175,14 +268,29 @@ class Memory:
     phases: Tuple[PhaseMemory, ...] = ()
     peak_rss_bytes: Optional[int] = None
     model_rss_bytes: Optional[int] = None
+    peak_swap_bytes: Optional[int] = None
+    accelerator_bytes: Optional[int] = None
+    accelerator_source: str = ""
+    arena_bytes: Optional[int] = None
+
+
+class Severity(str, enum.Enum):
+    """What a warning means for the measurement. See ``boardbench.v1.Severity``."""
+
+    UNSPECIFIED = "SEVERITY_UNSPECIFIED"
+    NOTE = "SEVERITY_NOTE"
+    DOUBTFUL = "SEVERITY_DOUBTFUL"
+    INVALID = "SEVERITY_INVALID"
 
 
 @dataclass(frozen=True)
 class Warning:
-    """A doubt about the figures: a stable code, and what was seen and what to do."""
+    """A doubt about the figures: a stable code, what was seen and what to do, and the figures by name."""
 
     code: str
     message: str
+    severity: Severity = Severity.UNSPECIFIED
+    evidence: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,6 +333,14 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """A precision to reach: the bounds must lie within ``ratio`` of the value."""
+
+    percentile: float
+    ratio: float
+
+
+@dataclass(frozen=True)
 class BenchmarkSpec:
     """What to run and how long; None where nothing was said."""
 
@@ -244,6 +360,10 @@ class BenchmarkSpec:
     strict: bool = False
     allow_fallback: bool = False
     profile_runs: Optional[int] = None
+    precision: Tuple[Precision, ...] = ()
+    confidence: Optional[float] = None
+    scenario: Optional[Scenario] = None
+    precision_seconds: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +385,8 @@ class WorkerEnvironment:
     wall_seconds: Optional[float] = None
     page_size_bytes: Optional[int] = None
     cpu_affinity: Tuple[int, ...] = ()
+    clock_read_worst_seconds: Optional[float] = None
+    voluntary_context_switches: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -296,3 +418,6 @@ class Measurement:
     input_data: InputData
     output_sha256: Mapping[str, str] = field(default_factory=dict)
     accelerator: Optional[AcceleratorUse] = None
+    warm_up: Optional[WarmUp] = None
+    stopping: Optional[Stopping] = None
+    scenario: Optional[ScenarioResult] = None

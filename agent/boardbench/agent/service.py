@@ -216,6 +216,16 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             return agent_pb2.CancelRunResponse(cancelled=await self._runs.cancel(request.run_id))
         raise AssertionError("abort() raises")
 
+    async def Examine(
+        self,
+        request: agent_pb2.ExamineRequest,  # noqa: ARG002 - gRPC's signature
+        context: _Context,
+    ) -> agent_pb2.ExamineResponse:
+        """Looks whether the board is fit to measure on."""
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "this agent can't examine its board yet: update it"
+        )
+
 
 def _digest(field: str, text: str) -> str:
     if not _DIGEST.fullmatch(text.lower()):

@@ -57,6 +57,9 @@ _WORKER_FIELDS = frozenset(
         "output_sha256",
         "accelerator",
         "warnings",
+        "warm_up",
+        "stopping",
+        "scenario",
     )
 )
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -235,7 +238,11 @@ def _first_not_finite(message: Message) -> str | None:
 def _checked_warning(warning: result_pb2.Warning) -> result_pb2.Warning:
     if not _CODE.fullmatch(warning.code):
         raise MalformedEvent(f"a warning with the code {warning.code[:80]!r}")
-    return result_pb2.Warning(code=warning.code, message=_clipped(warning.message))
+    checked = result_pb2.Warning(
+        code=warning.code, message=_clipped(warning.message), severity=warning.severity
+    )
+    checked.evidence.update(warning.evidence)
+    return checked
 
 
 def _clipped(text: str) -> str:

@@ -16,7 +16,7 @@ from boardbench.cli.placement import accelerator_block, cost_block, evidence_blo
 from boardbench.cli.plain import cleaned
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.cli.verdict import device_asked, is_plain, verdict_of
-from boardbench.v1 import board_pb2, model_pb2, result_pb2
+from boardbench.v1 import board_pb2, latency_pb2, model_pb2, result_pb2
 
 # What they time is the emulator. The other names that a board gives are virtual machines, which run on
 # the real processor.
@@ -209,7 +209,7 @@ def _warning(code: str, message: str, style: str = DOUBTFUL) -> RenderableType:
     return Text.assemble((code, style), "  ", message)
 
 
-def _latency(latency: result_pb2.Latency) -> RenderableType:
+def _latency(latency: latency_pb2.Latency) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for _ in range(3):

@@ -17,7 +17,7 @@ from boardbench.cli.plain import cleaned
 from boardbench.cli.report import EMULATORS, STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.cli.verdict import device_asked, is_plain, percent, placement_known
-from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, placement_pb2, result_pb2
+from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, latency_pb2, placement_pb2, result_pb2
 
 _FIGURES = ("p50", "p90", "memory")
 _NUMBERS = (*_FIGURES, "fallback", "size", "results")
@@ -111,7 +111,7 @@ def _runtime(result: result_pb2.RunResult) -> str:
     return f"{name} {device}" if device and device != "cpu" else name
 
 
-def _percentile(latency: result_pb2.Latency, percentile: float) -> str:
+def _percentile(latency: latency_pb2.Latency, percentile: float) -> str:
     for entry in latency.percentiles:
         if entry.percentile == percentile:
             return figures.seconds(entry.seconds)

@@ -11,7 +11,16 @@ from google.protobuf import json_format
 
 from boardbench.agent import domain
 from boardbench.agent.bench.events import EventWriter, to_json
-from boardbench.v1 import agent_pb2, board_pb2, model_pb2, placement_pb2, result_pb2
+from boardbench.v1 import (
+    agent_pb2,
+    board_pb2,
+    latency_pb2,
+    model_pb2,
+    placement_pb2,
+    result_pb2,
+    scenario_pb2,
+    telemetry_pb2,
+)
 
 # Nouns whose name differs on the wire, most of them a part of their message: the rest is the agent's.
 ALIASES = {
@@ -20,7 +29,16 @@ ALIASES = {
     domain.WorkerEnvironment: board_pb2.Environment,
     domain.Measurement: result_pb2.RunResult,
 }
-MODULES = (model_pb2, placement_pb2, result_pb2, board_pb2, agent_pb2)
+MODULES = (
+    model_pb2,
+    placement_pb2,
+    latency_pb2,
+    scenario_pb2,
+    telemetry_pb2,
+    result_pb2,
+    board_pb2,
+    agent_pb2,
+)
 
 
 def message_of(noun: type) -> Any:

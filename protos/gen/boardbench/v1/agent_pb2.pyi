@@ -75,6 +75,38 @@ RUN_STATE_ENDED: RunState.ValueType  # 3
 """It has ended."""
 Global___RunState: typing_extensions.TypeAlias = RunState
 
+class _FindingState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FindingStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FindingState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FINDING_STATE_UNSPECIFIED: _FindingState.ValueType  # 0
+    """Not known: what it looks at can't be read; the message says why."""
+    FINDING_STATE_OK: _FindingState.ValueType  # 1
+    """As it should be."""
+    FINDING_STATE_DOUBTFUL: _FindingState.ValueType  # 2
+    """Figures measured now would be doubtful."""
+    FINDING_STATE_INVALID: _FindingState.ValueType  # 3
+    """Figures measured now would be invalid."""
+    FINDING_STATE_ABSENT: _FindingState.ValueType  # 4
+    """The board has nothing of the kind."""
+
+class FindingState(_FindingState, metaclass=_FindingStateEnumTypeWrapper):
+    """How one check came out."""
+
+FINDING_STATE_UNSPECIFIED: FindingState.ValueType  # 0
+"""Not known: what it looks at can't be read; the message says why."""
+FINDING_STATE_OK: FindingState.ValueType  # 1
+"""As it should be."""
+FINDING_STATE_DOUBTFUL: FindingState.ValueType  # 2
+"""Figures measured now would be doubtful."""
+FINDING_STATE_INVALID: FindingState.ValueType  # 3
+"""Figures measured now would be invalid."""
+FINDING_STATE_ABSENT: FindingState.ValueType  # 4
+"""The board has nothing of the kind."""
+Global___FindingState: typing_extensions.TypeAlias = FindingState
+
 @typing.final
 class DescribeRequest(google.protobuf.message.Message):
     """Asks what the board is."""
@@ -858,3 +890,104 @@ class CancelRunResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["cancelled", b"cancelled"]) -> None: ...
 
 Global___CancelRunResponse: typing_extensions.TypeAlias = CancelRunResponse
+
+@typing.final
+class ExamineRequest(google.protobuf.message.Message):
+    """Asks whether the board is fit to measure on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FIX_FIELD_NUMBER: builtins.int
+    RESTORE_FIELD_NUMBER: builtins.int
+    HOLD_SECONDS_FIELD_NUMBER: builtins.int
+    fix: builtins.bool
+    """Set what can be set, until the time is over, `restore` is asked for, or the agent ends."""
+    restore: builtins.bool
+    """Put back what was set before."""
+    hold_seconds: builtins.float
+    """With `fix`: how long it stays set, in seconds; absent: an hour."""
+    def __init__(
+        self,
+        *,
+        fix: builtins.bool = ...,
+        restore: builtins.bool = ...,
+        hold_seconds: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_hold_seconds", b"_hold_seconds", "hold_seconds", b"hold_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_hold_seconds", b"_hold_seconds", "fix", b"fix", "hold_seconds", b"hold_seconds", "restore", b"restore"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_hold_seconds", b"_hold_seconds"]) -> typing.Literal["hold_seconds"] | None: ...
+
+Global___ExamineRequest: typing_extensions.TypeAlias = ExamineRequest
+
+@typing.final
+class ExamineResponse(google.protobuf.message.Message):
+    """Whether the board is fit to measure on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FINDINGS_FIELD_NUMBER: builtins.int
+    CHANGED_FIELD_NUMBER: builtins.int
+    RESTORED_AT_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    @property
+    def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """One entry a check, in a settled order."""
+
+    @property
+    def changed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Settings that are changed now, each as "what: before → now"."""
+
+    @property
+    def restored_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When they are put back; absent when nothing is changed."""
+
+    @property
+    def failed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What could not be set or put back, each with the reason."""
+
+    def __init__(
+        self,
+        *,
+        findings: collections.abc.Iterable[Global___Finding] | None = ...,
+        changed: collections.abc.Iterable[builtins.str] | None = ...,
+        restored_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        failed: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["restored_at", b"restored_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["changed", b"changed", "failed", b"failed", "findings", b"findings", "restored_at", b"restored_at"]) -> None: ...
+
+Global___ExamineResponse: typing_extensions.TypeAlias = ExamineResponse
+
+@typing.final
+class Finding(google.protobuf.message.Message):
+    """One check."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    FIX_FIELD_NUMBER: builtins.int
+    FIXABLE_FIELD_NUMBER: builtins.int
+    code: builtins.str
+    """Stable identifier, listed in the documentation: "governor", "supply", …."""
+    state: Global___FindingState.ValueType
+    """How it came out."""
+    message: builtins.str
+    """What was seen, with the figures."""
+    fix: builtins.str
+    """What to do, as a command where there is one; empty when there is nothing to do."""
+    fixable: builtins.bool
+    """Whether `fix` in the request would set it."""
+    def __init__(
+        self,
+        *,
+        code: builtins.str = ...,
+        state: Global___FindingState.ValueType = ...,
+        message: builtins.str = ...,
+        fix: builtins.str = ...,
+        fixable: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "fix", b"fix", "fixable", b"fixable", "message", b"message", "state", b"state"]) -> None: ...
+
+Global___Finding: typing_extensions.TypeAlias = Finding

@@ -75,6 +75,11 @@ class AgentServiceStub(object):
                 request_serializer=boardbench_dot_v1_dot_agent__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=boardbench_dot_v1_dot_agent__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.Examine = channel.unary_unary(
+                '/boardbench.v1.AgentService/Examine',
+                request_serializer=boardbench_dot_v1_dot_agent__pb2.ExamineRequest.SerializeToString,
+                response_deserializer=boardbench_dot_v1_dot_agent__pb2.ExamineResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -139,6 +144,13 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Examine(self, request, context):
+        """Looks whether the board is fit to measure on, and sets or puts back what it may.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -181,6 +193,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=boardbench_dot_v1_dot_agent__pb2.CancelRunRequest.FromString,
                     response_serializer=boardbench_dot_v1_dot_agent__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'Examine': grpc.unary_unary_rpc_method_handler(
+                    servicer.Examine,
+                    request_deserializer=boardbench_dot_v1_dot_agent__pb2.ExamineRequest.FromString,
+                    response_serializer=boardbench_dot_v1_dot_agent__pb2.ExamineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -400,6 +417,33 @@ class AgentService(object):
             '/boardbench.v1.AgentService/CancelRun',
             boardbench_dot_v1_dot_agent__pb2.CancelRunRequest.SerializeToString,
             boardbench_dot_v1_dot_agent__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Examine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/boardbench.v1.AgentService/Examine',
+            boardbench_dot_v1_dot_agent__pb2.ExamineRequest.SerializeToString,
+            boardbench_dot_v1_dot_agent__pb2.ExamineResponse.FromString,
             options,
             channel_credentials,
             insecure,

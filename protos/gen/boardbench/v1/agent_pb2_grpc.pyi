@@ -153,7 +153,23 @@ _AgentServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
-class AgentServiceStub(typing.Generic[_AgentServiceDescribeType, _AgentServicePushModelType, _AgentServiceListModelsType, _AgentServiceDeleteModelType, _AgentServiceRunBenchmarkType, _AgentServiceWatchRunType, _AgentServiceListRunsType, _AgentServiceCancelRunType]):
+_AgentServiceExamineType = typing_extensions.TypeVar(
+    '_AgentServiceExamineType',
+    grpc.UnaryUnaryMultiCallable[
+        boardbench.v1.agent_pb2.ExamineRequest,
+        boardbench.v1.agent_pb2.ExamineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        boardbench.v1.agent_pb2.ExamineRequest,
+        boardbench.v1.agent_pb2.ExamineResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        boardbench.v1.agent_pb2.ExamineRequest,
+        boardbench.v1.agent_pb2.ExamineResponse,
+    ],
+)
+
+class AgentServiceStub(typing.Generic[_AgentServiceDescribeType, _AgentServicePushModelType, _AgentServiceListModelsType, _AgentServiceDeleteModelType, _AgentServiceRunBenchmarkType, _AgentServiceWatchRunType, _AgentServiceListRunsType, _AgentServiceCancelRunType, _AgentServiceExamineType]):
     """Runs on the board: takes models, runs them, tells what it measured."""
 
     @typing.overload
@@ -189,6 +205,10 @@ class AgentServiceStub(typing.Generic[_AgentServiceDescribeType, _AgentServicePu
         grpc.UnaryUnaryMultiCallable[
             boardbench.v1.agent_pb2.CancelRunRequest,
             boardbench.v1.agent_pb2.CancelRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            boardbench.v1.agent_pb2.ExamineRequest,
+            boardbench.v1.agent_pb2.ExamineResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -226,6 +246,10 @@ class AgentServiceStub(typing.Generic[_AgentServiceDescribeType, _AgentServicePu
             boardbench.v1.agent_pb2.CancelRunRequest,
             boardbench.v1.agent_pb2.CancelRunResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            boardbench.v1.agent_pb2.ExamineRequest,
+            boardbench.v1.agent_pb2.ExamineResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Describe: _AgentServiceDescribeType
@@ -254,6 +278,9 @@ class AgentServiceStub(typing.Generic[_AgentServiceDescribeType, _AgentServicePu
 
     CancelRun: _AgentServiceCancelRunType
     """Ends a run, waiting or running, within a second."""
+
+    Examine: _AgentServiceExamineType
+    """Looks whether the board is fit to measure on, and sets or puts back what it may."""
 
 AgentServiceAsyncStub: typing_extensions.TypeAlias = AgentServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -287,6 +314,10 @@ AgentServiceAsyncStub: typing_extensions.TypeAlias = AgentServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         boardbench.v1.agent_pb2.CancelRunRequest,
         boardbench.v1.agent_pb2.CancelRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        boardbench.v1.agent_pb2.ExamineRequest,
+        boardbench.v1.agent_pb2.ExamineResponse,
     ],
 ]
 
@@ -359,5 +390,13 @@ class AgentServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[boardbench.v1.agent_pb2.CancelRunResponse, collections.abc.Awaitable[boardbench.v1.agent_pb2.CancelRunResponse]]:
         """Ends a run, waiting or running, within a second."""
+
+    @abc.abstractmethod
+    def Examine(
+        self,
+        request: boardbench.v1.agent_pb2.ExamineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[boardbench.v1.agent_pb2.ExamineResponse, collections.abc.Awaitable[boardbench.v1.agent_pb2.ExamineResponse]]:
+        """Looks whether the board is fit to measure on, and sets or puts back what it may."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

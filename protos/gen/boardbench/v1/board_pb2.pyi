@@ -229,6 +229,22 @@ class Environment(google.protobuf.message.Message):
     MEMORY_AVAILABLE_BEFORE_BYTES_FIELD_NUMBER: builtins.int
     MEMORY_AVAILABLE_LEAST_BYTES_FIELD_NUMBER: builtins.int
     CPU_AFFINITY_FIELD_NUMBER: builtins.int
+    CPU_CORE_TYPES_FIELD_NUMBER: builtins.int
+    CPU_PRESSURE_SHARE_FIELD_NUMBER: builtins.int
+    IO_PRESSURE_SHARE_FIELD_NUMBER: builtins.int
+    MEMORY_PRESSURE_SHARE_FIELD_NUMBER: builtins.int
+    CLOCK_SOURCE_FIELD_NUMBER: builtins.int
+    CLOCK_READ_WORST_SECONDS_FIELD_NUMBER: builtins.int
+    SWAP_USED_BEFORE_BYTES_FIELD_NUMBER: builtins.int
+    SWAP_USED_AFTER_BYTES_FIELD_NUMBER: builtins.int
+    POWER_MODE_FIELD_NUMBER: builtins.int
+    CPU_FREQUENCY_LEAST_HERTZ_FIELD_NUMBER: builtins.int
+    THROTTLED_BEFORE_FIELD_NUMBER: builtins.int
+    THROTTLED_DURING_FIELD_NUMBER: builtins.int
+    THROTTLING_READABLE_FIELD_NUMBER: builtins.int
+    VOLUNTARY_CONTEXT_SWITCHES_FIELD_NUMBER: builtins.int
+    OTHER_CPU_SECONDS_FIELD_NUMBER: builtins.int
+    TUNED_FIELD_NUMBER: builtins.int
     boardbench_version: builtins.str
     """Version of boardbench that measured."""
     clock_read_seconds: builtins.float
@@ -257,9 +273,49 @@ class Environment(google.protobuf.message.Message):
     """Memory available on the board when the run began, in bytes."""
     memory_available_least_bytes: builtins.int
     """Least memory available on the board during the run, in bytes."""
+    cpu_pressure_share: builtins.float
+    """Share of the measurement in which some task waited for a processor (/proc/pressure/cpu), 0 to 1."""
+    io_pressure_share: builtins.float
+    """Share of the measurement in which some task waited for a disk."""
+    memory_pressure_share: builtins.float
+    """Share of the measurement in which some task waited for memory."""
+    clock_source: builtins.str
+    """What the kernel takes the time from ("tsc", "arch_sys_counter"); empty when not known."""
+    clock_read_worst_seconds: builtins.float
+    """Slowest of the readings of the clock that were timed, in seconds."""
+    swap_used_before_bytes: builtins.int
+    """Swap in use on the board when the run began, in bytes."""
+    swap_used_after_bytes: builtins.int
+    """Swap in use on the board when the run ended, in bytes."""
+    power_mode: builtins.str
+    """Power mode of the board ("MAXN"); empty when it has none."""
+    cpu_frequency_least_hertz: builtins.float
+    """Least mean frequency of the processors during the measurement, in hertz."""
+    throttling_readable: builtins.bool
+    """Whether anything on the board can tell that it throttles; absent when it was not looked for."""
+    voluntary_context_switches: builtins.int
+    """Times the worker gave the processor away by itself while it measured."""
+    other_cpu_seconds: builtins.float
+    """CPU seconds of the board's other programs during the measurement."""
     @property
     def cpu_affinity(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Processors that the worker was allowed to use."""
+
+    @property
+    def cpu_core_types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Kinds of these processors ("Cortex-A76"), without repeats; empty when not known."""
+
+    @property
+    def throttled_before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What had throttled the board since it booted, before the run ("under-voltage"); says nothing about the run."""
+
+    @property
+    def throttled_during(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What throttled the board during the measurement."""
+
+    @property
+    def tuned(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Settings of the board that were changed for the run and put back after it ("cpu0 governor: ondemand → performance")."""
 
     def __init__(
         self,
@@ -279,17 +335,41 @@ class Environment(google.protobuf.message.Message):
         memory_available_before_bytes: builtins.int | None = ...,
         memory_available_least_bytes: builtins.int | None = ...,
         cpu_affinity: collections.abc.Iterable[builtins.int] | None = ...,
+        cpu_core_types: collections.abc.Iterable[builtins.str] | None = ...,
+        cpu_pressure_share: builtins.float | None = ...,
+        io_pressure_share: builtins.float | None = ...,
+        memory_pressure_share: builtins.float | None = ...,
+        clock_source: builtins.str = ...,
+        clock_read_worst_seconds: builtins.float | None = ...,
+        swap_used_before_bytes: builtins.int | None = ...,
+        swap_used_after_bytes: builtins.int | None = ...,
+        power_mode: builtins.str = ...,
+        cpu_frequency_least_hertz: builtins.float | None = ...,
+        throttled_before: collections.abc.Iterable[builtins.str] | None = ...,
+        throttled_during: collections.abc.Iterable[builtins.str] | None = ...,
+        throttling_readable: builtins.bool | None = ...,
+        voluntary_context_switches: builtins.int | None = ...,
+        other_cpu_seconds: builtins.float | None = ...,
+        tuned: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_clock_read_seconds", b"_clock_read_seconds", "_cpu_frequency_hertz", b"_cpu_frequency_hertz", "_cpu_seconds", b"_cpu_seconds", "_involuntary_context_switches", b"_involuntary_context_switches", "_load_average_after", b"_load_average_after", "_load_average_before", b"_load_average_before", "_memory_available_before_bytes", b"_memory_available_before_bytes", "_memory_available_least_bytes", b"_memory_available_least_bytes", "_temperature_after_celsius", b"_temperature_after_celsius", "_temperature_before_celsius", b"_temperature_before_celsius", "_wall_seconds", b"_wall_seconds", "clock_read_seconds", b"clock_read_seconds", "cpu_frequency_hertz", b"cpu_frequency_hertz", "cpu_seconds", b"cpu_seconds", "involuntary_context_switches", b"involuntary_context_switches", "load_average_after", b"load_average_after", "load_average_before", b"load_average_before", "memory_available_before_bytes", b"memory_available_before_bytes", "memory_available_least_bytes", b"memory_available_least_bytes", "temperature_after_celsius", b"temperature_after_celsius", "temperature_before_celsius", b"temperature_before_celsius", "wall_seconds", b"wall_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_clock_read_seconds", b"_clock_read_seconds", "_cpu_frequency_hertz", b"_cpu_frequency_hertz", "_cpu_seconds", b"_cpu_seconds", "_involuntary_context_switches", b"_involuntary_context_switches", "_load_average_after", b"_load_average_after", "_load_average_before", b"_load_average_before", "_memory_available_before_bytes", b"_memory_available_before_bytes", "_memory_available_least_bytes", b"_memory_available_least_bytes", "_temperature_after_celsius", b"_temperature_after_celsius", "_temperature_before_celsius", b"_temperature_before_celsius", "_wall_seconds", b"_wall_seconds", "boardbench_version", b"boardbench_version", "clock_read_seconds", b"clock_read_seconds", "cpu_affinity", b"cpu_affinity", "cpu_frequency_hertz", b"cpu_frequency_hertz", "cpu_governor", b"cpu_governor", "cpu_seconds", b"cpu_seconds", "involuntary_context_switches", b"involuntary_context_switches", "load_average_after", b"load_average_after", "load_average_before", b"load_average_before", "memory_available_before_bytes", b"memory_available_before_bytes", "memory_available_least_bytes", b"memory_available_least_bytes", "page_size_bytes", b"page_size_bytes", "temperature_after_celsius", b"temperature_after_celsius", "temperature_before_celsius", b"temperature_before_celsius", "wall_seconds", b"wall_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_clock_read_seconds", b"_clock_read_seconds", "_clock_read_worst_seconds", b"_clock_read_worst_seconds", "_cpu_frequency_hertz", b"_cpu_frequency_hertz", "_cpu_frequency_least_hertz", b"_cpu_frequency_least_hertz", "_cpu_pressure_share", b"_cpu_pressure_share", "_cpu_seconds", b"_cpu_seconds", "_involuntary_context_switches", b"_involuntary_context_switches", "_io_pressure_share", b"_io_pressure_share", "_load_average_after", b"_load_average_after", "_load_average_before", b"_load_average_before", "_memory_available_before_bytes", b"_memory_available_before_bytes", "_memory_available_least_bytes", b"_memory_available_least_bytes", "_memory_pressure_share", b"_memory_pressure_share", "_other_cpu_seconds", b"_other_cpu_seconds", "_swap_used_after_bytes", b"_swap_used_after_bytes", "_swap_used_before_bytes", b"_swap_used_before_bytes", "_temperature_after_celsius", b"_temperature_after_celsius", "_temperature_before_celsius", b"_temperature_before_celsius", "_throttling_readable", b"_throttling_readable", "_voluntary_context_switches", b"_voluntary_context_switches", "_wall_seconds", b"_wall_seconds", "clock_read_seconds", b"clock_read_seconds", "clock_read_worst_seconds", b"clock_read_worst_seconds", "cpu_frequency_hertz", b"cpu_frequency_hertz", "cpu_frequency_least_hertz", b"cpu_frequency_least_hertz", "cpu_pressure_share", b"cpu_pressure_share", "cpu_seconds", b"cpu_seconds", "involuntary_context_switches", b"involuntary_context_switches", "io_pressure_share", b"io_pressure_share", "load_average_after", b"load_average_after", "load_average_before", b"load_average_before", "memory_available_before_bytes", b"memory_available_before_bytes", "memory_available_least_bytes", b"memory_available_least_bytes", "memory_pressure_share", b"memory_pressure_share", "other_cpu_seconds", b"other_cpu_seconds", "swap_used_after_bytes", b"swap_used_after_bytes", "swap_used_before_bytes", b"swap_used_before_bytes", "temperature_after_celsius", b"temperature_after_celsius", "temperature_before_celsius", b"temperature_before_celsius", "throttling_readable", b"throttling_readable", "voluntary_context_switches", b"voluntary_context_switches", "wall_seconds", b"wall_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_clock_read_seconds", b"_clock_read_seconds", "_clock_read_worst_seconds", b"_clock_read_worst_seconds", "_cpu_frequency_hertz", b"_cpu_frequency_hertz", "_cpu_frequency_least_hertz", b"_cpu_frequency_least_hertz", "_cpu_pressure_share", b"_cpu_pressure_share", "_cpu_seconds", b"_cpu_seconds", "_involuntary_context_switches", b"_involuntary_context_switches", "_io_pressure_share", b"_io_pressure_share", "_load_average_after", b"_load_average_after", "_load_average_before", b"_load_average_before", "_memory_available_before_bytes", b"_memory_available_before_bytes", "_memory_available_least_bytes", b"_memory_available_least_bytes", "_memory_pressure_share", b"_memory_pressure_share", "_other_cpu_seconds", b"_other_cpu_seconds", "_swap_used_after_bytes", b"_swap_used_after_bytes", "_swap_used_before_bytes", b"_swap_used_before_bytes", "_temperature_after_celsius", b"_temperature_after_celsius", "_temperature_before_celsius", b"_temperature_before_celsius", "_throttling_readable", b"_throttling_readable", "_voluntary_context_switches", b"_voluntary_context_switches", "_wall_seconds", b"_wall_seconds", "boardbench_version", b"boardbench_version", "clock_read_seconds", b"clock_read_seconds", "clock_read_worst_seconds", b"clock_read_worst_seconds", "clock_source", b"clock_source", "cpu_affinity", b"cpu_affinity", "cpu_core_types", b"cpu_core_types", "cpu_frequency_hertz", b"cpu_frequency_hertz", "cpu_frequency_least_hertz", b"cpu_frequency_least_hertz", "cpu_governor", b"cpu_governor", "cpu_pressure_share", b"cpu_pressure_share", "cpu_seconds", b"cpu_seconds", "involuntary_context_switches", b"involuntary_context_switches", "io_pressure_share", b"io_pressure_share", "load_average_after", b"load_average_after", "load_average_before", b"load_average_before", "memory_available_before_bytes", b"memory_available_before_bytes", "memory_available_least_bytes", b"memory_available_least_bytes", "memory_pressure_share", b"memory_pressure_share", "other_cpu_seconds", b"other_cpu_seconds", "page_size_bytes", b"page_size_bytes", "power_mode", b"power_mode", "swap_used_after_bytes", b"swap_used_after_bytes", "swap_used_before_bytes", b"swap_used_before_bytes", "temperature_after_celsius", b"temperature_after_celsius", "temperature_before_celsius", b"temperature_before_celsius", "throttled_before", b"throttled_before", "throttled_during", b"throttled_during", "throttling_readable", b"throttling_readable", "tuned", b"tuned", "voluntary_context_switches", b"voluntary_context_switches", "wall_seconds", b"wall_seconds"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_clock_read_seconds", b"_clock_read_seconds"]) -> typing.Literal["clock_read_seconds"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clock_read_worst_seconds", b"_clock_read_worst_seconds"]) -> typing.Literal["clock_read_worst_seconds"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cpu_frequency_hertz", b"_cpu_frequency_hertz"]) -> typing.Literal["cpu_frequency_hertz"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cpu_frequency_least_hertz", b"_cpu_frequency_least_hertz"]) -> typing.Literal["cpu_frequency_least_hertz"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cpu_pressure_share", b"_cpu_pressure_share"]) -> typing.Literal["cpu_pressure_share"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cpu_seconds", b"_cpu_seconds"]) -> typing.Literal["cpu_seconds"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_involuntary_context_switches", b"_involuntary_context_switches"]) -> typing.Literal["involuntary_context_switches"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_io_pressure_share", b"_io_pressure_share"]) -> typing.Literal["io_pressure_share"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_load_average_after", b"_load_average_after"]) -> typing.Literal["load_average_after"] | None: ...
     @typing.overload
@@ -299,9 +379,21 @@ class Environment(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_memory_available_least_bytes", b"_memory_available_least_bytes"]) -> typing.Literal["memory_available_least_bytes"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_memory_pressure_share", b"_memory_pressure_share"]) -> typing.Literal["memory_pressure_share"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_other_cpu_seconds", b"_other_cpu_seconds"]) -> typing.Literal["other_cpu_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_swap_used_after_bytes", b"_swap_used_after_bytes"]) -> typing.Literal["swap_used_after_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_swap_used_before_bytes", b"_swap_used_before_bytes"]) -> typing.Literal["swap_used_before_bytes"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_temperature_after_celsius", b"_temperature_after_celsius"]) -> typing.Literal["temperature_after_celsius"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_temperature_before_celsius", b"_temperature_before_celsius"]) -> typing.Literal["temperature_before_celsius"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_throttling_readable", b"_throttling_readable"]) -> typing.Literal["throttling_readable"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_voluntary_context_switches", b"_voluntary_context_switches"]) -> typing.Literal["voluntary_context_switches"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_wall_seconds", b"_wall_seconds"]) -> typing.Literal["wall_seconds"] | None: ...
 

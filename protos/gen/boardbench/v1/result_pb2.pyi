@@ -4,8 +4,11 @@ isort:skip_file
 """
 
 import boardbench.v1.board_pb2
+import boardbench.v1.latency_pb2
 import boardbench.v1.model_pb2
 import boardbench.v1.placement_pb2
+import boardbench.v1.scenario_pb2
+import boardbench.v1.telemetry_pb2
 import builtins
 import collections.abc
 import google.protobuf.descriptor
@@ -75,9 +78,13 @@ class _StageEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Inferences that are counted."""
     STAGE_REPORT: _Stage.ValueType  # 8
     """Placement and memory are read, the model is closed."""
+    STAGE_COOL_DOWN: _Stage.ValueType  # 9
+    """Before the worker starts: the board cools down to the temperature that was asked for."""
+    STAGE_IDLE: _Stage.ValueType  # 10
+    """Before the worker starts: the idle board's power is measured."""
 
 class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
-    """The steps of a run, in their order."""
+    """The steps of a run, in their order; cooling down and idling come first of all."""
 
 STAGE_UNSPECIFIED: Stage.ValueType  # 0
 """Not known."""
@@ -97,7 +104,91 @@ STAGE_MEASURE: Stage.ValueType  # 7
 """Inferences that are counted."""
 STAGE_REPORT: Stage.ValueType  # 8
 """Placement and memory are read, the model is closed."""
+STAGE_COOL_DOWN: Stage.ValueType  # 9
+"""Before the worker starts: the board cools down to the temperature that was asked for."""
+STAGE_IDLE: Stage.ValueType  # 10
+"""Before the worker starts: the idle board's power is measured."""
 Global___Stage: typing_extensions.TypeAlias = Stage
+
+class _Validity:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ValidityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Validity.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    VALIDITY_UNSPECIFIED: _Validity.ValueType  # 0
+    """Not known."""
+    VALIDITY_VALID: _Validity.ValueType  # 1
+    """Nothing speaks against it."""
+    VALIDITY_DOUBTFUL: _Validity.ValueType  # 2
+    """It can be used with the warnings in mind."""
+    VALIDITY_INVALID: _Validity.ValueType  # 3
+    """Something made it a measurement of something else; it must not be compared."""
+
+class Validity(_Validity, metaclass=_ValidityEnumTypeWrapper):
+    """What a measurement is worth, by the rules in the documentation."""
+
+VALIDITY_UNSPECIFIED: Validity.ValueType  # 0
+"""Not known."""
+VALIDITY_VALID: Validity.ValueType  # 1
+"""Nothing speaks against it."""
+VALIDITY_DOUBTFUL: Validity.ValueType  # 2
+"""It can be used with the warnings in mind."""
+VALIDITY_INVALID: Validity.ValueType  # 3
+"""Something made it a measurement of something else; it must not be compared."""
+Global___Validity: typing_extensions.TypeAlias = Validity
+
+class _StopReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _StopReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_StopReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    STOP_REASON_UNSPECIFIED: _StopReason.ValueType  # 0
+    """Not known."""
+    STOP_REASON_PRECISION: _StopReason.ValueType  # 1
+    """The precision that was asked for was reached."""
+    STOP_REASON_DURATION: _StopReason.ValueType  # 2
+    """The time was over."""
+    STOP_REASON_RUNS: _StopReason.ValueType  # 3
+    """The number of inferences was reached."""
+
+class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
+    """What ended a measurement."""
+
+STOP_REASON_UNSPECIFIED: StopReason.ValueType  # 0
+"""Not known."""
+STOP_REASON_PRECISION: StopReason.ValueType  # 1
+"""The precision that was asked for was reached."""
+STOP_REASON_DURATION: StopReason.ValueType  # 2
+"""The time was over."""
+STOP_REASON_RUNS: StopReason.ValueType  # 3
+"""The number of inferences was reached."""
+Global___StopReason: typing_extensions.TypeAlias = StopReason
+
+class _GroupMode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GroupModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GroupMode.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GROUP_MODE_UNSPECIFIED: _GroupMode.ValueType  # 0
+    """Not known."""
+    GROUP_MODE_INTERLEAVED: _GroupMode.ValueType  # 1
+    """Their processes take turns (A B A B …), so that what changes on the board changes for all."""
+    GROUP_MODE_CONCURRENT: _GroupMode.ValueType  # 2
+    """Each by itself first, then all at the same time."""
+
+class GroupMode(_GroupMode, metaclass=_GroupModeEnumTypeWrapper):
+    """How runs that were asked for together are measured."""
+
+GROUP_MODE_UNSPECIFIED: GroupMode.ValueType  # 0
+"""Not known."""
+GROUP_MODE_INTERLEAVED: GroupMode.ValueType  # 1
+"""Their processes take turns (A B A B …), so that what changes on the board changes for all."""
+GROUP_MODE_CONCURRENT: GroupMode.ValueType  # 2
+"""Each by itself first, then all at the same time."""
+Global___GroupMode: typing_extensions.TypeAlias = GroupMode
 
 class _MemoryPhase:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -130,6 +221,34 @@ MEMORY_PHASE_FIRST_INFERENCE: MemoryPhase.ValueType  # 3
 MEMORY_PHASE_STEADY: MemoryPhase.ValueType  # 4
 """After the counted inferences."""
 Global___MemoryPhase: typing_extensions.TypeAlias = MemoryPhase
+
+class _Severity:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SeverityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Severity.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SEVERITY_UNSPECIFIED: _Severity.ValueType  # 0
+    """Not known; counts as doubtful."""
+    SEVERITY_NOTE: _Severity.ValueType  # 1
+    """Worth knowing; nothing is wrong with the figures."""
+    SEVERITY_DOUBTFUL: _Severity.ValueType  # 2
+    """The figures can be used with this in mind."""
+    SEVERITY_INVALID: _Severity.ValueType  # 3
+    """The figures must not be compared with others."""
+
+class Severity(_Severity, metaclass=_SeverityEnumTypeWrapper):
+    """What a warning means for the measurement."""
+
+SEVERITY_UNSPECIFIED: Severity.ValueType  # 0
+"""Not known; counts as doubtful."""
+SEVERITY_NOTE: Severity.ValueType  # 1
+"""Worth knowing; nothing is wrong with the figures."""
+SEVERITY_DOUBTFUL: Severity.ValueType  # 2
+"""The figures can be used with this in mind."""
+SEVERITY_INVALID: Severity.ValueType  # 3
+"""The figures must not be compared with others."""
+Global___Severity: typing_extensions.TypeAlias = Severity
 
 @typing.final
 class RunResult(google.protobuf.message.Message):
@@ -178,6 +297,14 @@ class RunResult(google.protobuf.message.Message):
     STANDINS_FIELD_NUMBER: builtins.int
     OUTPUT_SHA256_FIELD_NUMBER: builtins.int
     ACCELERATOR_FIELD_NUMBER: builtins.int
+    VALIDITY_FIELD_NUMBER: builtins.int
+    WARM_UP_FIELD_NUMBER: builtins.int
+    STOPPING_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    SCENARIO_FIELD_NUMBER: builtins.int
+    TELEMETRY_FIELD_NUMBER: builtins.int
+    ENERGY_FIELD_NUMBER: builtins.int
+    INTERFERENCE_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Identity of the run, unique over all boards."""
     status: Global___RunStatus.ValueType
@@ -188,6 +315,10 @@ class RunResult(google.protobuf.message.Message):
     """Seconds of the very first inference."""
     import_seconds: builtins.float
     """Seconds to import the engine."""
+    validity: Global___Validity.ValueType
+    """What the measurement is worth; unspecified for a run that was not measured. It is the worst
+    severity of the warnings.
+    """
     @property
     def model(self) -> boardbench.v1.model_pb2.Model:
         """The model that ran."""
@@ -209,7 +340,7 @@ class RunResult(google.protobuf.message.Message):
         """What was done, with every default filled in; absent when the run ended before that was settled."""
 
     @property
-    def latency(self) -> Global___Latency:
+    def latency(self) -> boardbench.v1.latency_pb2.Latency:
         """Latency of the counted inferences."""
 
     @property
@@ -270,6 +401,34 @@ class RunResult(google.protobuf.message.Message):
     def accelerator(self) -> Global___AcceleratorUse:
         """The accelerator as it was used; absent when none was asked for."""
 
+    @property
+    def warm_up(self) -> Global___WarmUp:
+        """Inferences before the counted ones."""
+
+    @property
+    def stopping(self) -> Global___Stopping:
+        """What ended the measurement."""
+
+    @property
+    def processes(self) -> Global___Processes:
+        """The processes that measured, when there were several; the latency pools those that agree."""
+
+    @property
+    def scenario(self) -> boardbench.v1.scenario_pb2.ScenarioResult:
+        """What the scenario adds; absent in single stream."""
+
+    @property
+    def telemetry(self) -> boardbench.v1.telemetry_pb2.Telemetry:
+        """What the sensors said."""
+
+    @property
+    def energy(self) -> boardbench.v1.telemetry_pb2.Energy:
+        """What it took from the supply; absent where no rail can be read."""
+
+    @property
+    def interference(self) -> Global___Interference:
+        """What other runs of the same group did to this one; absent when it ran by itself."""
+
     def __init__(
         self,
         *,
@@ -283,7 +442,7 @@ class RunResult(google.protobuf.message.Message):
         create_seconds: builtins.float | None = ...,
         first_inference_seconds: builtins.float | None = ...,
         import_seconds: builtins.float | None = ...,
-        latency: Global___Latency | None = ...,
+        latency: boardbench.v1.latency_pb2.Latency | None = ...,
         memory: Global___Memory | None = ...,
         placement: boardbench.v1.placement_pb2.Placement | None = ...,
         environment: boardbench.v1.board_pb2.Environment | None = ...,
@@ -298,9 +457,17 @@ class RunResult(google.protobuf.message.Message):
         standins: collections.abc.Iterable[builtins.str] | None = ...,
         output_sha256: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         accelerator: Global___AcceleratorUse | None = ...,
+        validity: Global___Validity.ValueType = ...,
+        warm_up: Global___WarmUp | None = ...,
+        stopping: Global___Stopping | None = ...,
+        processes: Global___Processes | None = ...,
+        scenario: boardbench.v1.scenario_pb2.ScenarioResult | None = ...,
+        telemetry: boardbench.v1.telemetry_pb2.Telemetry | None = ...,
+        energy: boardbench.v1.telemetry_pb2.Energy | None = ...,
+        interference: Global___Interference | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "runtime", b"runtime", "spec", b"spec", "started_at", b"started_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "run_id", b"run_id", "runtime", b"runtime", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "processes", b"processes", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "started_at", b"started_at", "stopping", b"stopping", "telemetry", b"telemetry", "warm_up", b"warm_up"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_create_seconds", b"_create_seconds"]) -> typing.Literal["create_seconds"] | None: ...
     @typing.overload
@@ -309,6 +476,293 @@ class RunResult(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_import_seconds", b"_import_seconds"]) -> typing.Literal["import_seconds"] | None: ...
 
 Global___RunResult: typing_extensions.TypeAlias = RunResult
+
+@typing.final
+class WarmUp(google.protobuf.message.Message):
+    """Inferences before the counted ones."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    STEADY_FIELD_NUMBER: builtins.int
+    SAMPLES_NANOSECONDS_FIELD_NUMBER: builtins.int
+    runs: builtins.int
+    """How many."""
+    seconds: builtins.float
+    """How long they took in seconds."""
+    steady: builtins.bool
+    """Whether the latency had become steady at their end; absent when too few to tell."""
+    @property
+    def samples_nanoseconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Each in the order it ran, in nanoseconds; the first inference is not among them. Thinned never,
+        cut off after the first thousand.
+        """
+
+    def __init__(
+        self,
+        *,
+        runs: builtins.int = ...,
+        seconds: builtins.float = ...,
+        steady: builtins.bool | None = ...,
+        samples_nanoseconds: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_steady", b"_steady", "steady", b"steady"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_steady", b"_steady", "runs", b"runs", "samples_nanoseconds", b"samples_nanoseconds", "seconds", b"seconds", "steady", b"steady"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_steady", b"_steady"]) -> typing.Literal["steady"] | None: ...
+
+Global___WarmUp: typing_extensions.TypeAlias = WarmUp
+
+@typing.final
+class Stopping(google.protobuf.message.Message):
+    """What ended a measurement, and how precise it then was."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    TARGETS_FIELD_NUMBER: builtins.int
+    reason: Global___StopReason.ValueType
+    """What ended it."""
+    @property
+    def targets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PrecisionReached]:
+        """One entry a target that was asked for."""
+
+    def __init__(
+        self,
+        *,
+        reason: Global___StopReason.ValueType = ...,
+        targets: collections.abc.Iterable[Global___PrecisionReached] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "targets", b"targets"]) -> None: ...
+
+Global___Stopping: typing_extensions.TypeAlias = Stopping
+
+@typing.final
+class PrecisionReached(google.protobuf.message.Message):
+    """How precise one percentile has become."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PERCENTILE_FIELD_NUMBER: builtins.int
+    ASKED_RATIO_FIELD_NUMBER: builtins.int
+    REACHED_RATIO_FIELD_NUMBER: builtins.int
+    percentile: builtins.float
+    """The percentile."""
+    asked_ratio: builtins.float
+    """What was asked for: the bounds lie within this share of the value."""
+    reached_ratio: builtins.float
+    """What was reached; absent when the inferences support no bounds of it."""
+    def __init__(
+        self,
+        *,
+        percentile: builtins.float = ...,
+        asked_ratio: builtins.float = ...,
+        reached_ratio: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_reached_ratio", b"_reached_ratio", "reached_ratio", b"reached_ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_reached_ratio", b"_reached_ratio", "asked_ratio", b"asked_ratio", "percentile", b"percentile", "reached_ratio", b"reached_ratio"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_reached_ratio", b"_reached_ratio"]) -> typing.Literal["reached_ratio"] | None: ...
+
+Global___PrecisionReached: typing_extensions.TypeAlias = PrecisionReached
+
+@typing.final
+class Processes(google.protobuf.message.Message):
+    """The processes that measured one result."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROCESSES_FIELD_NUMBER: builtins.int
+    AGREE_FIELD_NUMBER: builtins.int
+    SPREAD_RATIO_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    MEDIAN_SECONDS_FIELD_NUMBER: builtins.int
+    MEDIAN_LOW_SECONDS_FIELD_NUMBER: builtins.int
+    MEDIAN_HIGH_SECONDS_FIELD_NUMBER: builtins.int
+    agree: builtins.bool
+    """Whether their medians agree; absent for fewer than two."""
+    spread_ratio: builtins.float
+    """Spread of their medians: half of the greatest difference over their median."""
+    detail: builtins.str
+    """In words."""
+    median_seconds: builtins.float
+    """Median over the processes' medians in seconds."""
+    median_low_seconds: builtins.float
+    """Lower bound of it that holds for other processes too; absent when they are too few."""
+    median_high_seconds: builtins.float
+    """Upper bound of it that holds for other processes too; absent when they are too few."""
+    @property
+    def processes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ProcessResult]:
+        """Each in the order it ran."""
+
+    def __init__(
+        self,
+        *,
+        processes: collections.abc.Iterable[Global___ProcessResult] | None = ...,
+        agree: builtins.bool | None = ...,
+        spread_ratio: builtins.float | None = ...,
+        detail: builtins.str = ...,
+        median_seconds: builtins.float | None = ...,
+        median_low_seconds: builtins.float | None = ...,
+        median_high_seconds: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_agree", b"_agree", "_median_high_seconds", b"_median_high_seconds", "_median_low_seconds", b"_median_low_seconds", "_median_seconds", b"_median_seconds", "_spread_ratio", b"_spread_ratio", "agree", b"agree", "median_high_seconds", b"median_high_seconds", "median_low_seconds", b"median_low_seconds", "median_seconds", b"median_seconds", "spread_ratio", b"spread_ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_agree", b"_agree", "_median_high_seconds", b"_median_high_seconds", "_median_low_seconds", b"_median_low_seconds", "_median_seconds", b"_median_seconds", "_spread_ratio", b"_spread_ratio", "agree", b"agree", "detail", b"detail", "median_high_seconds", b"median_high_seconds", "median_low_seconds", b"median_low_seconds", "median_seconds", b"median_seconds", "processes", b"processes", "spread_ratio", b"spread_ratio"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_agree", b"_agree"]) -> typing.Literal["agree"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_median_high_seconds", b"_median_high_seconds"]) -> typing.Literal["median_high_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_median_low_seconds", b"_median_low_seconds"]) -> typing.Literal["median_low_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_median_seconds", b"_median_seconds"]) -> typing.Literal["median_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_spread_ratio", b"_spread_ratio"]) -> typing.Literal["spread_ratio"] | None: ...
+
+Global___Processes: typing_extensions.TypeAlias = Processes
+
+@typing.final
+class ProcessResult(google.protobuf.message.Message):
+    """One process of several."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CREATE_SECONDS_FIELD_NUMBER: builtins.int
+    FIRST_INFERENCE_SECONDS_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    MEDIAN_SECONDS_FIELD_NUMBER: builtins.int
+    POOLED_FIELD_NUMBER: builtins.int
+    STARTED_AT_FIELD_NUMBER: builtins.int
+    WARNING_CODES_FIELD_NUMBER: builtins.int
+    create_seconds: builtins.float
+    """Seconds to create the session or interpreter."""
+    first_inference_seconds: builtins.float
+    """Seconds of its first inference."""
+    count: builtins.int
+    """Counted inferences; they follow those of the processes before it in the pooled samples."""
+    median_seconds: builtins.float
+    """Their median in seconds."""
+    pooled: builtins.bool
+    """Whether its samples are in the pooled latency."""
+    @property
+    def started_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was started."""
+
+    @property
+    def warning_codes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Warnings of this process that the others do not share are told with its position from 1."""
+
+    def __init__(
+        self,
+        *,
+        create_seconds: builtins.float | None = ...,
+        first_inference_seconds: builtins.float | None = ...,
+        count: builtins.int = ...,
+        median_seconds: builtins.float = ...,
+        pooled: builtins.bool = ...,
+        started_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        warning_codes: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "create_seconds", b"create_seconds", "first_inference_seconds", b"first_inference_seconds", "started_at", b"started_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "count", b"count", "create_seconds", b"create_seconds", "first_inference_seconds", b"first_inference_seconds", "median_seconds", b"median_seconds", "pooled", b"pooled", "started_at", b"started_at", "warning_codes", b"warning_codes"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_create_seconds", b"_create_seconds"]) -> typing.Literal["create_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_first_inference_seconds", b"_first_inference_seconds"]) -> typing.Literal["first_inference_seconds"] | None: ...
+
+Global___ProcessResult: typing_extensions.TypeAlias = ProcessResult
+
+@typing.final
+class Interference(google.protobuf.message.Message):
+    """What other runs of the same group did to this one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_IDS_FIELD_NUMBER: builtins.int
+    ALONE_FIELD_NUMBER: builtins.int
+    SLOWDOWN_RATIO_FIELD_NUMBER: builtins.int
+    SLOWDOWN_LOW_RATIO_FIELD_NUMBER: builtins.int
+    SLOWDOWN_HIGH_RATIO_FIELD_NUMBER: builtins.int
+    slowdown_ratio: builtins.float
+    """Median together over median alone."""
+    slowdown_low_ratio: builtins.float
+    """Lower bound of it."""
+    slowdown_high_ratio: builtins.float
+    """Upper bound of it."""
+    @property
+    def run_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Runs that were measured at the same time."""
+
+    @property
+    def alone(self) -> boardbench.v1.latency_pb2.Latency:
+        """Latency of this model by itself, measured just before."""
+
+    def __init__(
+        self,
+        *,
+        run_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        alone: boardbench.v1.latency_pb2.Latency | None = ...,
+        slowdown_ratio: builtins.float | None = ...,
+        slowdown_low_ratio: builtins.float | None = ...,
+        slowdown_high_ratio: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_slowdown_high_ratio", b"_slowdown_high_ratio", "_slowdown_low_ratio", b"_slowdown_low_ratio", "_slowdown_ratio", b"_slowdown_ratio", "alone", b"alone", "slowdown_high_ratio", b"slowdown_high_ratio", "slowdown_low_ratio", b"slowdown_low_ratio", "slowdown_ratio", b"slowdown_ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_slowdown_high_ratio", b"_slowdown_high_ratio", "_slowdown_low_ratio", b"_slowdown_low_ratio", "_slowdown_ratio", b"_slowdown_ratio", "alone", b"alone", "run_ids", b"run_ids", "slowdown_high_ratio", b"slowdown_high_ratio", "slowdown_low_ratio", b"slowdown_low_ratio", "slowdown_ratio", b"slowdown_ratio"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_slowdown_high_ratio", b"_slowdown_high_ratio"]) -> typing.Literal["slowdown_high_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_slowdown_low_ratio", b"_slowdown_low_ratio"]) -> typing.Literal["slowdown_low_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_slowdown_ratio", b"_slowdown_ratio"]) -> typing.Literal["slowdown_ratio"] | None: ...
+
+Global___Interference: typing_extensions.TypeAlias = Interference
+
+@typing.final
+class RunGroup(google.protobuf.message.Message):
+    """Runs that are measured together. The agent begins when all of them are there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Identity of the group, chosen by the caller: 1 to 64 letters, digits, '-' or '_'."""
+    size: builtins.int
+    """Number of runs in it, at least 2."""
+    mode: Global___GroupMode.ValueType
+    """How they are measured."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        size: builtins.int = ...,
+        mode: Global___GroupMode.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "mode", b"mode", "size", b"size"]) -> None: ...
+
+Global___RunGroup: typing_extensions.TypeAlias = RunGroup
+
+@typing.final
+class Precision(google.protobuf.message.Message):
+    """A precision to reach."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PERCENTILE_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
+    percentile: builtins.float
+    """The percentile: above 0 and below 100."""
+    ratio: builtins.float
+    """The bounds must lie within this share of the value: 0.01 is ±1 %."""
+    def __init__(
+        self,
+        *,
+        percentile: builtins.float = ...,
+        ratio: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["percentile", b"percentile", "ratio", b"ratio"]) -> None: ...
+
+Global___Precision: typing_extensions.TypeAlias = Precision
 
 @typing.final
 class AcceleratorUse(google.protobuf.message.Message):
@@ -498,6 +952,17 @@ class BenchmarkSpec(google.protobuf.message.Message):
     STRICT_FIELD_NUMBER: builtins.int
     ALLOW_FALLBACK_FIELD_NUMBER: builtins.int
     PROFILE_RUNS_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
+    CONFIDENCE_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    SCENARIO_FIELD_NUMBER: builtins.int
+    COOL_DOWN_CELSIUS_FIELD_NUMBER: builtins.int
+    COOL_DOWN_SECONDS_FIELD_NUMBER: builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: builtins.int
+    SAMPLE_HERTZ_FIELD_NUMBER: builtins.int
+    TUNE_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    PRECISION_SECONDS_FIELD_NUMBER: builtins.int
     runtime: builtins.str
     """Runtime to use; empty: the board's default for the format."""
     device: builtins.str
@@ -526,6 +991,24 @@ class BenchmarkSpec(google.protobuf.message.Message):
     """Run on what there is when the device that was asked for is not there, with a warning."""
     profile_runs: builtins.int
     """Inferences of the profiling pass, which is apart from the counted ones; 0: none; absent: the engine's default."""
+    confidence: builtins.float
+    """Confidence of all bounds, 0.5 to 0.999; absent: 0.95."""
+    processes: builtins.int
+    """Fresh processes that measure one after the other; absent: 1."""
+    cool_down_celsius: builtins.float
+    """Wait before the run until the hottest zone is at most this warm."""
+    cool_down_seconds: builtins.float
+    """Wait for that at most this long, then run with a warning."""
+    idle_seconds: builtins.float
+    """Measure the idle board's power this long before the run; 0: not at all; absent: the board's default
+    where it has a power rail.
+    """
+    sample_hertz: builtins.float
+    """Samples of the sensors a second; 0: none; absent: the board's default."""
+    tune: builtins.bool
+    """Set the board up for measuring (governor, clocks, …) for the time of the run, then put it back."""
+    precision_seconds: builtins.float
+    """With a precision: the measurement ends after this time even so."""
     @property
     def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Engine options; one that the engine does not know is an error."""
@@ -533,6 +1016,18 @@ class BenchmarkSpec(google.protobuf.message.Message):
     @property
     def shapes(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, boardbench.v1.model_pb2.Shape]:
         """Sizes for inputs whose shape is open, by input name."""
+
+    @property
+    def precision(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Precision]:
+        """End as soon as all of these are reached, at latest after max_runs or precision_seconds."""
+
+    @property
+    def scenario(self) -> boardbench.v1.scenario_pb2.Scenario:
+        """How inferences are asked for; absent: single stream."""
+
+    @property
+    def group(self) -> Global___RunGroup:
+        """The group that the run belongs to; absent: it runs by itself."""
 
     def __init__(
         self,
@@ -553,17 +1048,42 @@ class BenchmarkSpec(google.protobuf.message.Message):
         strict: builtins.bool = ...,
         allow_fallback: builtins.bool = ...,
         profile_runs: builtins.int | None = ...,
+        precision: collections.abc.Iterable[Global___Precision] | None = ...,
+        confidence: builtins.float | None = ...,
+        processes: builtins.int | None = ...,
+        scenario: boardbench.v1.scenario_pb2.Scenario | None = ...,
+        cool_down_celsius: builtins.float | None = ...,
+        cool_down_seconds: builtins.float | None = ...,
+        idle_seconds: builtins.float | None = ...,
+        sample_hertz: builtins.float | None = ...,
+        tune: builtins.bool = ...,
+        group: Global___RunGroup | None = ...,
+        precision_seconds: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_duration_seconds", b"_duration_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_profile_runs", b"_profile_runs", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "duration_seconds", b"duration_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "profile_runs", b"profile_runs", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_duration_seconds", b"_duration_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_profile_runs", b"_profile_runs", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "device", b"device", "duration_seconds", b"duration_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "profile_runs", b"profile_runs", "runtime", b"runtime", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "device", b"device", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "precision", b"precision", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "runtime", b"runtime", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "tune", b"tune", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_confidence", b"_confidence"]) -> typing.Literal["confidence"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cool_down_celsius", b"_cool_down_celsius"]) -> typing.Literal["cool_down_celsius"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cool_down_seconds", b"_cool_down_seconds"]) -> typing.Literal["cool_down_seconds"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_duration_seconds", b"_duration_seconds"]) -> typing.Literal["duration_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_idle_seconds", b"_idle_seconds"]) -> typing.Literal["idle_seconds"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_runs", b"_max_runs"]) -> typing.Literal["max_runs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_runs", b"_min_runs"]) -> typing.Literal["min_runs"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_precision_seconds", b"_precision_seconds"]) -> typing.Literal["precision_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_processes", b"_processes"]) -> typing.Literal["processes"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_profile_runs", b"_profile_runs"]) -> typing.Literal["profile_runs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_sample_hertz", b"_sample_hertz"]) -> typing.Literal["sample_hertz"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload
@@ -578,87 +1098,6 @@ class BenchmarkSpec(google.protobuf.message.Message):
 Global___BenchmarkSpec: typing_extensions.TypeAlias = BenchmarkSpec
 
 @typing.final
-class Latency(google.protobuf.message.Message):
-    """The distribution of the counted inferences."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    COUNT_FIELD_NUMBER: builtins.int
-    MEAN_SECONDS_FIELD_NUMBER: builtins.int
-    MIN_SECONDS_FIELD_NUMBER: builtins.int
-    MAX_SECONDS_FIELD_NUMBER: builtins.int
-    STDEV_SECONDS_FIELD_NUMBER: builtins.int
-    PERCENTILES_FIELD_NUMBER: builtins.int
-    SAMPLES_NANOSECONDS_FIELD_NUMBER: builtins.int
-    count: builtins.int
-    """Number of counted inferences."""
-    mean_seconds: builtins.float
-    """Arithmetic mean in seconds."""
-    min_seconds: builtins.float
-    """Fastest in seconds."""
-    max_seconds: builtins.float
-    """Slowest in seconds."""
-    stdev_seconds: builtins.float
-    """Sample standard deviation in seconds; absent below two inferences."""
-    @property
-    def percentiles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Percentile]:
-        """The percentiles that this many inferences support, in rising order."""
-
-    @property
-    def samples_nanoseconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Every counted inference in the order it ran, in nanoseconds."""
-
-    def __init__(
-        self,
-        *,
-        count: builtins.int = ...,
-        mean_seconds: builtins.float = ...,
-        min_seconds: builtins.float = ...,
-        max_seconds: builtins.float = ...,
-        stdev_seconds: builtins.float | None = ...,
-        percentiles: collections.abc.Iterable[Global___Percentile] | None = ...,
-        samples_nanoseconds: collections.abc.Iterable[builtins.int] | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_stdev_seconds", b"_stdev_seconds", "stdev_seconds", b"stdev_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_stdev_seconds", b"_stdev_seconds", "count", b"count", "max_seconds", b"max_seconds", "mean_seconds", b"mean_seconds", "min_seconds", b"min_seconds", "percentiles", b"percentiles", "samples_nanoseconds", b"samples_nanoseconds", "stdev_seconds", b"stdev_seconds"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["_stdev_seconds", b"_stdev_seconds"]) -> typing.Literal["stdev_seconds"] | None: ...
-
-Global___Latency: typing_extensions.TypeAlias = Latency
-
-@typing.final
-class Percentile(google.protobuf.message.Message):
-    """One percentile of the latency. The value is the smallest sample that at least p % of the
-    samples do not exceed; the bounds are the order statistics that enclose the true percentile
-    with at least 95 % confidence, whatever the distribution (samples taken as independent).
-    """
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    PERCENTILE_FIELD_NUMBER: builtins.int
-    SECONDS_FIELD_NUMBER: builtins.int
-    LOW_SECONDS_FIELD_NUMBER: builtins.int
-    HIGH_SECONDS_FIELD_NUMBER: builtins.int
-    percentile: builtins.float
-    """Which one: 50 is the median."""
-    seconds: builtins.float
-    """The value in seconds."""
-    low_seconds: builtins.float
-    """Lower bound in seconds."""
-    high_seconds: builtins.float
-    """Upper bound in seconds."""
-    def __init__(
-        self,
-        *,
-        percentile: builtins.float = ...,
-        seconds: builtins.float = ...,
-        low_seconds: builtins.float = ...,
-        high_seconds: builtins.float = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["high_seconds", b"high_seconds", "low_seconds", b"low_seconds", "percentile", b"percentile", "seconds", b"seconds"]) -> None: ...
-
-Global___Percentile: typing_extensions.TypeAlias = Percentile
-
-@typing.final
 class Memory(google.protobuf.message.Message):
     """Memory of the worker process."""
 
@@ -667,10 +1106,27 @@ class Memory(google.protobuf.message.Message):
     PHASES_FIELD_NUMBER: builtins.int
     PEAK_RSS_BYTES_FIELD_NUMBER: builtins.int
     MODEL_RSS_BYTES_FIELD_NUMBER: builtins.int
+    PEAK_SWAP_BYTES_FIELD_NUMBER: builtins.int
+    AVAILABLE_DROP_BYTES_FIELD_NUMBER: builtins.int
+    ACCELERATOR_BYTES_FIELD_NUMBER: builtins.int
+    ACCELERATOR_SOURCE_FIELD_NUMBER: builtins.int
+    ARENA_BYTES_FIELD_NUMBER: builtins.int
     peak_rss_bytes: builtins.int
     """Highest peak over all phases, in bytes; absent when the system can't tell."""
     model_rss_bytes: builtins.int
     """Steady resident memory less the baseline's, in bytes: what the model adds."""
+    peak_swap_bytes: builtins.int
+    """Most memory of the worker that was swapped out, in bytes."""
+    available_drop_bytes: builtins.int
+    """How far the memory available on the board fell below what it was before the run, in bytes: on boards
+    whose GPU shares the memory, its part is in here and not in the resident set.
+    """
+    accelerator_bytes: builtins.int
+    """Memory of the accelerator that the worker held at most, in bytes."""
+    accelerator_source: builtins.str
+    """Where that was read: "nvml", "nvmap"."""
+    arena_bytes: builtins.int
+    """The engine's own arena for tensors, in bytes; absent where it does not tell."""
     @property
     def phases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PhaseMemory]:
         """One entry a phase that was reached, in order."""
@@ -681,13 +1137,26 @@ class Memory(google.protobuf.message.Message):
         phases: collections.abc.Iterable[Global___PhaseMemory] | None = ...,
         peak_rss_bytes: builtins.int | None = ...,
         model_rss_bytes: builtins.int | None = ...,
+        peak_swap_bytes: builtins.int | None = ...,
+        available_drop_bytes: builtins.int | None = ...,
+        accelerator_bytes: builtins.int | None = ...,
+        accelerator_source: builtins.str = ...,
+        arena_bytes: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model_rss_bytes", b"_model_rss_bytes", "_peak_rss_bytes", b"_peak_rss_bytes", "model_rss_bytes", b"model_rss_bytes", "peak_rss_bytes", b"peak_rss_bytes"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model_rss_bytes", b"_model_rss_bytes", "_peak_rss_bytes", b"_peak_rss_bytes", "model_rss_bytes", b"model_rss_bytes", "peak_rss_bytes", b"peak_rss_bytes", "phases", b"phases"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_accelerator_bytes", b"_accelerator_bytes", "_arena_bytes", b"_arena_bytes", "_available_drop_bytes", b"_available_drop_bytes", "_model_rss_bytes", b"_model_rss_bytes", "_peak_rss_bytes", b"_peak_rss_bytes", "_peak_swap_bytes", b"_peak_swap_bytes", "accelerator_bytes", b"accelerator_bytes", "arena_bytes", b"arena_bytes", "available_drop_bytes", b"available_drop_bytes", "model_rss_bytes", b"model_rss_bytes", "peak_rss_bytes", b"peak_rss_bytes", "peak_swap_bytes", b"peak_swap_bytes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_accelerator_bytes", b"_accelerator_bytes", "_arena_bytes", b"_arena_bytes", "_available_drop_bytes", b"_available_drop_bytes", "_model_rss_bytes", b"_model_rss_bytes", "_peak_rss_bytes", b"_peak_rss_bytes", "_peak_swap_bytes", b"_peak_swap_bytes", "accelerator_bytes", b"accelerator_bytes", "accelerator_source", b"accelerator_source", "arena_bytes", b"arena_bytes", "available_drop_bytes", b"available_drop_bytes", "model_rss_bytes", b"model_rss_bytes", "peak_rss_bytes", b"peak_rss_bytes", "peak_swap_bytes", b"peak_swap_bytes", "phases", b"phases"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_accelerator_bytes", b"_accelerator_bytes"]) -> typing.Literal["accelerator_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_arena_bytes", b"_arena_bytes"]) -> typing.Literal["arena_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_available_drop_bytes", b"_available_drop_bytes"]) -> typing.Literal["available_drop_bytes"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model_rss_bytes", b"_model_rss_bytes"]) -> typing.Literal["model_rss_bytes"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_peak_rss_bytes", b"_peak_rss_bytes"]) -> typing.Literal["peak_rss_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_peak_swap_bytes", b"_peak_swap_bytes"]) -> typing.Literal["peak_swap_bytes"] | None: ...
 
 Global___Memory: typing_extensions.TypeAlias = Memory
 
@@ -762,19 +1231,52 @@ class Warning(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class EvidenceEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     CODE_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    SEVERITY_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    EVIDENCE_FIELD_NUMBER: builtins.int
     code: builtins.str
     """Stable identifier, listed in the documentation: "few_samples", "high_load", …."""
     message: builtins.str
     """What was seen, with the figures, and what to do."""
+    severity: Global___Severity.ValueType
+    """What it means for the measurement."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was seen; absent when it is about the run as a whole."""
+
+    @property
+    def evidence(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """The figures by name, unit last ("temperature_celsius"), thresholds among them."""
+
     def __init__(
         self,
         *,
         code: builtins.str = ...,
         message: builtins.str = ...,
+        severity: Global___Severity.ValueType = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        evidence: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "evidence", b"evidence", "message", b"message", "severity", b"severity", "time", b"time"]) -> None: ...
 
 Global___Warning: typing_extensions.TypeAlias = Warning
 
