@@ -17,8 +17,9 @@ from boardbench.agent import receive, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.errors import InvalidRequest
+from boardbench.agent.plan import Job, check_spec, plan
 from boardbench.agent.probe import Engines, Statuses
-from boardbench.agent.run import Attempt, Job, check_spec, plan, stage_name
+from boardbench.agent.run import Attempt, stage_name
 from boardbench.agent.version import version
 from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
 

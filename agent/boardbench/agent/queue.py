@@ -35,9 +35,10 @@ from boardbench.agent.errors import (
     Unavailable,
 )
 from boardbench.agent.journal import Ended, Journal, Order, Unfinished
+from boardbench.agent.plan import RUN_ID, Job, Plan, blank_result, check_spec, plan
 from boardbench.agent.probe import Engines
 from boardbench.agent.receive import FileKind, ModelStore, StoredFile
-from boardbench.agent.run import RUN_ID, Attempt, Job, Plan, blank_result, check_spec, plan, stage_name
+from boardbench.agent.run import Attempt, stage_name
 from boardbench.agent.spool import Spool
 from boardbench.v1 import agent_pb2, board_pb2, result_pb2
 
