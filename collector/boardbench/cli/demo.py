@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -79,10 +80,18 @@ def demo(stay: bool, duration: float, full: bool) -> ExitCode:
         raise CliError(f"the demo needs more of boardbench ({lacking}): pip install 'boardbench[demo]'")
     with _Signals() as signals, _Stage(signals) as stage:
         try:
+            _load(signals)
             return _play(stage, duration=duration, stay=stay, full=full)
         except CliError:
             stage.fail()
             raise
+
+
+def _load(signals: _Signals) -> None:
+    """Imports what the play needs; Ctrl-C in the middle of an import would leave its file open."""
+    with signals.held():
+        for name in ("demo_models", "tflite_build", "progress", "push", "source", "client", "answer"):
+            importlib.import_module(f"boardbench.cli.{name}")
 
 
 def _play(stage: _Stage, *, duration: float, stay: bool, full: bool) -> ExitCode:
@@ -110,7 +119,7 @@ def _play(stage: _Stage, *, duration: float, stay: bool, full: bool) -> ExitCode
         _say(f"  {path.name}  {path.stat().st_size:,} bytes")
 
     _say(f"Pushing both to the agent, as `boardbench push` does, and measuring each for {duration:g} s …\n")
-    results, code = _push(models, board, duration, full)
+    results, code = _push(models, board, duration, full, stage.signals)
     if code != ExitCode.DONE:
         if code != ExitCode.INTERRUPTED:
             stage.fail()
@@ -148,7 +157,7 @@ def _build(folder: Path) -> list[Path]:
 
 
 def _push(
-    models: list[Path], board: Address, duration: float, full: bool
+    models: list[Path], board: Address, duration: float, full: bool, signals: _Signals
 ) -> tuple[list[result_pb2.RunResult], ExitCode]:
     from boardbench.cli.progress import progress_for
     from boardbench.cli.push import Order, exit_code_of, push_all
@@ -156,7 +165,8 @@ def _push(
 
     output = Output(json=False, quiet=False, full=full)
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(Source(path)) for path in models]
+        with signals.held():
+            sources = [stack.enter_context(Source(path)) for path in models]
         order = Order(sources, None, Spec(duration=duration), detach=False, no_run=False, retry_seconds=5.0)
         with progress_for(output) as progress:
             outcomes = push_all(order, [board], progress, output)
@@ -306,7 +316,7 @@ class _Stage:
     """A folder and processes that are gone when the play is over, however it ends."""
 
     def __init__(self, signals: _Signals) -> None:
-        self._signals = signals
+        self.signals = signals
         self.folder = Path(tempfile.mkdtemp(prefix="boardbench-demo-"))
         self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
         self._failed = False
@@ -314,7 +324,7 @@ class _Stage:
     def start(self, name: str, *module_and_arguments: str) -> dict[str, int]:
         """Starts a program of ours; returns its ports once it answers. Raises CliError."""
         ports = self.folder / f"{name}.ports.json"
-        with self._log(name).open("wb") as log, self._signals.held():
+        with self._log(name).open("wb") as log, self.signals.held():
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", *module_and_arguments),
@@ -360,7 +370,7 @@ class _Stage:
 
     def __exit__(self, *ending: object) -> None:
         """Ends the programs, the agent first, and removes the folder."""
-        self._signals.ignore()  # a second Ctrl-C would leave them running
+        self.signals.ignore()  # a second Ctrl-C would leave them running
         del ending
         for _name, process in reversed(self._processes):
             if process.poll() is None:
