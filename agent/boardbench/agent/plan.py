@@ -83,6 +83,9 @@ class Plan:
     status: board_pb2.RuntimeStatus
     # Every default filled in.
     spec: result_pb2.BenchmarkSpec
+    # After its warm-up the worker waits until it is told to measure, and when it has measured it goes on,
+    # uncounted, until it is told to stop: so that several measure at the same time.
+    held: bool = False
 
 
 def plan(

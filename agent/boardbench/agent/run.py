@@ -104,11 +104,26 @@ class Attempt:
         self._error: result_pb2.RunError | None = None
         # Why the agent ended it; a cancelled run has no error.
         self._stopped = False
+        # Of a worker that is held: set when it waits for go(), and when it waits for enough().
+        self.ready = asyncio.Event()
+        self.counted = asyncio.Event()
 
     @property
     def stage(self) -> result_pb2.Stage.ValueType:
         """The stage that it is in."""
         return self._stage
+
+    def go(self) -> None:
+        """Lets a worker that is ready measure."""
+        if self._worker is not None and not self._is_over():
+            self._limit(self._stage_seconds(self._stage))
+            self._worker.tell(b"go")
+
+    def enough(self) -> None:
+        """Lets a worker that has counted report."""
+        if self._worker is not None and not self._is_over():
+            self._limit(self._stage_seconds(self._stage))
+            self._worker.tell(b"stop")
 
     def _is_over(self) -> bool:
         """Whether it is settled how it ends."""
@@ -246,6 +261,8 @@ class Attempt:
                 self._emit(event)
         elif isinstance(event, result_pb2.Warning):
             self._doubt(event)
+        elif isinstance(event, wire.Ready | wire.Counted):
+            self._hold(event)
         elif isinstance(event, result_pb2.RunResult):
             self._report = event
             self._look_back()
@@ -255,6 +272,18 @@ class Attempt:
             self._limit(self._deadlines.exit_seconds)
         else:
             raise wire.MalformedEvent("an event that has no place before the result")
+
+    def _hold(self, event: wire.Ready | wire.Counted) -> None:
+        """Takes that the worker waits; for how long is not its own affair."""
+        ready = isinstance(event, wire.Ready)
+        now, stage = (
+            (self.ready, result_pb2.STAGE_WARM_UP) if ready else (self.counted, result_pb2.STAGE_MEASURE)
+        )
+        if not self._job.plan.held or now.is_set() or self._stage != stage:
+            raise wire.MalformedEvent(f"a wait in the stage {stage_name(self._stage)} that nobody asked for")
+        if self._stage_deadline is not None:
+            self._stage_deadline.cancel()
+        now.set()
 
     def _look_back(self) -> None:
         """Takes what surrounded the run up to now; a profile that follows is not part of it."""

@@ -22,8 +22,20 @@ class Profiling:
     """After its result, the worker begins its profiling pass."""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """Warmed up, the worker waits until it is told to measure."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """All that counts is measured; the worker goes on, uncounted, until it is told to stop."""
+
+
 WorkerEvent = (
     Profiling
+    | Ready
+    | Counted
     | placement_pb2.Placement
     | agent_pb2.StageEvent
     | agent_pb2.ProgressEvent
@@ -103,6 +115,10 @@ def parse_event(line: bytes) -> WorkerEvent:
         return _parse_result(content.get("result"))
     if kind == "profiling":
         return Profiling()
+    if kind == "ready":
+        return Ready()
+    if kind == "counted":
+        return Counted()
     if kind == "profile":
         return _parse(content.get("placement"), placement_pb2.Placement(), "a profile")
     raise MalformedEvent(f"an event {str(kind)[:80]!r}")

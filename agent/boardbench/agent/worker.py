@@ -71,6 +71,14 @@ class Worker:
         """The last lines that it wrote to stdout and stderr, made printable."""
         return self._tail.text()
 
+    def tell(self, line: bytes) -> None:
+        """Writes one short line to it, without its end; one that has ended does not hear it."""
+        if self._end.done() or self._process.stdin is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+
     def kill(self) -> None:
         """Kills it and everything in its session. Idempotent; :meth:`ended` tells when it is gone."""
         if not self._end.done():
