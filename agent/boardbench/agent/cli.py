@@ -175,6 +175,11 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
         dest="profile_runs",
         help="the same as --profile-runs 0",
     )
+    add(
+        "--spec",
+        metavar="JSON",
+        help='a BenchmarkSpec as JSON, for everything else ({"processes": 5}); the other options win',
+    )
 
 
 def _flags(options: argparse.Namespace) -> dict[str, object]:
@@ -266,7 +271,7 @@ def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:
         "profile_runs": options.profile_runs,
     }
     try:
-        return result_pb2.BenchmarkSpec(
+        told = result_pb2.BenchmarkSpec(
             runtime=options.runtime,
             device=options.device,
             options=_pairs("--option", options.option),
@@ -277,6 +282,21 @@ def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:
         )
     except ValueError as error:
         raise InvalidRequest(f"a number is out of range: {error}") from None
+    spec = _spec_in_json(options.spec) if options.spec else result_pb2.BenchmarkSpec()
+    spec.MergeFrom(told)
+    return spec
+
+
+def _spec_in_json(text: str) -> result_pb2.BenchmarkSpec:
+    from google.protobuf import json_format
+
+    from boardbench.agent.errors import InvalidRequest
+    from boardbench.v1 import result_pb2
+
+    try:
+        return json_format.Parse(text, result_pb2.BenchmarkSpec())
+    except (json_format.ParseError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"--spec: no BenchmarkSpec in JSON: {error}") from None
 
 
 def _sizes(name: str, text: str) -> list[int]:

@@ -7,14 +7,14 @@ import queue
 import threading
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from boardbench.cli.address import AGENT_PORT, Address, AddressType
-from boardbench.cli.errors import CliError, ExitCode, Interrupted, Unreachable, worst
+from boardbench.cli.errors import CliError, ExitCode, Interrupted, Refused, Unreachable, worst
 from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Seconds, Spec, spec_from, spec_options
 from boardbench.cli.terminal import Output, full_option, output_from, output_options
@@ -31,6 +31,9 @@ Examples:
   boardbench push model.tflite --to raspberrypi.local
   boardbench push *.onnx --to pi4 --to pi5 --threads 4 --duration 10
   boardbench push model.onnx --to 192.168.1.7:7341 --shape input=1,3,224,224
+  boardbench push model.tflite --to pi5 --precision p50=1%,p99=5% --processes 5
+  boardbench push a.tflite b.tflite --to pi5 --interleave
+  boardbench push model.tflite --to pi5 --scenario periodic --rate 30
 """
 
 
@@ -56,6 +59,17 @@ Examples:
 @click.option("--detach", is_flag=True, help="Leave once the runs are queued, and print their ids.")
 @click.option("--no-run", is_flag=True, help="Only send the files.")
 @click.option(
+    "--interleave",
+    is_flag=True,
+    help="Measure the models in turns (A B B A …), each in several fresh processes, so that what changes on "
+    "the board changes for all; then compare them.  [--processes default: 6]",
+)
+@click.option(
+    "--concurrent",
+    is_flag=True,
+    help="Measure each model by itself, then all at the same time, and say what they do to one another.",
+)
+@click.option(
     "--retry-for",
     type=Seconds(zero=True),
     default=60.0,
@@ -69,6 +83,8 @@ def push(
     boards: tuple[Address, ...],
     detach: bool,
     no_run: bool,
+    interleave: bool,
+    concurrent: bool,
     retry_for: float,
     require: tuple[Requirement, ...],
     **values: Any,
@@ -93,17 +109,46 @@ def push(
             "--require looks at results, and there will be none yet"
             + (": give it to `boardbench watch`" if detach else "")
         )
+    together = _together(interleave, concurrent, len(paths), no_run=no_run)
+    if interleave and spec.processes is None:
+        spec = replace(spec, processes=INTERLEAVED_PROCESSES)
     from boardbench.cli.progress import progress_for
     from boardbench.cli.source import Source
 
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(Source(path)) for path in paths]
         inputs = stack.enter_context(Source(spec.inputs)) if spec.inputs else None
-        order = Order(sources, inputs, spec, detach=detach, no_run=no_run, retry_seconds=retry_for)
+        order = Order(
+            sources,
+            inputs,
+            spec,
+            detach=detach,
+            no_run=no_run,
+            retry_seconds=retry_for,
+            together=together,
+        )
         addresses = list(dict.fromkeys(boards))
         with progress_for(output) as progress:
             outcomes = push_all(order, addresses, progress, output)
     return _conclude(outcomes, order, addresses, output, require)
+
+
+INTERLEAVED_PROCESSES = 6
+"""Processes of each model in a comparison: the fewest whose order statistics bound a median at 95 %."""
+
+
+def _together(interleave: bool, concurrent: bool, models: int, *, no_run: bool) -> str:
+    """Name of the group mode; empty when each model runs by itself. Raises click.UsageError."""
+    if not (interleave or concurrent):
+        return ""
+    flag = "--interleave" if interleave else "--concurrent"
+    if interleave and concurrent:
+        raise click.UsageError("--interleave takes turns and --concurrent does not: leave one of them out")
+    if models < 2:
+        raise click.UsageError(f"{flag} needs at least two models")
+    if no_run:
+        raise click.UsageError(f"{flag} is about runs, and --no-run asks for none")
+    return "GROUP_MODE_INTERLEAVED" if interleave else "GROUP_MODE_CONCURRENT"
 
 
 @dataclass(frozen=True)
@@ -116,6 +161,8 @@ class Order:
     detach: bool
     no_run: bool
     retry_seconds: float
+    together: str = ""
+    """Name of the group mode that all models are measured in; empty: one after the other."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +201,14 @@ class Board(threading.Thread):
             address, retry_seconds=order.retry_seconds, notice=progress.note
         )
         self._interrupted = threading.Event()
-        self._run_id = ""
+        self._run_ids: set[str] = set()
 
     def run(self) -> None:
         """The work of the thread."""
         try:
+            if self._order.together:
+                self._do_together()
+                return
             inputs_sha256 = ""
             for index, source in enumerate(self._order.sources):
                 try:
@@ -182,29 +232,31 @@ class Board(threading.Thread):
     def interrupt(self) -> None:
         """Ends an upload now and a run soon: the board is asked to cancel it. Called from another thread."""
         self._interrupted.set()
-        run_id = self._run_id
-        if not run_id:
+        run_ids = sorted(self._run_ids)
+        if not run_ids:
             self._client.stop()
             return
         self._progress.note("Cancelling the run on the board; Ctrl-C again leaves at once")
-        try:
-            self._client.cancel(run_id)
-        except (CliError, ValueError) as error:  # ValueError: gRPC's word for a channel that is closed
-            if self._run_id != run_id:
-                return  # its result was faster than the answer, and the connection is closed by now
-            error = CliError(f"the run could not be cancelled and goes on: {error}")
-            self._inbox.put(Outcome(self._address, len(self._order.sources), error=error))
-            self._client.stop()
+        for run_id in run_ids:
+            try:
+                self._client.cancel(run_id)
+            except (CliError, ValueError) as error:  # ValueError: gRPC's word for a channel that is closed
+                if run_id not in self._run_ids:
+                    continue  # its result was faster than the answer, and the connection is closed by now
+                error = CliError(f"the run could not be cancelled and goes on: {error}")
+                self._inbox.put(Outcome(self._address, len(self._order.sources), error=error))
+                self._client.stop()
+                return
 
     def leave(self) -> str:
         """Ends everything now. Says what becomes of the run on the board; empty when there is none."""
-        run_id = self._run_id
+        run_ids = sorted(self._run_ids)
         self._client.stop()
-        if not run_id:
+        if not run_ids:
             return ""
         return (
-            f"left before run {run_id} had ended; see what became of it with: "
-            f"boardbench watch {run_id[:8]} --to {self._address}"
+            f"left before run {', '.join(run_ids)} had ended; see what became of it with: "
+            f"boardbench watch {run_ids[0][:8]} --to {self._address}"
         )
 
     def _label(self, source: Source) -> str:
@@ -216,14 +268,77 @@ class Board(threading.Thread):
         model = self._send(source)
         if self._order.no_run:
             return Outcome(self._address, index, stored=model)
-        run_id = uuid.uuid4().hex
-        request = agent_pb2.RunBenchmarkRequest(
-            model_sha256=model.sha256, spec=self._order.spec.message(inputs_sha256), run_id=run_id
+        spec = self._order.spec.message(inputs_sha256)
+        return self._measure(
+            index,
+            source,
+            agent_pb2.RunBenchmarkRequest(model_sha256=model.sha256, spec=spec, run_id=uuid.uuid4().hex),
         )
-        self._run_id = run_id
-        if self._interrupted.is_set():
-            raise Interrupted("interrupted")
+
+    def _do_together(self) -> None:
+        """Sends all files, then queues all runs as one group and follows each in a thread of its own."""
+        from boardbench.v1 import agent_pb2, result_pb2
+
+        order = self._order
         try:
+            inputs_sha256 = self._send(order.inputs, inputs=True).sha256 if order.inputs else ""
+            models = [self._send(source) for source in order.sources]
+            if self._interrupted.is_set():
+                raise Interrupted("interrupted")
+        except CliError as error:
+            for index, source in enumerate(order.sources):
+                self._progress.ended(self._label(source))
+                self._inbox.put(Outcome(self._address, index, error=error))
+            return
+        group = result_pb2.RunGroup(
+            id=uuid.uuid4().hex, size=len(models), mode=result_pb2.GroupMode.Value(order.together)
+        )
+        requests = []
+        for model in models:
+            spec = order.spec.message(inputs_sha256)
+            spec.group.CopyFrom(group)
+            requests.append(
+                agent_pb2.RunBenchmarkRequest(model_sha256=model.sha256, spec=spec, run_id=uuid.uuid4().hex)
+            )
+        # All of them, before any is asked for: a cancelled member must not leave the others waiting.
+        self._run_ids.update(request.run_id for request in requests)
+        followers = [
+            threading.Thread(
+                target=self._follow_member, args=(index, request), name=f"{self.name} {index}", daemon=True
+            )
+            for index, request in enumerate(requests)
+        ]
+        for follower in followers:
+            follower.start()
+        for follower in followers:
+            follower.join()
+
+    def _follow_member(self, index: int, request: agent_pb2.RunBenchmarkRequest) -> None:
+        source = self._order.sources[index]
+        try:
+            outcome = self._measure(index, source, request)
+        except CliError as error:
+            outcome = Outcome(self._address, index, error=error)
+            if isinstance(error, Refused):
+                self._cancel_others(request.run_id)
+        except BaseException as error:
+            outcome = Outcome(self._address, index, error=_Defect.of(error))
+        finally:
+            self._progress.ended(self._label(source))
+        self._inbox.put(outcome)
+
+    def _cancel_others(self, run_id: str) -> None:
+        """The board does not take one of the group: the others would wait for it in vain."""
+        for other in sorted(self._run_ids - {run_id}):
+            with contextlib.suppress(CliError, ValueError):
+                self._client.cancel(other)
+
+    def _measure(self, index: int, source: Source, request: agent_pb2.RunBenchmarkRequest) -> Outcome:
+        run_id = request.run_id
+        self._run_ids.add(run_id)
+        try:
+            if self._interrupted.is_set():
+                raise Interrupted("interrupted")
             with contextlib.closing(self._client.run(request)) as events:
                 return self._follow(index, source, run_id, events)
         except Unreachable as error:
@@ -232,7 +347,7 @@ class Board(threading.Thread):
                 f"boardbench watch {run_id[:8]} --to {self._address}"
             ) from error
         finally:
-            self._run_id = ""
+            self._run_ids.discard(run_id)
 
     def _follow(
         self, index: int, source: Source, run_id: str, events: Iterable[agent_pb2.RunEvent]

@@ -23,6 +23,26 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _UINT32 = (1 << 32) - 1
 _UINT64 = (1 << 64) - 1
+SCENARIOS = {
+    "single-stream": "SCENARIO_KIND_SINGLE_STREAM",
+    "offline": "SCENARIO_KIND_OFFLINE",
+    "periodic": "SCENARIO_KIND_PERIODIC",
+    "poisson": "SCENARIO_KIND_POISSON",
+    "multi-stream": "SCENARIO_KIND_MULTI_STREAM",
+    "sustained": "SCENARIO_KIND_SUSTAINED",
+}
+"""The wire's name of each scenario, by what people write."""
+
+# What each scenario can be told; anything else with it would be ignored without a word.
+_SCENARIO_OPTIONS = {
+    "": (),
+    "single-stream": (),
+    "offline": ("streams", "batch"),
+    "periodic": ("rate", "deadline"),
+    "poisson": ("rate", "deadline"),
+    "multi-stream": ("streams",),
+    "sustained": ("window",),
+}
 MOST_PROFILE_RUNS = 10_000  # what a board takes; beyond it a profile grows no sharper, only longer
 
 
@@ -46,12 +66,28 @@ class Spec:
     strict: bool = False
     allow_fallback: bool = False
     profile_runs: int | None = None
+    precision: tuple[tuple[float, float], ...] = ()
+    """Pairs of a percentile and the share of its value within which its bounds must lie."""
+    confidence: float | None = None
+    max_duration: float | None = None
+    processes: int | None = None
+    scenario: str = ""
+    rate: float | None = None
+    deadline: float | None = None
+    streams: int | None = None
+    batch: int | None = None
+    window: float | None = None
+    cool_to: float | None = None
+    cool_for: float | None = None
+    idle: float | None = None
+    sample_rate: float | None = None
+    tune: bool = False
 
     def message(self, inputs_sha256: str = "") -> result_pb2.BenchmarkSpec:
         """The same for the wire, with the hash of the inputs in place of their path."""
-        from boardbench.v1 import model_pb2, result_pb2
+        from boardbench.v1 import model_pb2, result_pb2, scenario_pb2
 
-        return result_pb2.BenchmarkSpec(
+        spec = result_pb2.BenchmarkSpec(
             runtime=self.runtime,
             device=self.device,
             options=self.options,
@@ -68,35 +104,38 @@ class Spec:
             strict=self.strict,
             allow_fallback=self.allow_fallback,
             profile_runs=self.profile_runs,
+            precision=[
+                result_pb2.Precision(percentile=percentile, ratio=ratio)
+                for percentile, ratio in self.precision
+            ],
+            confidence=self.confidence,
+            precision_seconds=self.max_duration,
+            processes=self.processes,
+            cool_down_celsius=self.cool_to,
+            cool_down_seconds=self.cool_for,
+            idle_seconds=self.idle,
+            sample_hertz=self.sample_rate,
+            tune=self.tune,
         )
+        if self.scenario:
+            spec.scenario.CopyFrom(
+                scenario_pb2.Scenario(
+                    kind=scenario_pb2.ScenarioKind.Value(SCENARIOS[self.scenario]),
+                    rate_hertz=self.rate,
+                    deadline_seconds=self.deadline,
+                    streams=self.streams,
+                    batch=self.batch,
+                    window_seconds=self.window,
+                )
+            )
+        return spec
 
     def arguments(self) -> list[str]:
-        """The same as arguments of ``boardbench-agent run``, which has these options too."""
-        arguments: list[str] = []
-        for name, value in (
-            ("--runtime", self.runtime or None),
-            ("--device", self.device or None),
-            ("--threads", self.threads),
-            ("--inputs", self.inputs),
-            ("--seed", self.seed),
-            ("--duration", self.duration),
-            ("--min-runs", self.min_runs),
-            ("--max-runs", self.max_runs),
-            ("--warm-up", self.warm_up),
-            ("--warm-up-runs", self.warm_up_runs),
-            ("--timeout", self.timeout),
-            ("--profile-runs", self.profile_runs),
-        ):
-            if value is not None:
-                arguments.append(f"{name}={value}")
-        for name, wanted in (("--strict", self.strict), ("--allow-fallback", self.allow_fallback)):
-            if wanted:
-                arguments.append(name)
-        for name, text in self.options.items():
-            arguments.append(f"--option={name}={text}")
-        for name, shape in self.shapes.items():
-            arguments.append(f"--shape={name}={','.join(map(str, shape))}")
-        return arguments
+        """The same as arguments of ``boardbench-agent run``."""
+        from google.protobuf import json_format
+
+        text = json_format.MessageToJson(self.message(), preserving_proto_field_name=True, indent=None)
+        return [f"--spec={text}", *([f"--inputs={self.inputs}"] if self.inputs else [])]
 
 
 class Seconds(_NumberParameter):
@@ -142,6 +181,75 @@ class Count(_CountParameter):
         if not self._least <= number <= self._most:
             self.fail(f"{number} is not from {self._least} to {self._most}", param, ctx)
         return number
+
+
+class Number(_NumberParameter):
+    """Reads a number within bounds; NaN is none."""
+
+    def __init__(self, name: str, least: float, most: float) -> None:
+        """Both bounds are taken; ``name`` is shown in the help."""
+        self.name = name
+        self._least = least
+        self._most = most
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; fails with a usage error."""
+        try:
+            number = float(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not self._least <= number <= self._most:
+            self.fail(f"{number:g} is not from {self._least:g} to {self._most:g}", param, ctx)
+        return number
+
+
+class Share(_NumberParameter):
+    """Reads a share: 95% or 0.95."""
+
+    name = "SHARE"
+
+    def __init__(self, least: float, most: float) -> None:
+        """Both bounds are taken."""
+        self._least = least
+        self._most = most
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share, from 0 to 1; fails with a usage error."""
+        share = _share(str(value))
+        if share is None:
+            self.fail(f"{value!r} is not a share, as in 95% or 0.95", param, ctx)
+        if not self._least <= share <= self._most:
+            self.fail(f"{value} is not from {self._least:.1%} to {self._most:.1%}", param, ctx)
+        return share
+
+
+def _share(text: str) -> float | None:
+    number, percent, rest = text.strip().partition("%")
+    try:
+        return None if rest else float(number) / 100 if percent else float(number)
+    except ValueError:
+        return None
+
+
+def _precision(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[float, float], ...]:
+    found: dict[float, float] = {}
+    for text in (part.strip() for value in values for part in value.split(",")):
+        name, equals, share = text.partition("=")
+        ratio = _share(share)
+        try:
+            percentile = float(name.strip().removeprefix("p")) if equals else math.nan
+        except ValueError:
+            percentile = math.nan
+        if not 0 < percentile < 100 or ratio is None or not 0 < ratio <= 1:
+            raise click.BadParameter(
+                f"{text!r} is no precision: write percentile=share, as in p50=1% or p99=5%", ctx, param
+            )
+        if percentile in found:
+            raise click.BadParameter(f"p{percentile:g} is given twice", ctx, param)
+        found[percentile] = ratio
+    return tuple(found.items())
 
 
 def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -229,6 +337,82 @@ _OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
         "op by op.  [default: the engine's]",
     ),
     click.option("--no-profile", is_flag=True, help="No profiling pass; the same as --profile-runs 0."),
+    click.option(
+        "--precision",
+        multiple=True,
+        metavar="p50=1%,p99=5%",
+        callback=_precision,
+        help="Measure until the bounds of these percentiles lie within these shares of them.",
+    ),
+    click.option(
+        "--confidence",
+        type=Share(0.5, 0.999),
+        help="Confidence of all bounds, as 95% or 0.95.  [default: 95%]",
+    ),
+    click.option(
+        "--max-duration",
+        type=Seconds(zero=False),
+        help="With --precision: measure at most this long.  [default: the board's]",
+    ),
+    click.option(
+        "--processes",
+        type=Count(1, 100),
+        help="Measure in so many fresh processes, one after the other.  [default: 1]",
+    ),
+    click.option(
+        "--scenario",
+        type=click.Choice(tuple(SCENARIOS)),
+        default=None,
+        callback=lambda _ctx, _param, value: value or "",
+        help="How inferences are asked for: one after the other, all at once, by a camera, at random, in "
+        "queries of several, or for long.  [default: single-stream]",
+    ),
+    click.option(
+        "--rate",
+        type=Number("HERTZ", 1e-3, 1e6),
+        help="Periodic and poisson: inferences a second, as frames of a camera.",
+    ),
+    click.option(
+        "--deadline",
+        type=Seconds(zero=False),
+        help="Periodic and poisson: later than this after its due start an inference has missed its "
+        "deadline.  [default: one period]",
+    ),
+    click.option(
+        "--streams",
+        type=Count(1, 1024),
+        help="Multi-stream: samples in a query; offline: instances of the model side by side.",
+    ),
+    click.option(
+        "--batch", type=Count(1, 65536), help="Offline: size of the first dimension of every input."
+    ),
+    click.option("--window", type=Seconds(zero=False), help="Sustained: length of a window.  [default: 60]"),
+    click.option(
+        "--cool-to",
+        type=Number("CELSIUS", -40, 150),
+        help="Wait before the run until the hottest zone is at most this warm.",
+    ),
+    click.option(
+        "--cool-for",
+        type=Seconds(zero=False),
+        help="Wait for that at most this long, then run with a warning.  [default: the board's]",
+    ),
+    click.option(
+        "--idle",
+        type=Seconds(zero=True),
+        help="Measure the idle board's power this long before the run; 0: not.  [default: the board's, where "
+        "it has a power rail]",
+    ),
+    click.option(
+        "--sample-rate",
+        type=Number("HERTZ", 0, 100),
+        help="Samples of the board's sensors a second; 0: none.  [default: the board's]",
+    ),
+    click.option(
+        "--tune",
+        is_flag=True,
+        help="Set the board up for measuring (governor, clocks) for the time of the run, then put it back.",
+    ),
 )
 
 
@@ -248,6 +432,24 @@ def spec_from(values: dict[str, Any]) -> Spec:
     spec = Spec(**values)
     if spec.strict and spec.allow_fallback:
         raise click.UsageError("--strict forbids what --allow-fallback allows: leave one of them out")
+    if spec.max_duration is not None and not spec.precision:
+        raise click.UsageError("--max-duration bounds --precision: give that too, or --duration instead")
+    if spec.cool_for is not None and spec.cool_to is None:
+        raise click.UsageError("--cool-for is how long to wait for a temperature: give --cool-to too")
+    _check_scenario(spec)
     if spec.min_runs is not None and spec.max_runs is not None and spec.min_runs > spec.max_runs:
         raise click.UsageError(f"--min-runs {spec.min_runs} is more than --max-runs {spec.max_runs}")
     return spec
+
+
+def _check_scenario(spec: Spec) -> None:
+    taken = _SCENARIO_OPTIONS[spec.scenario]
+    for name in ("rate", "deadline", "streams", "batch", "window"):
+        if getattr(spec, name) is not None and name not in taken:
+            takers = [scenario for scenario, options in _SCENARIO_OPTIONS.items() if name in options]
+            raise click.UsageError(
+                f"--{name} says nothing to {spec.scenario or 'single-stream'}: give --scenario "
+                + " or ".join(takers)
+            )
+    if "rate" in taken and spec.rate is None:
+        raise click.UsageError(f"--scenario {spec.scenario} needs --rate, as in --rate 30 for a camera")
