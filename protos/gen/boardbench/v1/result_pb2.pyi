@@ -305,6 +305,7 @@ class RunResult(google.protobuf.message.Message):
     TELEMETRY_FIELD_NUMBER: builtins.int
     ENERGY_FIELD_NUMBER: builtins.int
     INTERFERENCE_FIELD_NUMBER: builtins.int
+    COMPARISONS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Identity of the run, unique over all boards."""
     status: Global___RunStatus.ValueType
@@ -429,6 +430,10 @@ class RunResult(google.protobuf.message.Message):
     def interference(self) -> Global___Interference:
         """What other runs of the same group did to this one; absent when it ran by itself."""
 
+    @property
+    def comparisons(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Comparison]:
+        """This run against each other one of an interleaved group."""
+
     def __init__(
         self,
         *,
@@ -465,9 +470,10 @@ class RunResult(google.protobuf.message.Message):
         telemetry: boardbench.v1.telemetry_pb2.Telemetry | None = ...,
         energy: boardbench.v1.telemetry_pb2.Energy | None = ...,
         interference: Global___Interference | None = ...,
+        comparisons: collections.abc.Iterable[Global___Comparison] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "processes", b"processes", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "started_at", b"started_at", "stopping", b"stopping", "telemetry", b"telemetry", "warm_up", b"warm_up"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "comparisons", b"comparisons", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_create_seconds", b"_create_seconds"]) -> typing.Literal["create_seconds"] | None: ...
     @typing.overload
@@ -476,6 +482,59 @@ class RunResult(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_import_seconds", b"_import_seconds"]) -> typing.Literal["import_seconds"] | None: ...
 
 Global___RunResult: typing_extensions.TypeAlias = RunResult
+
+@typing.final
+class Comparison(google.protobuf.message.Message):
+    """One run against another that was measured in turns with it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
+    LOW_RATIO_FIELD_NUMBER: builtins.int
+    HIGH_RATIO_FIELD_NUMBER: builtins.int
+    DIFFERS_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The other run."""
+    model_name: builtins.str
+    """The other model's name."""
+    ratio: builtins.float
+    """Median of this run over the median of the other: below 1, this one is faster."""
+    low_ratio: builtins.float
+    """Lower bound of the ratio; absent when there are too few processes for one."""
+    high_ratio: builtins.float
+    """Upper bound of the ratio; absent when there are too few processes for one."""
+    differs: builtins.bool
+    """Whether the difference is beyond what processes of one model differ among themselves; absent when that
+    can't be told.
+    """
+    detail: builtins.str
+    """How it was got, in words."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        model_name: builtins.str = ...,
+        ratio: builtins.float | None = ...,
+        low_ratio: builtins.float | None = ...,
+        high_ratio: builtins.float | None = ...,
+        differs: builtins.bool | None = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_differs", b"_differs", "_high_ratio", b"_high_ratio", "_low_ratio", b"_low_ratio", "_ratio", b"_ratio", "differs", b"differs", "high_ratio", b"high_ratio", "low_ratio", b"low_ratio", "ratio", b"ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_differs", b"_differs", "_high_ratio", b"_high_ratio", "_low_ratio", b"_low_ratio", "_ratio", b"_ratio", "detail", b"detail", "differs", b"differs", "high_ratio", b"high_ratio", "low_ratio", b"low_ratio", "model_name", b"model_name", "ratio", b"ratio", "run_id", b"run_id"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_differs", b"_differs"]) -> typing.Literal["differs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_high_ratio", b"_high_ratio"]) -> typing.Literal["high_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_low_ratio", b"_low_ratio"]) -> typing.Literal["low_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ratio", b"_ratio"]) -> typing.Literal["ratio"] | None: ...
+
+Global___Comparison: typing_extensions.TypeAlias = Comparison
 
 @typing.final
 class WarmUp(google.protobuf.message.Message):
