@@ -72,7 +72,7 @@ _PCI_ACCELERATORS = {
     ("0x1ac1", "0x089a"): ("tpu", "Google Coral Edge TPU (PCIe)"),
     ("0x1e60", "0x2864"): ("npu", "Hailo-8"),
 }
-_USB_ACCELERATORS = {
+USB_ACCELERATORS = {
     ("1a6e", "089a"): ("tpu", "Google Coral USB Accelerator"),
     ("18d1", "9302"): ("tpu", "Google Coral USB Accelerator"),
 }
@@ -271,7 +271,7 @@ def _accelerators(root: Path, soc: str) -> Iterator[board_pb2.Accelerator]:
                 kind=found[0], name=f"{found[1]}, no driver", path=f"/sys/bus/pci/devices/{path.name}"
             )
     for path in _listed(root / "sys/bus/usb/devices"):
-        found = _USB_ACCELERATORS.get((_text(path / "idVendor"), _text(path / "idProduct")))
+        found = USB_ACCELERATORS.get((_text(path / "idVendor"), _text(path / "idProduct")))
         if found:
             yield board_pb2.Accelerator(
                 kind=found[0], name=found[1], path=f"/sys/bus/usb/devices/{path.name}"
