@@ -44,7 +44,7 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """ "cpu4", "cpu0-3"."""
+        """Its processors in few characters: "cpu0-3"."""
         return processor_names(self.processors)
 
 

@@ -112,6 +112,10 @@ class _Failure:
     why: str
 
 
+# A program with its arguments, and variables of its environment. Raises CommandFailed.
+Run = Callable[[Sequence[str], Mapping[str, str]], None]
+
+
 class CommandFailed(Exception):
     """A program did not do what it was asked for; says why."""
 
@@ -163,12 +167,7 @@ class Tuner:
     Whoever measures holds the board under a name of their own; it is put back when nobody holds it any more.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        data_dir: Path,
-        run: Callable[[Sequence[str], Mapping[str, str]], None] = run_command,
-    ) -> None:
+    def __init__(self, root: Path, data_dir: Path, run: Run = run_command) -> None:
         """``root`` holds ``sys`` and ``proc``; nothing is made in ``data_dir`` before something is set."""
         self._root = root
         self._folder = data_dir / "tuning"
@@ -235,7 +234,7 @@ class Tuner:
     def recover(self) -> list[str]:
         """Puts back what a killed process left; what that was, each as "what: now → before".
 
-        Nothing of a former boot, since the kernel keeps none of it. What could not be put back is in ``failed``.
+        Nothing of a former boot: the kernel keeps none of it. What could not be put back is in ``failed``.
         """
         with self._guard:
             self._failed = []
@@ -433,13 +432,13 @@ class Tuner:
         self._changes = kept[::-1]
         self._failed += _tell(self._root, failures[::-1], "not put back, ")
         if self._clocks:
-            stored = str(self._stored_clocks)
+            arguments = ("--restore", str(self._stored_clocks))
             try:
-                self._run((str(self._root / _CLOCKS), "--restore", stored), self._home())
+                self._run((str(self._root / _CLOCKS), *arguments), self._home())
                 self._clocks = False
             except CommandFailed as error:
                 self._failed.append(
-                    f"jetson_clocks: not put back, {error}: sudo jetson_clocks --restore {shlex.quote(stored)}"
+                    f"jetson_clocks: not put back, {error}: sudo jetson_clocks {shlex.join(arguments)}"
                 )
         if self._lock is not None and (kept or self._clocks):
             with contextlib.suppress(OSError):
@@ -472,10 +471,8 @@ class Tuner:
     def _told(self, *, back: bool = False) -> list[str]:
         told: list[str] = []
         if self._clocks:
-            held = "the highest clocks of the power mode, the fan at full speed"
-            told.append(
-                f"jetson_clocks: {held} → as it was" if back else f"jetson_clocks: as it was → {held}"
-            )
+            ends = ["as it was", "the highest clocks of the power mode, the fan at full speed"]
+            told.append("jetson_clocks: " + " → ".join(ends[::-1] if back else ends))
         groups: dict[str, list[str]] = {}
         for change in self._changes:
             before = _shown(change.kind, change.before)
@@ -570,12 +567,8 @@ def _frequencies(root: Path) -> Iterator[Setting]:
             yield Setting("governor", policy.name, f"{policy.path}/scaling_governor", "performance")
     for policy in found:
         if policy.least_hertz is not None:
-            yield Setting(
-                "least",
-                policy.name,
-                f"{policy.path}/scaling_min_freq",
-                like=f"{policy.path}/scaling_max_freq",
-            )
+            path = f"{policy.path}/scaling_min_freq"
+            yield Setting("least", policy.name, path, like=f"{policy.path}/scaling_max_freq")
 
 
 def _held(policy: Policy) -> bool:
