@@ -54,7 +54,9 @@ def test_a_page(name, sample):
     compare(name, text_of(result_page(sample(name), more="--full shows all")))
 
 
-@pytest.mark.parametrize("name", ["success", "partly_placed", "failed_sigsegv"])
+@pytest.mark.parametrize(
+    "name", ["success", "partly_placed", "failed_sigsegv", "sustained_invalid", "precise_valid"]
+)
 def test_a_whole_page(name, sample):
     compare(f"{name}_whole", text_of(result_page(sample(name), whole=True)))
 

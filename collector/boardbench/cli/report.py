@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from google.protobuf.message import Message
 from rich.console import Group, RenderableType  # noqa: TID253 - this file owns the page
@@ -15,6 +15,20 @@ from boardbench.cli import figures
 from boardbench.cli.placement import accelerator_block, cost_block, evidence_block, placement_block
 from boardbench.cli.plain import cleaned
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
+from boardbench.cli.trust import (
+    comparison_block,
+    energy_block,
+    interference_block,
+    processes_block,
+    scenario_block,
+    sensors_block,
+    sorted_warnings,
+    stopping_line,
+    validity_line,
+    validity_mark,
+    warm_up_words,
+    warning_style,
+)
 from boardbench.cli.verdict import device_asked, is_plain, verdict_of
 from boardbench.v1 import board_pb2, latency_pb2, model_pb2, result_pb2
 
@@ -33,6 +47,8 @@ STAGES: dict[int, str] = {
     result_pb2.STAGE_WARM_UP: "warming up",
     result_pb2.STAGE_MEASURE: "measuring",
     result_pb2.STAGE_REPORT: "reading placement and memory",
+    result_pb2.STAGE_COOL_DOWN: "cooling down",
+    result_pb2.STAGE_IDLE: "measuring the idle board",
 }
 
 _PHASES: dict[int, str] = {
@@ -66,10 +82,23 @@ def result_page(result: result_pb2.RunResult, *, whole: bool = False, more: str 
 def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[tuple[str, RenderableType]]:
     if result.HasField("error"):
         yield "Error", _error(result.error, whole)
-    for index, warning in enumerate(result.warnings):
-        yield "" if index else "Warnings", _warning(warning.code, warning.message)
+    for index, warning in enumerate(sorted_warnings(result)):
+        yield (
+            "" if index else "Warnings",
+            _warning(warning.code, warning.message, warning_style(warning)),
+        )
     if result.HasField("latency") and result.latency.count:
-        yield "Latency", _latency(result.latency)
+        yield "Latency", _latency(result.latency, whole)
+    for title, block in (
+        ("Precision", stopping_line(result)),
+        ("Compared", comparison_block(result)),
+        ("Scenario", scenario_block(result, whole=whole)),
+        ("Beside", interference_block(result)),
+        ("Processes", processes_block(result, whole=whole)),
+        ("Energy", energy_block(result)),
+    ):
+        if block is not None:
+            yield title, block
     before = _before(result)
     if before:
         yield "Before", Text(before)
@@ -99,8 +128,13 @@ def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[
     if whole and (result.inputs or result.outputs):
         yield "Tensors", _tensors(result)
     around = _around(result.environment, whole)
+    if result.validity == result_pb2.VALIDITY_VALID:
+        around = f"valid · {around}" if around else "valid"
     if around:
         yield "Conditions", Text(around)
+    sensors = sensors_block(result.telemetry) if whole else None
+    if sensors is not None:
+        yield "Sensors", sensors
     yield "Run", _run(result, whole)
 
 
@@ -111,7 +145,7 @@ def _headline(result: result_pb2.RunResult) -> Text:
     if verdict is not None:
         text.append(f"{verdict.mark} {verdict.text}\n  ", verdict.style)
     elif result.status == result_pb2.RUN_STATUS_SUCCEEDED:
-        text.append("✓ ", GOOD)
+        text.append(*validity_mark(result))
     elif result.status == result_pb2.RUN_STATUS_CANCELLED:
         text.append("– ", DOUBTFUL)
     else:
@@ -126,6 +160,9 @@ def _headline(result: result_pb2.RunResult) -> Text:
         text.append(": ").append("FAILED", BAD).append(_where_failed(result.error))
     elif result.status == result_pb2.RUN_STATUS_UNSPECIFIED:
         text.append(": ").append("it is not known how it ended", BAD)
+    worth = validity_line(result)
+    if worth is not None:
+        text.append("\n  ").append_text(worth)
     return text
 
 
@@ -209,11 +246,13 @@ def _warning(code: str, message: str, style: str = DOUBTFUL) -> RenderableType:
     return Text.assemble((code, style), "  ", message)
 
 
-def _latency(latency: latency_pb2.Latency) -> RenderableType:
+def _latency(latency: latency_pb2.Latency, whole: bool) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True)
+    confidence = latency.confidence if latency.HasField("confidence") else 0.95
+    loadgen = whole and any(entry.HasField("loadgen_estimate_seconds") for entry in latency.percentiles)
     median = next((p.seconds for p in latency.percentiles if p.percentile == 50), latency.mean_seconds)
     length, sign = figures.seconds_unit(median)
     # As many decimals as the median needs for four digits, and the same for all: they are compared.
@@ -227,7 +266,8 @@ def _latency(latency: latency_pb2.Latency) -> RenderableType:
             Text(figures.percentile_name(percentile.percentile), STRONG),
             Text(f"{shown(percentile.seconds)} {sign}", STRONG),
             f"{shown(percentile.low_seconds)} … {shown(percentile.high_seconds)}",
-            Text("95 % bounds" if index == 0 else "", QUIET),
+            Text(f"{confidence * 100:g} % bounds" if index == 0 else "", QUIET),
+            *([_loadgen(percentile, shown)] if loadgen else []),
         )
     line = (
         f"{figures.plural(latency.count, 'inference')} · mean {shown(latency.mean_seconds)}"
@@ -241,6 +281,12 @@ def _latency(latency: latency_pb2.Latency) -> RenderableType:
     return Group(table, Text(line))
 
 
+def _loadgen(percentile: latency_pb2.Percentile, shown: Callable[[float], str]) -> Text:
+    if not percentile.HasField("loadgen_estimate_seconds"):
+        return Text("")
+    return Text(f"LoadGen would say {shown(percentile.loadgen_estimate_seconds)}", QUIET)
+
+
 def _before(result: result_pb2.RunResult) -> str:
     parts = []
     for name, label in (
@@ -251,7 +297,8 @@ def _before(result: result_pb2.RunResult) -> str:
         value = _optional(result, name)
         if value is not None:
             parts.append(f"{label} {figures.seconds(value)}")
-    return " · ".join(parts)
+    parts.append(warm_up_words(result))
+    return " · ".join(part for part in parts if part)
 
 
 def _memory(memory: result_pb2.Memory) -> RenderableType:
@@ -278,6 +325,15 @@ def _memory(memory: result_pb2.Memory) -> RenderableType:
         parts.append(f"the model adds {figures.count_bytes(memory.model_rss_bytes)}")
     if memory.HasField("peak_rss_bytes"):
         parts.append(f"highest peak {figures.count_bytes(memory.peak_rss_bytes)}")
+    for name, words in (
+        ("arena_bytes", "{} of it the engine's arena"),
+        ("accelerator_bytes", "{} on the accelerator"),
+        ("available_drop_bytes", "the board's free memory fell by {}"),
+    ):
+        if memory.HasField(name) and getattr(memory, name):  # type: ignore[arg-type]
+            parts.append(words.format(figures.count_bytes(getattr(memory, name))))
+    if memory.peak_swap_bytes:
+        parts.append(f"{figures.count_bytes(memory.peak_swap_bytes)} SWAPPED OUT")
     return Group(table, Text(" · ".join(parts))) if parts else table
 
 
@@ -312,6 +368,12 @@ def _around(environment: board_pb2.Environment, whole: bool) -> str:
     load = _change(environment, "load_average_before", "load_average_after", "{:.2f}")
     if load:
         parts.append(f"load {load}")
+    if environment.throttled_during:
+        parts.append(f"THROTTLED: {', '.join(environment.throttled_during)}")
+    if environment.power_mode:
+        parts.append(f"power mode {environment.power_mode}")
+    if environment.tuned:
+        parts.append(f"tuned for the run ({len(environment.tuned)})")
     if environment.HasField("involuntary_context_switches"):
         parts.append(f"preempted {figures.plural(environment.involuntary_context_switches, 'time')}")
     if (
@@ -326,6 +388,22 @@ def _around(environment: board_pb2.Environment, whole: bool) -> str:
         )
     if whole and environment.cpu_affinity:
         parts.append(f"allowed on CPUs {', '.join(map(str, environment.cpu_affinity))}")
+    if whole and environment.cpu_core_types:
+        parts.append(f"cores {', '.join(environment.cpu_core_types)}")
+    for name, words in (
+        ("cpu_pressure_share", "a processor"),
+        ("io_pressure_share", "a disk"),
+        ("memory_pressure_share", "memory"),
+    ):
+        value = _optional(environment, name)
+        if whole and value is not None:
+            parts.append(f"waited for {words} {value:.1%} of the time")
+    if whole and environment.throttled_before:
+        parts.append(f"throttled since boot, before the run: {', '.join(environment.throttled_before)}")
+    if whole and environment.clock_source:
+        parts.append(f"clock {environment.clock_source}")
+    if whole:
+        parts.extend(environment.tuned)
     if whole and environment.HasField("clock_read_seconds"):
         parts.append(f"clock read costs {figures.seconds(environment.clock_read_seconds)}")
     if whole and environment.boardbench_version:

@@ -16,6 +16,7 @@ from boardbench.cli import figures
 from boardbench.cli.plain import cleaned
 from boardbench.cli.report import EMULATORS, STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
+from boardbench.cli.trust import validity_word
 from boardbench.cli.verdict import device_asked, is_plain, percent, placement_known
 from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, latency_pb2, placement_pb2, result_pb2
 
@@ -153,8 +154,17 @@ def _status(result: result_pb2.RunResult) -> Text:
     if result.HasField("error") and result.error.code:
         word += f" {result.error.code}"
     elif result.warnings:
-        return Text(word, style).append(f" ({figures.plural(len(result.warnings), 'warning')})", DOUBTFUL)
+        worth, worth_style = validity_word(result)
+        if worth and result.validity != result_pb2.VALIDITY_VALID:
+            return Text(worth, worth_style).append(f" ({figures.plural(_doubts(result), 'warning')})")
+        if _doubts(result):
+            return Text(word, style).append(f" ({figures.plural(_doubts(result), 'warning')})", DOUBTFUL)
     return Text(word, style)
+
+
+def _doubts(result: result_pb2.RunResult) -> int:
+    """Number of warnings that are more than notes."""
+    return sum(warning.severity != result_pb2.SEVERITY_NOTE for warning in result.warnings)
 
 
 def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
