@@ -88,7 +88,7 @@ def test_what_can_be_asked(text):
         ("p50<=5ms or 6ms", "a time with its unit"),
         ("p0<=5ms", "there is no 'p0'"),
         ("accelerated_op>=5", "did you mean 'accelerated_ops'"),
-        ("latency<=5ms", "There are no-fallback, no-standin, accelerated_ops"),
+        ("latency<=5ms", "There are no-fallback, no-standin, valid, not-invalid, accelerated_ops"),
         ("latency<=5ms", "p50, p90, p99.9"),
         ("accelerated_ops>=101%", "a number (64), or with % (95%)"),
         ("accelerated_ops>=many", "a number (64)"),
@@ -365,3 +365,58 @@ def test_a_run_that_is_followed_is_judged_too(board, boardbench, model_file):
     done = boardbench("watch", run_id, *to, "--require", "p50<=1ms")
     assert done.code == 1
     assert "NOT HELD: 1.23400 ms" in done.err
+
+
+# What a measurement is worth
+
+
+@pytest.mark.parametrize(
+    ("validity", "valid", "not_invalid"),
+    [
+        ("VALIDITY_VALID", True, True),
+        ("VALIDITY_DOUBTFUL", False, True),
+        ("VALIDITY_INVALID", False, False),
+        ("VALIDITY_UNSPECIFIED", False, False),
+    ],
+)
+def test_a_gate_can_ask_what_the_measurement_is_worth(validity, valid, not_invalid):
+    result = result_pb2.RunResult(validity=result_pb2.Validity.Value(validity))
+    assert judge(parse("valid"), Subject.of_result(result)).held is valid
+    assert judge(parse("not-invalid"), Subject.of_result(result)).held is not_invalid
+
+
+def test_it_says_by_which_warnings_and_leaves_notes_out():
+    result = result_pb2.RunResult(validity=result_pb2.VALIDITY_INVALID)
+    result.warnings.add(code="throttled", severity=result_pb2.SEVERITY_INVALID)
+    result.warnings.add(code="periodic_slow", severity=result_pb2.SEVERITY_NOTE)
+    assert judge(parse("valid"), Subject.of_result(result)).words == "invalid (throttled)"
+    assert judge(parse("warnings==1"), Subject.of_result(result)).held
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("energy<=6mJ", True),
+        ("energy<5600uJ", False),
+        ("energy_high<=0.0057J", True),
+        ("throughput>=29.9", True),
+        ("deadline_misses==3", True),
+        ("slowdown<=1.05", False),
+        ("interference<=1.25", True),
+    ],
+)
+def test_energy_and_scenario_can_be_asked_for(text, held):
+    result = result_pb2.RunResult()
+    result.energy.energy_per_inference_joules = 0.0056
+    result.energy.energy_per_inference_high_joules = 0.0057
+    result.scenario.throughput_hertz = 29.98
+    result.scenario.deadline_misses = 3
+    result.scenario.slowdown_ratio = 1.31
+    result.interference.slowdown_ratio = 1.246
+    assert judge(parse(text), Subject.of_result(result)).held is held
+    assert not judge(parse(text), Subject.of_result(result_pb2.RunResult())).held, "unknown holds nothing"
+
+
+def test_an_energy_needs_its_unit():
+    with pytest.raises(ValueError, match="an energy with its unit"):
+        parse("energy<=5")

@@ -14,7 +14,7 @@ from rich.text import Text  # noqa: TID253
 from boardbench.cli import figures
 from boardbench.cli.placement import accelerator_block, cost_block, evidence_block, placement_block
 from boardbench.cli.plain import cleaned
-from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
+from boardbench.cli.styles import BAD, DOUBTFUL, QUIET, STRONG
 from boardbench.cli.trust import (
     comparison_block,
     energy_block,

@@ -63,6 +63,13 @@ _SECONDS = {
     "s": Fraction(1),
     "min": Fraction(60),
 }
+_JOULES = {
+    "uj": Fraction(1, 10**6),
+    "µj": Fraction(1, 10**6),
+    "μj": Fraction(1, 10**6),
+    "mj": Fraction(1, 1000),
+    "j": Fraction(1),
+}
 _BYTES = {
     "": 1,
     "b": 1,
@@ -150,9 +157,11 @@ def _value(value: str, name: Name, text: str, comparison: str) -> tuple[Fraction
         return number / 100, name.kind == "ops"
     if name.kind == "seconds" and unit.lower() in _SECONDS:
         return number * _SECONDS[unit.lower()], False
+    if name.kind == "joules" and unit.lower() in _JOULES:
+        return number * _JOULES[unit.lower()], False
     if name.kind == "bytes" and unit.lower() in _BYTES:
         return number * _BYTES[unit.lower()], False
-    if unit or name.kind == "seconds" or (name.kind == "share" and number > 1):
+    if unit or name.kind in ("seconds", "joules") or (name.kind == "share" and number > 1):
         raise wrong
     return number, False
 

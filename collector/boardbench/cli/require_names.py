@@ -71,7 +71,7 @@ class Name:
 
     name: str
     kind: str
-    """ "ops", "share", "seconds", "bytes", "count" or "verdict": which values it can be compared with."""
+    """One of :data:`VALUES`: what it can be compared with."""
     meaning: str
     read: Callable[[Subject], Figure]
     run: bool = True
@@ -249,7 +249,10 @@ def _model_size(subject: Subject) -> Figure:
 
 
 def _warnings(subject: Subject) -> Figure:
-    found = subject.result.warnings if subject.result is not None else ()
+    from boardbench.v1 import result_pb2
+
+    every = subject.result.warnings if subject.result is not None else ()
+    found = [warning for warning in every if warning.severity != result_pb2.SEVERITY_NOTE]
     if subject.report is not None:
         count, codes = len(subject.report.warnings), [warning.code for warning in subject.report.warnings]
     else:
@@ -284,6 +287,8 @@ def in_words(value: float, kind: str) -> str:
         )
     if kind == "share":
         return f"{100 * value:.4g} %"
+    if kind == "joules":
+        return f"{figures.digits(value * 1000, 6)} mJ"
     return f"{value:,}"
 
 
@@ -308,6 +313,28 @@ def _no_standin(subject: Subject) -> tuple[bool, str]:
     return False, f"{', '.join(subject.result.standins) or 'a stand-in'} had a part in it"
 
 
+def _valid(subject: Subject) -> tuple[bool, str]:
+    return _validity(subject, worst="VALIDITY_VALID")
+
+
+def _not_invalid(subject: Subject) -> tuple[bool, str]:
+    return _validity(subject, worst="VALIDITY_DOUBTFUL")
+
+
+def _validity(subject: Subject, *, worst: str) -> tuple[bool, str]:
+    from boardbench.v1 import result_pb2
+
+    assert subject.result is not None
+    found = subject.result.validity
+    if found == result_pb2.VALIDITY_UNSPECIFIED:
+        return False, "not known: nothing was measured"
+    name = result_pb2.Validity.Name(found).removeprefix("VALIDITY_").lower()
+    codes = dict.fromkeys(
+        warning.code for warning in subject.result.warnings if warning.severity != result_pb2.SEVERITY_NOTE
+    )
+    return found <= result_pb2.Validity.Value(worst), f"{name} ({', '.join(codes)})" if codes else name
+
+
 @dataclass(frozen=True)
 class Flag:
     """Something that holds or not, without a comparison."""
@@ -322,6 +349,8 @@ class Flag:
 FLAGS: tuple[Flag, ...] = (
     Flag("no-fallback", "every op is on the accelerator, none on the CPU", _no_fallback, True, True),
     Flag("no-standin", "neither stand-in nor emulator had a part in the run", _no_standin, False, False),
+    Flag("valid", "the measurement is valid: no warning is more than a note", _valid, False, False),
+    Flag("not-invalid", "the measurement is valid or doubtful", _not_invalid, False, False),
 )
 """Every flag."""
 
@@ -424,7 +453,49 @@ NAMES: tuple[Name, ...] = (
         _of_result("memory.model_rss_bytes", "bytes"),
     ),
     Name("model_size", "bytes", "length of the model file", _model_size, file=True),
-    Name("warnings", "count", "number of warnings", _warnings, file=True),
+    Name(
+        "energy",
+        "joules",
+        "energy of one inference, idle subtracted",
+        _of_result("energy.energy_per_inference_joules", "joules"),
+    ),
+    Name(
+        "energy_high",
+        "joules",
+        "upper bound of that energy",
+        _of_result("energy.energy_per_inference_high_joules", "joules"),
+    ),
+    Name(
+        "throughput",
+        "count",
+        "samples computed a second in the scenario",
+        _of_result("scenario.throughput_hertz", "count"),
+    ),
+    Name(
+        "throughput_low",
+        "count",
+        "lower bound of that throughput",
+        _of_result("scenario.throughput_low_hertz", "count"),
+    ),
+    Name(
+        "deadline_misses",
+        "count",
+        "inferences that missed their deadline (periodic and poisson)",
+        _of_result("scenario.deadline_misses", "count"),
+    ),
+    Name(
+        "slowdown",
+        "count",
+        "median at the end over median of the first window (sustained)",
+        _of_result("scenario.slowdown_ratio", "count"),
+    ),
+    Name(
+        "interference",
+        "count",
+        "median beside other models over median alone (concurrent)",
+        _of_result("interference.slowdown_ratio", "count"),
+    ),
+    Name("warnings", "count", "number of warnings, notes left out", _warnings, file=True),
 )
 """Every name but the percentiles, which are without number."""
 
@@ -437,6 +508,7 @@ VALUES = {
     "seconds": "a time with its unit: ns, us, ms, s or min (5ms)",
     "bytes": "a size: B, kB, MB, GB, KiB, MiB or GiB (200MiB)",
     "count": "a number (4)",
+    "joules": "an energy with its unit: J, mJ or uJ (5mJ)",
     "verdict": "one of " + ", ".join(VERDICTS),
 }
 """What each kind is compared with."""
