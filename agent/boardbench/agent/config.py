@@ -60,6 +60,8 @@ class RunsConfig:
     kept_limit: int = 64
     # Bytes that their results may take on disk.
     kept_bytes: int = 64 * _MIB
+    # Runs that are to be measured together wait this long for each other: the slowest upload of a large model.
+    group_seconds: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,14 @@ class SpecConfig:
     warm_up_runs: int = 1
     # Half an hour: nobody waits longer without having asked for it.
     timeout_seconds: float = 1800.0
+    # With a precision, what is reached by luck within less than this is not believed: clocks move within it.
+    precision_least_seconds: float = 1.0
+    # With a precision, the measurement ends after this time even so: a tenth of MLPerf's shortest run.
+    precision_seconds: float = 60.0
+    # A board without a fan has its final temperature after half an hour.
+    sustained_seconds: float = 1800.0
+    # Turns that each of several interleaved runs takes: the fewest whose extremes enclose a median at 95 %.
+    interleaved_processes: int = 6
 
 
 @dataclass(frozen=True)
