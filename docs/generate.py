@@ -17,10 +17,8 @@ import click
 
 from boardbench.agent.bench.doubts import DOUBTS
 from boardbench.agent.bench.runtimes import ENGINES
-from boardbench.agent.board.surroundings import WARNINGS
 from boardbench.agent.cli import parser as agent_parser
-from boardbench.agent.drift import WARNINGS as DRIFT_WARNINGS
-from boardbench.agent.run import WARNINGS as RUN_WARNINGS
+from boardbench.agent.validity import RULES
 from boardbench.cli.errors import EXIT_CODES
 from boardbench.cli.main import boardbench
 from boardbench.cli.require_names import FLAGS, NAMES, PERCENTILES, PERCENTILES_MEANING, VALUES
@@ -122,15 +120,12 @@ def _metrics() -> str:
 
 def _warnings() -> str:
     found = [(f"`{doubt.code}`", doubt.condition, doubt.reason, doubt.remedy) for doubt in DOUBTS]
-    around = [(f"`{code}`", meaning) for code, meaning in WARNINGS.items()]
-    agent = [(f"`{code}`", meaning) for code, meaning in (RUN_WARNINGS | DRIFT_WARNINGS).items()]
+    around = [(f"`{rule.code}`", rule.condition, rule.severity, rule.reason, rule.remedy) for rule in RULES]
     return (
         "## Found by the worker\n\n"
         + _table(("code", "when", "why there", "what to do"), found)
         + "## Found around the worker\n\n"
-        + _table(("code", "meaning"), around)
-        + "## Found by the agent\n\n"
-        + _table(("code", "meaning"), agent)
+        + _table(("code", "when", "severity", "why", "what to do"), around)
     )
 
 
@@ -172,6 +167,8 @@ _TABLES = {
     "RunsConfig": "runs",
     "DeadlinesConfig": "deadlines",
     "SpecConfig": "spec",
+    "SensorsConfig": "sensors",
+    "ValidityConfig": "validity",
     "RuntimeConfig": "runtimes.NAME",
 }
 

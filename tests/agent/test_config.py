@@ -111,6 +111,21 @@ def test_what_is_named_later_wins(tmp_path: Path) -> None:
         ('device_id = "a\\u0007b"', ["agent.toml", "device_id", "printable"]),
         ("[labels]\na = 1", ["agent.toml", "labels.a must be text"]),
         ("listen = ", ["agent.toml", "not TOML"]),
+        ("[sensors]\nwithout = 'nvidia,sundial'", ["agent.toml", "sensors.without", "'sundial'", "thermal"]),
+        (
+            "[validity]\nload_doubtful = 0.3\nload_invalid = 0.2",
+            ["agent.toml", "validity.load_doubtful", "0.3", "validity.load_invalid", "0.2"],
+        ),
+        ("[validity]\nsteal_doubtful = 'much'", ["agent.toml", "validity.steal_doubtful", "'much'"]),
+        ("[validity.severity]\nloud = 'note'", ["agent.toml", "validity.severity", "'loud'", "high_load"]),
+        (
+            "[validity.severity]\nhigh_load = 'fine'",
+            ["agent.toml", "validity.severity", "high_load", "'fine'", "note, doubtful, invalid"],
+        ),
+        (
+            "[validity.severity]\nfew_samples = 3",
+            ["agent.toml", "validity.severity.few_samples must be text"],
+        ),
     ],
 )
 def test_mistake_in_the_file_names_file_and_key(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -144,6 +159,21 @@ def test_mistake_in_the_environment_names_the_variable(variable: str, value: str
         assert word in str(raised.value)
 
 
+def test_mistake_in_a_severity_names_its_variable() -> None:
+    environment = {"BOARDBENCH_AGENT_VALIDITY_SEVERITY": "high_load=fine"}
+    with pytest.raises(ConfigurationError, match="BOARDBENCH_AGENT_VALIDITY_SEVERITY.*'fine'"):
+        load(None, environment)
+
+
+def test_severities_are_a_table_of_their_own(tmp_path: Path) -> None:
+    text = (
+        "[validity]\nload_doubtful = 0.2\n[validity.severity]\ngovernor = 'doubtful'\nfew_samples = 'note'\n"
+    )
+    found = load(written(tmp_path, text), {}).validity
+    assert found.load_doubtful == 0.2
+    assert found.severity == {"governor": "doubtful", "few_samples": "note"}
+
+
 def test_mistake_in_a_flag_names_the_flag() -> None:
     with pytest.raises(ConfigurationError, match=r"^--listen: 'x' is not HOST:PORT"):
         load(None, {}, {"listen": "x"})
@@ -157,16 +187,20 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_every_key_has_a_variable() -> None:
     """Each one is taken, with a value of its type."""
     samples = {int: "7", float: "7.5", str: "7", Path: "/7"}
+    # What is held to the names that there are.
+    named = {("sensors", "without"): "nvidia, rapl", ("validity", "severity"): "high_load=note"}
     environment = {}
     for field in dataclasses.fields(AgentConfig):
         value = getattr(AgentConfig(), field.name)
         if dataclasses.is_dataclass(value):
             for inner in dataclasses.fields(value):
-                sample = samples[type(getattr(value, inner.name))]
+                sample = named.get((field.name, inner.name)) or samples[type(getattr(value, inner.name))]
                 environment[f"BOARDBENCH_AGENT_{field.name}_{inner.name}".upper()] = sample
     config = load(None, environment)
     assert config.deadlines.start_seconds == 7.5
     assert config.runs.kept_limit == 7
+    assert config.sensors.without_kinds == ("nvidia", "rapl")
+    assert config.validity.severity == {"high_load": "note"}
 
 
 @pytest.mark.parametrize(

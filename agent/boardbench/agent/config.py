@@ -116,6 +116,118 @@ class SpecConfig:
     sustained_seconds: float = 1800.0
     # Turns that each of several interleaved runs takes: the fewest whose extremes enclose a median at 95 %.
     interleaved_processes: int = 6
+    # What the scenario "sustained" is for is the difference between minute 1 and minute 30.
+    sustained_seconds: float = 1800.0
+    # With a precision: a second is enough to see how the latency moves.
+    precision_least_seconds: float = 1.0
+    # With a precision: a tenth of the least time of MLPerf LoadGen's single stream, which is 600 s.
+    precision_seconds: float = 60.0
+    # Of an interleaved group: fewer say nothing about the spread between processes.
+    interleaved_processes: int = 5
+    # A board without a fan takes minutes from 80 °C to 50; one that has not got there by then does not.
+    cool_down_seconds: float = 300.0
+    # Only where a power rail can be read: as long as the measurement, so that idle is known as well as it is.
+    idle_seconds: float = 3.0
+    # Heat and power move within tenths of a second; ten samples of all sensors cost a board some percent of
+    # one processor. 0: none.
+    sample_hertz: float = 10.0
+
+
+@dataclass(frozen=True)
+class SensorsConfig:
+    """Which sensors are read around a run."""
+
+    # Kinds that are not to be read, separated by commas ("nvidia,raspberry_pi"): for one that disturbs.
+    without: str = ""
+    # Rail or meter that energy is taken from, as the telemetry names it; empty: the one that covers most.
+    rail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.without:
+            # Only then, since an agent that waits needs no sensors.
+            from boardbench.agent.board.sensors import KINDS
+
+            for kind in self.without_kinds:
+                if kind not in KINDS:
+                    raise ConfigurationError(
+                        f"sensors.without: there is no kind of sensor {kind!r}; there are {', '.join(KINDS)}"
+                    )
+
+    @property
+    def without_kinds(self) -> tuple[str, ...]:
+        """What ``without`` lists."""
+        return tuple(name for part in self.without.split(",") if (name := part.strip()))
+
+
+@dataclass(frozen=True)
+class ValidityConfig:
+    """From where on something around a run makes its figures doubtful, and from where on invalid.
+
+    Shares are of one: 0.1 is 10 %. What is not read on a board raises no doubt.
+    """
+
+    # Other programs' share of all processors while it measured. A tenth can be seen in any tail.
+    load_doubtful: float = 0.10
+    # A whole processor of four: a model that uses all of them then takes a third longer.
+    load_invalid: float = 0.25
+    # Share of the processors' time that the host of a virtual machine took away: as much as p99 leaves out.
+    steal_doubtful: float = 0.01
+    # As much as p90 leaves out.
+    steal_invalid: float = 0.10
+    # Share of the measurement in which some task waited for a processor (/proc/pressure/cpu): beyond a tenth
+    # p90 holds waiting. The worker's own threads can be those that wait.
+    cpu_pressure_doubtful: float = 0.10
+    # Share of the measurement in which some task waited for memory: as much as p99 leaves out.
+    memory_pressure_doubtful: float = 0.01
+    # Least share of the board's memory that was available. Below it the kernel drops pages of the model's own
+    # file, and reads them again from the card.
+    memory_available_doubtful: float = 0.05
+    # Bytes of the worker that were swapped out, or that came back from swap while it measured.
+    swap_doubtful_bytes: int = _MIB
+    # Share by which the slowest tenth of the measurement was clocked lower than the fastest. A Raspberry Pi's
+    # steps are 4 to 7 %, and one for a whole tenth of the run is to be seen.
+    clock_drop_doubtful: float = 0.05
+    # The end was measured on another board than the begin.
+    clock_drop_invalid: float = 0.20
+    # Share by which the limit of the frequency must lie below the maximum to be told: drivers round.
+    frequency_cap_note: float = 0.01
+    # Degrees below the temperature at which the board throttles. Within them the next run may be throttled.
+    temperature_margin_celsius: float = 5.0
+    # Share of one processor that reading the sensors took. Beyond it they are a part of what is measured.
+    sensors_doubtful: float = 0.05
+    # Share of all processors that was busy while the idle board's power was measured.
+    idle_load_note: float = 0.05
+    # What a warning means for the measurement, by its code, where that is not to be as documented:
+    # "note", "doubtful" or "invalid".
+    severity: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for lower, higher in (
+            ("load_doubtful", "load_invalid"),
+            ("steal_doubtful", "steal_invalid"),
+            ("clock_drop_doubtful", "clock_drop_invalid"),
+        ):
+            if getattr(self, lower) > getattr(self, higher):
+                raise ConfigurationError(
+                    f"validity.{lower}: {getattr(self, lower):g} is above validity.{higher}, "
+                    f"{getattr(self, higher):g}: what is invalid is doubtful, too"
+                )
+        if self.severity:
+            from boardbench.agent.validity import codes
+
+            known = codes()
+            for code, name in self.severity.items():
+                if code not in known:
+                    raise ConfigurationError(
+                        f"validity.severity: there is no warning {code!r}; there are {', '.join(sorted(known))}"
+                    )
+                if name not in SEVERITIES:
+                    raise ConfigurationError(
+                        f"validity.severity: {code} is {name!r}; it must be {', '.join(SEVERITIES)}"
+                    )
+
+
+SEVERITIES = ("note", "doubtful", "invalid")
 
 
 @dataclass(frozen=True)
@@ -149,6 +261,8 @@ class AgentConfig:
     runs: RunsConfig = field(default_factory=RunsConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)
+    sensors: SensorsConfig = field(default_factory=SensorsConfig)
+    validity: ValidityConfig = field(default_factory=ValidityConfig)
     # By the runtime's name.
     runtimes: Mapping[str, RuntimeConfig] = field(default_factory=dict)
 

@@ -22,14 +22,10 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from boardbench.agent import folder
+from boardbench.agent import folder, validity
 from boardbench.v1 import placement_pb2, result_pb2
 
 _log = logging.getLogger(__name__)
-
-WARNINGS = {
-    "placement_drifted": "Ops run elsewhere than in the last run of the same model with the same settings.",
-}
 
 # As many models as a lab tries on a board in a year; 10 KB each at most but for a few.
 KEPT = 512
@@ -89,10 +85,11 @@ class Placements:
         versions = f"{', '.join(now)} both times"
         if then != now:
             versions = f"{', '.join(then)} then, {', '.join(now)} now"
-        return result_pb2.Warning(
-            code="placement_drifted",
-            message=f"{moved} than in run {last.run_id} of the same model with the same settings, "
-            f"which ended {last.ended} ({versions}): look what changed on the board in between",
+        return validity.warn(
+            "placement_drifted",
+            f"{moved} than in run {last.run_id} of the same model with the same settings, "
+            f"which ended {last.ended} ({versions})",
+            validity.NOTE,
         )
 
     def remember(self, result: result_pb2.RunResult) -> None:

@@ -72,7 +72,7 @@ async def run(
             interpreter=engines.interpreter(settled.spec.runtime),
             scratch=Path(folder),
         )
-        attempt = Attempt(job, config.deadlines, emit, config.sys_root)
+        attempt = Attempt(job, config, emit)
         with _cancelling(attempt):
             result = await attempt.execute()
     emit(result)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from boardbench.agent import folder, wire
+from boardbench.agent import folder, validity, wire
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.drift import Placements
 from boardbench.agent.errors import (
@@ -350,8 +350,10 @@ class Runs:
                 result = await self._measure(run, plan_)
         drifted = await asyncio.to_thread(self._placements.compare, result)
         if drifted is not None:
+            validity.weigh(drifted, self._config.validity.severity)
             result.warnings.append(drifted)
             run.emit(drifted)
+            validity.settle(result, self._config.validity.severity)
         await self._finish(run, result)
         await asyncio.to_thread(self._placements.remember, result)
 
@@ -373,9 +375,7 @@ class Runs:
                 interpreter=self._engines.interpreter(plan_.spec.runtime),
                 scratch=scratch,
             )
-            attempt = Attempt(
-                job, self._config.deadlines, functools.partial(self._emit, run), self._config.sys_root
-            )
+            attempt = Attempt(job, self._config, functools.partial(self._emit, run))
             run.attempt = attempt
             if run.cancelled:
                 attempt.stop()
@@ -403,10 +403,12 @@ class Runs:
         except AgentError as error:
             trouble = str(error)
         if trouble:
-            result.warnings.add(
-                code="not_spooled",
-                message=f"the collector may never get this result: {trouble}; make room on the board's disk",
+            result.warnings.append(
+                validity.warn(
+                    "not_spooled", f"the collector may never get this result ({trouble})", validity.NOTE
+                )
             )
+            validity.settle(result, self._config.validity.severity)
         # The runs are in the order of their ends.
         self._runs[result.run_id] = self._runs.pop(result.run_id, run)
         run.end(result)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from boardbench.agent import wire, worker
+from boardbench.agent import validity, wire, worker
 from boardbench.agent.board.surroundings import Surroundings
-from boardbench.agent.config import DeadlinesConfig
+from boardbench.agent.config import AgentConfig
 from boardbench.agent.plan import Job, blank_result, job_line
 from boardbench.v1 import agent_pb2, board_pb2, placement_pb2, result_pb2
 
@@ -36,11 +36,6 @@ ERRORS = {
     "worker_exited": "The worker exited without a result.",
     "worker_killed": "A signal ended the worker.",
     "worker_not_started": "The worker's interpreter could not be started.",
-}
-# Doubts that the agent itself raises; the rest is in board/surroundings.py and bench/doubts.py.
-WARNINGS = {
-    "not_spooled": "The result could not be kept for the collector.",
-    "worker_end": "The worker crashed or hung after it had reported its result.",
 }
 
 # Progress is for eyes.
@@ -77,15 +72,15 @@ class Attempt:
     def __init__(
         self,
         job: Job,
-        deadlines: DeadlinesConfig,
+        config: AgentConfig,
         emit: Callable[[wire.WorkerNews], None],
-        sys_root: Path = Path("/"),
     ) -> None:
         """``emit`` is called with every event but the result, in order."""
         self._job = job
-        self._deadlines = deadlines
+        self._config = config
+        self._deadlines = config.deadlines
         self._emit = emit
-        self._sys_root = sys_root
+        self._sys_root = config.sys_root
         self._loop = asyncio.get_running_loop()
         self._worker: worker.Worker | None = None
         self._surroundings: Surroundings | None = None
@@ -295,6 +290,7 @@ class Attempt:
             self._doubt(doubt)
 
     def _doubt(self, warning: result_pb2.Warning) -> None:
+        validity.weigh(warning, self._config.validity.severity)
         if len(self._warnings) < _MOST_WARNINGS:
             self._warnings.append(warning)
             self._emit(warning)
@@ -405,6 +401,7 @@ class Attempt:
         result.warnings.extend(self._warnings)
         if result.placement.standin and "standin" not in " ".join(result.standins):
             result.standins.append(f"standin-{spec.device if spec.device != 'cpu' else spec.runtime}")
+        validity.settle(result, self._config.validity.severity)
         return result
 
     def _take_report(
@@ -432,10 +429,11 @@ class Attempt:
             return
         if how:
             self._doubt(
-                result_pb2.Warning(
-                    code="worker_end",
-                    message=f"the worker {how} after it had reported: the figures are whole, "
+                validity.warn(
+                    "worker_end",
+                    f"the worker {how} after it had reported: the figures are whole, "
                     f"but {result.runtime.name} does not unload cleanly",
+                    validity.NOTE,
                 )
             )
 
