@@ -161,17 +161,17 @@ def test_mistake_in_the_environment_names_the_variable(variable: str, value: str
 
 def test_mistake_in_a_severity_names_its_variable() -> None:
     environment = {"BOARDBENCH_AGENT_VALIDITY_SEVERITY": "high_load=fine"}
-    with pytest.raises(ConfigurationError, match="BOARDBENCH_AGENT_VALIDITY_SEVERITY.*'fine'"):
+    with pytest.raises(ConfigurationError, match=r"BOARDBENCH_AGENT_VALIDITY_SEVERITY.*'fine'"):
         load(None, environment)
 
 
 def test_severities_are_a_table_of_their_own(tmp_path: Path) -> None:
     text = (
-        "[validity]\nload_doubtful = 0.2\n[validity.severity]\ngovernor = 'doubtful'\nfew_samples = 'note'\n"
+        "[validity]\nload_doubtful = 0.2\n[validity.severity]\ngovernor = 'doubtful'\nemulated = 'note'\n"
     )
     found = load(written(tmp_path, text), {}).validity
     assert found.load_doubtful == 0.2
-    assert found.severity == {"governor": "doubtful", "few_samples": "note"}
+    assert found.severity == {"governor": "doubtful", "emulated": "note"}
 
 
 def test_mistake_in_a_flag_names_the_flag() -> None:

@@ -60,7 +60,8 @@ class RunsConfig:
     kept_limit: int = 64
     # Bytes that their results may take on disk.
     kept_bytes: int = 64 * _MIB
-    # Runs that are to be measured together wait this long for each other: the slowest upload of a large model.
+    # Runs that are to be measured together wait this long for each other: the slowest upload of a large
+    # model.
     group_seconds: float = 600.0
 
 
@@ -116,14 +117,6 @@ class SpecConfig:
     sustained_seconds: float = 1800.0
     # Turns that each of several interleaved runs takes: the fewest whose extremes enclose a median at 95 %.
     interleaved_processes: int = 6
-    # What the scenario "sustained" is for is the difference between minute 1 and minute 30.
-    sustained_seconds: float = 1800.0
-    # With a precision: a second is enough to see how the latency moves.
-    precision_least_seconds: float = 1.0
-    # With a precision: a tenth of the least time of MLPerf LoadGen's single stream, which is 600 s.
-    precision_seconds: float = 60.0
-    # Of an interleaved group: fewer say nothing about the spread between processes.
-    interleaved_processes: int = 5
     # A board without a fan takes minutes from 80 °C to 50; one that has not got there by then does not.
     cool_down_seconds: float = 300.0
     # Only where a power rail can be read: as long as the measurement, so that idle is known as well as it is.
@@ -219,7 +212,7 @@ class ValidityConfig:
             for code, name in self.severity.items():
                 if code not in known:
                     raise ConfigurationError(
-                        f"validity.severity: there is no warning {code!r}; there are {', '.join(sorted(known))}"
+                        f"validity.severity: no warning is called {code!r}; there are {', '.join(sorted(known))}"
                     )
                 if name not in SEVERITIES:
                     raise ConfigurationError(

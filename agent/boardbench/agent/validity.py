@@ -37,9 +37,9 @@ class Rule:
 RULES = (
     Rule(
         "throttled",
-        "while it was measured, the firmware or the kernel slowed the processors or the accelerator down: bits "
-        "of the Raspberry Pi's firmware, steps of a cooling device, counters of an x86 processor, reasons that "
-        "a GPU gives",
+        "while it was measured, the firmware or the kernel slowed the processors or the accelerator down: "
+        "bits of the Raspberry Pi's firmware, steps of a cooling device, counters of an x86 processor, reasons "
+        "that a GPU gives",
         "invalid; in a sustained scenario a note",
         "a throttled board is another board; a sustained run is made to show just that",
         "cool the board, or wait for it with --cool-down, then run again",
@@ -67,8 +67,8 @@ RULES = (
     ),
     Rule(
         "clock_moved",
-        "the processors' frequency in the slowest tenth of the measurement was below that in the fastest by more "
-        "than clock_drop_doubtful",
+        "the processors' frequency in the slowest tenth of the measurement was below that in the fastest by "
+        "more than clock_drop_doubtful",
         "doubtful, invalid from clock_drop_invalid on; in a sustained scenario a note",
         "figures from several clocks are figures of no clock",
         "the governor performance (--tune sets it for the run), and cooling",
@@ -117,8 +117,8 @@ RULES = (
     ),
     Rule(
         "memory_low",
-        "less than memory_available_doubtful of the board's memory was available at some time of the run, or some "
-        "task waited for memory in more than memory_pressure_doubtful of the measurement",
+        "less than memory_available_doubtful of the board's memory was available at some time of the run, or "
+        "some task waited for memory in more than memory_pressure_doubtful of the measurement",
         "doubtful",
         "the kernel then takes pages of the model's file away and reads them again",
         "stop other programs, or use a smaller model",
@@ -133,16 +133,16 @@ RULES = (
     ),
     Rule(
         "near_throttling",
-        "it came within temperature_margin_celsius of the temperature at which the board throttles, and was not "
-        "throttled",
+        "it came within temperature_margin_celsius of the temperature at which the board throttles, and was "
+        "not throttled",
         "note",
         "the next run may be",
         "a heat sink or a fan; --cool-down before the run",
     ),
     Rule(
         "not_cooled",
-        "the board did not get as cool as was asked for in the time that was asked for, or can't tell how warm "
-        "it is",
+        "the board did not get as cool as was asked for in the time that was asked for, or can't tell how "
+        "warm it is",
         "doubtful",
         "the run then began warmer than those that it is to be compared with",
         "more --cool-down time, a higher temperature, or a fan",
