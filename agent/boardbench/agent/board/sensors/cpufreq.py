@@ -1,7 +1,8 @@
 """Frequencies of the processors, the most they may run at, and who decides (the governor).
 
 ``/sys/devices/system/cpu/cpu*/cpufreq/scaling_{cur,max}_freq`` and ``cpuinfo_max_freq`` are in kHz.
-Source: Documentation/admin-guide/pm/cpufreq.rst of the Linux kernel.
+``scaling_max_freq`` is the limit that is in force, whoever set it: a person, the power mode of a Jetson, or
+the thermal framework. Source: Documentation/admin-guide/pm/cpufreq.rst of the Linux kernel.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from boardbench.agent.board import sysfs
 from boardbench.agent.board.sensor import Reading, Sensor
 
 _FILES = (
@@ -17,6 +19,11 @@ _FILES = (
     ("frequency_limit_hertz", "scaling_max_freq"),
     ("frequency_maximum_hertz", "cpuinfo_max_freq"),
 )
+
+# What drivers write that can't ask the hardware (drivers/cpufreq/cpufreq.c).
+_UNKNOWN = b"<unknown>"
+# A terahertz: beyond it is no processor.
+_MOST_KILOHERTZ = 10**9
 
 
 @dataclass(frozen=True)
@@ -28,14 +35,26 @@ class ProcessorFrequency:
 
     def read(self) -> Iterable[Reading]:
         """The frequency now, the limit in force, and the most the hardware can."""
-        for quantity, file in _FILES:
-            try:
-                kilohertz = int((self.path / file).read_text())
-            except (OSError, ValueError):
-                # An idle or offline core answers EBUSY, and drivers write "<unknown>".
-                continue
-            if kilohertz > 0:
-                yield Reading(quantity, self.name, kilohertz * 1000.0)
+        return sysfs.each(
+            lambda quantity=quantity, file=file: self._read(quantity, self.path / file)  # type: ignore[misc]
+            for quantity, file in _FILES
+        )
+
+    def _read(self, quantity: str, file: Path) -> Iterable[Reading]:
+        try:
+            content = sysfs.content(file)
+        except OSError as error:
+            # An idle or offline core answers EBUSY, or has lost its files.
+            if sysfs.nothing_now(error):
+                return
+            raise
+        if content.strip() == _UNKNOWN:
+            return
+        kilohertz = sysfs.parsed(content, file, least=0)
+        if kilohertz > _MOST_KILOHERTZ:
+            raise sysfs.fault(file, f"{kilohertz} kHz")
+        if kilohertz:
+            yield Reading(quantity, self.name, kilohertz * 1000.0)
 
 
 def find(root: Path) -> list[Sensor]:
@@ -45,17 +64,11 @@ def find(root: Path) -> list[Sensor]:
 
 def governor(root: Path) -> str:
     """The governor of all processors, "mixed" when they differ, empty when the board has none."""
-    found = {_text(path / "scaling_governor") for path in _policies(root)} - {""}
+    found = {sysfs.word(path / "scaling_governor") for path in _policies(root)} - {""}
     return found.pop() if len(found) == 1 else "mixed" if found else ""
 
 
 def _policies(root: Path) -> list[Path]:
-    paths = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")
-    return sorted(paths, key=lambda path: int(path.parent.name[3:]))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+    folder = root / "sys/devices/system/cpu"
+    paths = (path / "cpufreq" for path in sysfs.listed(folder, "cpu") if path.name[3:].isdecimal())
+    return [path for path in paths if sysfs.exists(path)]

@@ -12,10 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from boardbench.agent.board import sysfs
 from boardbench.agent.board.sensor import Reading, Sensor
 
 # Below this no silicon works: Tegra's drivers say -256000 for a zone whose unit is switched off.
 _LEAST_CELSIUS = -100.0
+# Above this none does either: what says so is broken.
+_MOST_CELSIUS = 1000.0
 
 # What a zone answers while its unit is switched off, by driver.
 _SWITCHED_OFF = (errno.EAGAIN, errno.ENODATA, errno.EINVAL)
@@ -35,15 +38,15 @@ class ThermalZone:
     def read(self) -> Iterable[Reading]:
         """The temperature; nothing while the unit that the zone watches is switched off."""
         try:
-            celsius = int((self.path / "temp").read_text()) / 1000
-        except ValueError as error:
-            raise OSError(f"{self.path / 'temp'}: not a number") from error
+            celsius = sysfs.number(self.path / "temp") / 1000
         except OSError as error:
             if error.errno in _SWITCHED_OFF:
                 return []
             raise
         if celsius < _LEAST_CELSIUS:
             return []
+        if celsius > _MOST_CELSIUS:
+            raise sysfs.fault(self.path / "temp", f"{celsius:g} °C")
         return [Reading("temperature_celsius", self.name, celsius)]
 
 
@@ -56,34 +59,26 @@ class ProcessorCooling:
 
     def read(self) -> Iterable[Reading]:
         """The step; 0: not at all."""
-        try:
-            return [Reading("cooling_steps", self.name, float((self.path / "cur_state").read_text()))]
-        except ValueError as error:
-            raise OSError(f"{self.path / 'cur_state'}: not a number") from error
+        step = sysfs.number(self.path / "cur_state", least=0)
+        return [Reading("cooling_steps", self.name, float(step))]
 
 
 def find(root: Path) -> list[Sensor]:
     """Every thermal zone, and every cooling device that slows a processor."""
     folder = root / "sys/class/thermal"
-    zones = sorted(folder.glob("thermal_zone*"), key=_number)
-    coolings = sorted(folder.glob("cooling_device*"), key=_number)
+    zones = [path for path in sysfs.listed(folder, "thermal_zone") if sysfs.exists(path / "temp")]
+    coolings = [path for path in sysfs.listed(folder, "cooling_device") if _slows_a_processor(path)]
+    zone_names: set[str] = set()
+    cooling_names: set[str] = set()
     return [
-        *(ThermalZone(_type(path), path) for path in zones if (path / "temp").exists()),
-        *(ProcessorCooling(_type(path), path) for path in coolings if _slows_a_processor(path)),
+        *(ThermalZone(sysfs.distinct(_type(path), path.name, zone_names), path) for path in zones),
+        *(ProcessorCooling(sysfs.distinct(_type(path), path.name, cooling_names), path) for path in coolings),
     ]
 
 
 def _slows_a_processor(path: Path) -> bool:
-    return _type(path).startswith(_PROCESSOR_COOLING) and (path / "cur_state").exists()
-
-
-def _number(path: Path) -> int:
-    digits = path.name.lstrip("abcdefghijklmnopqrstuvwxyz_")
-    return int(digits) if digits.isdigit() else 0
+    return _type(path).startswith(_PROCESSOR_COOLING) and sysfs.exists(path / "cur_state")
 
 
 def _type(path: Path) -> str:
-    try:
-        return (path / "type").read_text().strip() or path.name
-    except OSError:
-        return path.name
+    return sysfs.word(path / "type") or path.name
