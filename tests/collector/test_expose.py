@@ -15,7 +15,7 @@ from boardbench.collector.expose import LABELS, METRICS, FleetCollector, process
 from boardbench.collector.fleet import Tally
 from boardbench.collector.look import DeviceView, Snapshot
 from boardbench.collector.store import LatestResult, LatestResults, Outcomes
-from boardbench.v1 import board_pb2, collector_pb2, placement_pb2, result_pb2
+from boardbench.v1 import board_pb2, collector_pb2, placement_pb2, result_pb2, scenario_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
@@ -108,6 +108,29 @@ def costly() -> result_pb2.RunResult:
     return result
 
 
+def sustained() -> result_pb2.RunResult:
+    """A long run on a board with a power rail that got hot, measured beside another and by two processes."""
+    result = result_pb2.RunResult(run_id="run-4", status=result_pb2.RUN_STATUS_SUCCEEDED)
+    result.board.device_id, result.model.name, result.model.sha256 = "pi5", "video.tflite", "cafe" * 16
+    result.runtime.name, result.runtime.device = "tflite", "cpu"
+    result.spec.scenario.kind = scenario_pb2.SCENARIO_KIND_PERIODIC
+    result.spec.scenario.rate_hertz = 30
+    result.validity = result_pb2.VALIDITY_INVALID
+    result.warnings.add(code="throttled", severity=result_pb2.SEVERITY_INVALID)
+    result.warnings.add(code="throttled_before", severity=result_pb2.SEVERITY_NOTE)
+    energy = result.energy
+    energy.mean_watts, energy.idle_watts, energy.energy_per_inference_joules = 6.4, 2.8, 0.0056
+    energy.energy_per_inference_low_joules, energy.energy_per_inference_high_joules = 0.0055, 0.0057
+    scenario = result.scenario
+    scenario.throughput_hertz, scenario.throughput_low_hertz, scenario.throughput_high_hertz = 29.98, 29.9, 30
+    scenario.deadline_misses, scenario.slowdown_ratio = 3, 1.31
+    result.interference.slowdown_ratio, result.processes.spread_ratio = 1.25, 0.006
+    environment = result.environment
+    environment.temperature_before_celsius, environment.temperature_after_celsius = 46, 82
+    environment.cpu_frequency_hertz = 1.8e9
+    return result
+
+
 @pytest.fixture
 def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot:
     """Two boards, one gone; a known, an unknown and a costly placement; something of everything."""
@@ -120,7 +143,7 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
     tally = Tally(stored=5, duplicates=2, store_failures=1, streams=3, superseded=1, silent=1)
     tally.refused.update({"run_id": 1, "too_large": 2})
     return snapshot(
-        [unknown, make_result("run-1"), costly()],
+        [unknown, make_result("run-1"), costly(), sustained()],
         drifts=2,
         devices=[board("pi4", up=False, heartbeat=None, last_seen_at=NOW - 300), board("pi5")],
         left_out={"pi5": 7},

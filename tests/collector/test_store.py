@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from boardbench.collector.errors import InvalidRequest, OutOfOrder, ResultRefused, StoreUnavailable
 from boardbench.collector.store import (
+    LONG,
     Places,
     Position,
     ResultFilter,
@@ -18,11 +19,12 @@ from boardbench.collector.store import (
     Series,
     Sighting,
     has_drifted,
+    list_at,
     places_of,
     series_of,
     split,
 )
-from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
+from boardbench.v1 import collector_pb2, placement_pb2, result_pb2, scenario_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
@@ -373,6 +375,37 @@ def test_a_series_is_told_by_everything_that_moves_the_figures(make_result: Make
         variant="a=1,xnnpack=false,input=1x224x224x3,inputs=c0ffeec0ffee",
     )
     assert series_of(result_pb2.RunResult()) == Series("", "", "", "", "", "")
+
+
+def test_a_scenario_is_a_series_of_its_own(make_result: MakeResult) -> None:
+    result = make_result()
+    result.spec.scenario.kind = scenario_pb2.SCENARIO_KIND_SINGLE_STREAM
+    assert series_of(result).variant == "", "single stream, said or not"
+    result.spec.scenario.kind = scenario_pb2.SCENARIO_KIND_PERIODIC
+    result.spec.scenario.rate_hertz = 29.97
+    assert series_of(result).variant == "scenario=periodic,rate_hertz=29.97"
+    result.spec.scenario.Clear()
+    result.spec.group.mode, result.spec.group.size = result_pb2.GROUP_MODE_INTERLEAVED, 2
+    assert series_of(result).variant == "", "taking turns changes nothing"
+    result.spec.group.mode = result_pb2.GROUP_MODE_CONCURRENT
+    assert series_of(result).variant == "concurrent=2"
+
+
+def test_every_long_list_is_in_the_detail_only(make_result: MakeResult) -> None:
+    result = make_result()
+    result.warm_up.runs = 3
+    result.warm_up.samples_nanoseconds.extend([5, 6, 7])
+    result.scenario.service.count = 2
+    result.scenario.service.samples_nanoseconds.extend([8, 9])
+    result.interference.alone.samples_nanoseconds.extend([10, 11])
+    result.telemetry.rate_hertz = 10
+    result.telemetry.series.add(quantity="power_watts", values=[1.5, 2.5], times_seconds=[0, 0.1])
+    summary, detail = split(result)
+    short = result_pb2.RunResult.FromString(summary)
+    assert (short.warm_up.runs, short.scenario.service.count, short.telemetry.rate_hertz) == (3, 2, 10)
+    assert not any(list_at(short, path) for path in LONG)
+    assert all(list_at(result, path) for path in LONG), "the result has them all"
+    assert result_pb2.RunResult.FromString(summary + detail) == result
 
 
 # Placement drift

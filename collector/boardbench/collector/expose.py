@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
@@ -66,13 +67,15 @@ LABELS: Mapping[str, str] = {
     "runtime": "Name of the runtime: tflite, onnxruntime, ….",
     "target": "Device that was asked of the runtime: cpu, edgetpu, ….",
     "threads": "Number of threads; empty: the engine's own default.",
-    "variant": "Engine options, shapes and inputs that were asked for; empty: none.",
+    "variant": "Engine options, shapes, inputs and scenario that were asked for; empty: none.",
     "percentile": "Percentile, 50 is the median.",
     "phase": "Phase of the worker's life: baseline, loaded, first_inference, steady.",
     "unit": "Where operations run: cpu, cpu_delegate, gpu, tpu, npu, delegate, unknown.",
     "verdict": "What all evidence says: accelerated, partly, not_accelerated, contradicted, unknown.",
     "evidence": "What the per-op list rests on: static, partition, profiled, counters, host_cpu.",
     "standin": "true when a stand-in took the accelerator's place, which says nothing about hardware.",
+    "validity": "What the measurement is worth: valid, doubtful, invalid.",
+    "moment": "before or after the run.",
     "status": "How runs ended: succeeded, failed, cancelled, unknown.",
     "format": "Model format: tflite, onnx, ….",
     "hostname": "Host name of the board.",
@@ -164,7 +167,44 @@ METRICS: tuple[Metric, ...] = (
         "boardbench_crossing_bytes", "Bytes that move between the accelerator and the CPU in one inference."
     ),
     _of_series("boardbench_result_timestamp_seconds", "When the run ended, by the board's clock."),
-    _of_series("boardbench_result_warnings", "Number of doubts that the result itself carries."),
+    _of_series(
+        "boardbench_result_warnings", "Number of doubts that the result itself carries; notes left out."
+    ),
+    _of_series(
+        "boardbench_result_validity_info",
+        "What the measurement is worth; absent when the agent does not judge.",
+        "validity",
+        kind="info",
+    ),
+    _of_series(
+        "boardbench_energy_per_inference_joules",
+        "Energy of one inference, idle subtracted; absent without a power rail.",
+    ),
+    _of_series("boardbench_energy_per_inference_low_joules", "Lower bound of the energy of one inference."),
+    _of_series("boardbench_energy_per_inference_high_joules", "Upper bound of the energy of one inference."),
+    _of_series("boardbench_power_watts", "Mean power of the rail while it was measured, idle included."),
+    _of_series("boardbench_idle_power_watts", "Mean power of the rail before the run."),
+    _of_series(
+        "boardbench_throughput_hertz", "Samples computed a second in the scenario; absent in single stream."
+    ),
+    _of_series("boardbench_throughput_low_hertz", "Lower bound of the throughput."),
+    _of_series("boardbench_throughput_high_hertz", "Upper bound of the throughput."),
+    _of_series("boardbench_deadline_misses", "Inferences of the run that ended after their deadline."),
+    _of_series(
+        "boardbench_sustained_slowdown_ratio",
+        "Median at the end of a sustained run over the median of its first window.",
+    ),
+    _of_series(
+        "boardbench_interference_ratio", "Median beside other models over the median of the model alone."
+    ),
+    _of_series(
+        "boardbench_process_spread_ratio",
+        "Half of the greatest difference between the medians of a run's processes, over their median.",
+    ),
+    _of_series(
+        "boardbench_run_temperature_celsius", "Hottest thermal zone before and after the run.", "moment"
+    ),
+    _of_series("boardbench_run_cpu_frequency_hertz", "Mean processor frequency at the end of the run."),
     _of_series(
         "boardbench_result_standin",
         "1 when an emulator or stand-in had a part in the run: the figures say nothing about hardware.",
@@ -443,11 +483,46 @@ def _result_samples(latest: LatestResult, base: tuple[str, ...]) -> Iterator[_Sa
     if result.HasField("finished_at"):
         time_seconds = result.finished_at.seconds + result.finished_at.nanos / 1e9
         yield "boardbench_result_timestamp_seconds", base, time_seconds
-    yield "boardbench_result_warnings", base, len(result.warnings)
+    doubts = [warning for warning in result.warnings if warning.severity != result_pb2.SEVERITY_NOTE]
+    yield "boardbench_result_warnings", base, len(doubts)
+    yield from _trust_samples(result, base)
     yield "boardbench_result_standin", base, _has_standin(result)
     if result.model.size_bytes > 0:
         yield "boardbench_model_size_bytes", base, result.model.size_bytes
     yield "boardbench_model_info", (*base, _label(result.model.format)), 1
+
+
+def _trust_samples(result: result_pb2.RunResult, base: tuple[str, ...]) -> Iterator[_Sample]:
+    """Returns what the measurement is worth, and what energy, scenario and surroundings add."""
+    if result.validity:
+        yield (
+            "boardbench_result_validity_info",
+            (*base, _enum_label(result_pb2.Validity, result.validity)),
+            1,
+        )
+    fields: tuple[tuple[Message, str, str], ...] = (
+        (result.energy, "energy_per_inference_joules", "energy_per_inference_joules"),
+        (result.energy, "energy_per_inference_low_joules", "energy_per_inference_low_joules"),
+        (result.energy, "energy_per_inference_high_joules", "energy_per_inference_high_joules"),
+        (result.energy, "mean_watts", "power_watts"),
+        (result.energy, "idle_watts", "idle_power_watts"),
+        (result.scenario, "throughput_hertz", "throughput_hertz"),
+        (result.scenario, "throughput_low_hertz", "throughput_low_hertz"),
+        (result.scenario, "throughput_high_hertz", "throughput_high_hertz"),
+        (result.scenario, "deadline_misses", "deadline_misses"),
+        (result.scenario, "slowdown_ratio", "sustained_slowdown_ratio"),
+        (result.interference, "slowdown_ratio", "interference_ratio"),
+        (result.processes, "spread_ratio", "process_spread_ratio"),
+        (result.environment, "cpu_frequency_hertz", "run_cpu_frequency_hertz"),
+    )
+    for message, field, name in fields:
+        if message.HasField(field):
+            yield f"boardbench_{name}", base, getattr(message, field)
+    environment: Message = result.environment
+    for moment in ("before", "after"):
+        field = f"temperature_{moment}_celsius"
+        if environment.HasField(field):
+            yield "boardbench_run_temperature_celsius", (*base, moment), getattr(environment, field)
 
 
 def _memory_samples(memory: result_pb2.Memory, base: tuple[str, ...]) -> Iterator[_Sample]:

@@ -12,10 +12,10 @@ import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from boardbench.collector.errors import InvalidRequest, ResultRefused
-from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
+from boardbench.v1 import collector_pb2, placement_pb2, result_pb2, scenario_pb2
 
 MAX_ID_LENGTH = 128
 """Longest run, device and spool identity in characters: a UUID has 36, a host name at most 64."""
@@ -349,23 +349,39 @@ def finished_microseconds(result: result_pb2.RunResult, received_at: float) -> i
 def split(result: result_pb2.RunResult) -> tuple[bytes, bytes]:
     """Returns the record as (summary, detail), whose concatenation is the whole.
 
-    Protobuf merges messages whose bytes are joined: the detail holds only the two long lists (raw samples,
-    per-op list), so that everything that reads many results reads kilobytes and not megabytes.
+    Protobuf merges messages whose bytes are joined: the detail holds only the long lists (:data:`LONG`), so
+    that everything that reads many results reads kilobytes and not megabytes.
     https://protobuf.dev/programming-guides/encoding/#last-one-wins
     """
-    has_samples = bool(result.latency.samples_nanoseconds)
-    has_ops = bool(result.placement.ops)
-    if not (has_samples or has_ops):
+    there = [path for path in LONG if list_at(result, path)]
+    if not there:
         return result.SerializeToString(deterministic=True), b""
     summary, detail = result_pb2.RunResult(), result_pb2.RunResult()
     summary.CopyFrom(result)
-    if has_samples:
-        detail.latency.samples_nanoseconds.MergeFrom(result.latency.samples_nanoseconds)
-        del summary.latency.samples_nanoseconds[:]
-    if has_ops:
-        detail.placement.ops.MergeFrom(result.placement.ops)
-        del summary.placement.ops[:]
+    for path in there:
+        # Through the detail's own path, so that a message on the way is there only with its list.
+        list_at(detail, path).MergeFrom(list_at(result, path))
+        del list_at(summary, path)[:]
     return summary.SerializeToString(deterministic=True), detail.SerializeToString(deterministic=True)
+
+
+LONG = (
+    "latency.samples_nanoseconds",
+    "placement.ops",
+    "warm_up.samples_nanoseconds",
+    "scenario.service.samples_nanoseconds",
+    "interference.alone.samples_nanoseconds",
+    "telemetry.series",
+)
+"""The lists of a result that grow with the run or the model."""
+
+
+def list_at(result: result_pb2.RunResult, path: str) -> Any:
+    """Returns the list at one of the paths in :data:`LONG`."""
+    found: Any = result
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def series_of(result: result_pb2.RunResult) -> Series:
@@ -386,6 +402,7 @@ def series_of(result: result_pb2.RunResult) -> Series:
     ]
     if result.spec.inputs_sha256:
         parts.append(f"inputs={result.spec.inputs_sha256[:12]}")
+    parts += _scenario_parts(result.spec)
     return Series(
         model_name=result.model.name,
         model_sha256=result.model.sha256,
@@ -394,6 +411,22 @@ def series_of(result: result_pb2.RunResult) -> Series:
         threads=threads,
         variant=",".join(parts),
     )
+
+
+def _scenario_parts(spec: result_pb2.BenchmarkSpec) -> list[str]:
+    """What of the scenario makes its latency another quantity; nothing in single stream."""
+    parts = []
+    scenario = spec.scenario
+    plain = (scenario_pb2.SCENARIO_KIND_UNSPECIFIED, scenario_pb2.SCENARIO_KIND_SINGLE_STREAM)
+    if scenario.kind not in plain:
+        entry = scenario_pb2.ScenarioKind.DESCRIPTOR.values_by_number.get(scenario.kind)
+        name = entry.name.removeprefix("SCENARIO_KIND_").lower() if entry is not None else "unknown"
+        parts.append(f"scenario={name}")
+        told = {field.name: value for field, value in scenario.ListFields()}
+        parts += [f"{name}={told[name]:g}" for name in ("rate_hertz", "streams", "batch") if name in told]
+    if spec.group.mode == result_pb2.GROUP_MODE_CONCURRENT:
+        parts.append(f"concurrent={spec.group.size}")
+    return parts
 
 
 def check_limit(limit: int) -> None:

@@ -104,6 +104,7 @@ def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
                 _ending(result),
                 _percentile(result, 50),
                 _percentile(result, 99),
+                _energy(result),
                 _verdict(result),
                 _placement(result),
                 _fallback(result.placement),
@@ -112,7 +113,7 @@ def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
         )
     return _table(
         (
-            *("run", "=ended (UTC)", "board", "~model", "runtime", "ending", "#p50", "#p99"),
+            *("run", "=ended (UTC)", "board", "~model", "runtime", "ending", "#p50", "#p99", "#energy"),
             *("accelerated", "~operations", "#fallback", "~doubts"),
         ),
         rows,
@@ -141,6 +142,10 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _ending(result: result_pb2.RunResult) -> str:
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
         doubts = len(_doubts(result))
+        if result.validity == result_pb2.VALIDITY_INVALID:
+            return 'succeeded, <span class="bad">INVALID</span>'
+        if result.validity == result_pb2.VALIDITY_VALID and not doubts:
+            return '<span class="good">valid</span>'
         if not doubts:
             return '<span class="good">succeeded</span>'
         return f'succeeded, <span class="doubt">{doubts} doubt{"s" if doubts > 1 else ""}</span>'
@@ -152,7 +157,8 @@ def _ending(result: result_pb2.RunResult) -> str:
 
 
 def _doubts(result: result_pb2.RunResult) -> list[str]:
-    return [warning.code for warning in result.warnings] + [f"stand-in {name}" for name in result.standins]
+    codes = [warning.code for warning in result.warnings if warning.severity != result_pb2.SEVERITY_NOTE]
+    return codes + [f"stand-in {name}" for name in result.standins]
 
 
 def _percentile(result: result_pb2.RunResult, which: float) -> str:
@@ -162,6 +168,13 @@ def _percentile(result: result_pb2.RunResult, which: float) -> str:
         if percentile.percentile == which:
             return f"{percentile.seconds * 1e3:,.3f} ms"
     return "–"
+
+
+def _energy(result: result_pb2.RunResult) -> str:
+    """Returns the energy of one inference, idle subtracted."""
+    if not result.energy.HasField("energy_per_inference_joules"):
+        return "–"
+    return f"{result.energy.energy_per_inference_joules * 1e3:,.3f} mJ"
 
 
 _VERDICTS = {
