@@ -166,9 +166,7 @@ def test_mistake_in_a_severity_names_its_variable() -> None:
 
 
 def test_severities_are_a_table_of_their_own(tmp_path: Path) -> None:
-    text = (
-        "[validity]\nload_doubtful = 0.2\n[validity.severity]\ngovernor = 'doubtful'\nemulated = 'note'\n"
-    )
+    text = "[validity]\nload_doubtful = 0.2\n[validity.severity]\ngovernor = 'doubtful'\nemulated = 'note'\n"
     found = load(written(tmp_path, text), {}).validity
     assert found.load_doubtful == 0.2
     assert found.severity == {"governor": "doubtful", "emulated": "note"}

@@ -208,11 +208,11 @@ class ValidityConfig:
         if self.severity:
             from boardbench.agent.validity import codes
 
-            known = codes()
+            known = sorted(codes())
             for code, name in self.severity.items():
                 if code not in known:
                     raise ConfigurationError(
-                        f"validity.severity: no warning is called {code!r}; there are {', '.join(sorted(known))}"
+                        f"validity.severity: no warning is called {code!r}; there are {', '.join(known)}"
                     )
                 if name not in SEVERITIES:
                     raise ConfigurationError(

@@ -38,8 +38,8 @@ RULES = (
     Rule(
         "throttled",
         "while it was measured, the firmware or the kernel slowed the processors or the accelerator down: "
-        "bits of the Raspberry Pi's firmware, steps of a cooling device, counters of an x86 processor, reasons "
-        "that a GPU gives",
+        "bits of the Raspberry Pi's firmware, steps of a cooling device, counters of an x86 processor, "
+        "reasons that a GPU gives",
         "invalid; in a sustained scenario a note",
         "a throttled board is another board; a sustained run is made to show just that",
         "cool the board, or wait for it with --cool-down, then run again",
