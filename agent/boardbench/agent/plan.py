@@ -6,9 +6,12 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from google.protobuf import json_format
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent import wire, worker
@@ -17,13 +20,21 @@ from boardbench.agent.board.identify import EMULATORS
 from boardbench.agent.config import SpecConfig
 from boardbench.agent.errors import InvalidRequest, NotRunnable
 from boardbench.agent.version import version
-from boardbench.v1 import board_pb2, model_pb2, result_pb2
+from boardbench.v1 import board_pb2, model_pb2, result_pb2, scenario_pb2
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 _DAY_SECONDS = 86400.0
+_HOUR_SECONDS = 3600.0
 # Bounds of what can be asked for: beyond them it is a mistake, or would fill the board.
-_MOST_SECONDS = {"duration_seconds": _DAY_SECONDS, "warm_up_seconds": 3600.0, "timeout_seconds": _DAY_SECONDS}
+_MOST_SECONDS = {
+    "duration_seconds": _DAY_SECONDS,
+    "warm_up_seconds": _HOUR_SECONDS,
+    "timeout_seconds": _DAY_SECONDS,
+    "precision_seconds": _DAY_SECONDS,
+    "cool_down_seconds": _HOUR_SECONDS,
+    "idle_seconds": 600.0,
+}
 _MOST_RUNS = {
     "min_runs": 1_000_000,
     "max_runs": 1_000_000,
@@ -34,6 +45,48 @@ _MOST_RUNS = {
 _MOST_THREADS = 1024
 _MOST_DIMENSIONS = 16
 _MOST_SIZE = 2**31 - 1
+# Each loads the model: a hundred of the smallest take minutes.
+_MOST_PROCESSES = 100
+_MOST_TARGETS = 16
+# As many models as anybody compares in one go, or runs at the same time.
+_MOST_MEMBERS = 32
+# Reading all sensors of a board takes about a hundredth of a second.
+_MOST_SAMPLE_HERTZ = 100.0
+# What thermal zones can show.
+_CELSIUS = (-40.0, 150.0)
+
+_SINGLE_STREAM = scenario_pb2.SCENARIO_KIND_SINGLE_STREAM
+_OFFLINE = scenario_pb2.SCENARIO_KIND_OFFLINE
+_MULTI_STREAM = scenario_pb2.SCENARIO_KIND_MULTI_STREAM
+_SUSTAINED = scenario_pb2.SCENARIO_KIND_SUSTAINED
+_AT_A_RATE = (scenario_pb2.SCENARIO_KIND_PERIODIC, scenario_pb2.SCENARIO_KIND_POISSON)
+# The scenarios that a field says something to, and its bounds.
+_SCENARIO_FIELDS: Mapping[str, tuple[tuple[int, ...], float, float]] = {
+    "rate_hertz": (_AT_A_RATE, 1e-3, 1e6),
+    "deadline_seconds": (_AT_A_RATE, 1e-6, _HOUR_SECONDS),
+    "streams": ((_OFFLINE, _MULTI_STREAM), 1, 1024),
+    "batch": ((_OFFLINE,), 1, 65536),
+    "window_seconds": ((_SUSTAINED,), 1e-3, _DAY_SECONDS),
+}
+# MLPerf's: https://github.com/mlcommons/inference_policies/blob/master/inference_rules.adoc
+_SAMPLES_A_QUERY = 8
+# A minute shows heat, and a tenth of the run is short enough to see it come.
+_WINDOW_SECONDS = 60.0
+_WINDOWS = 10
+
+# ±0.01 %: clocks and boards are no steadier than that, whatever the number of inferences. The worker has the
+# same bounds.
+_LEAST_RATIO = 0.0001
+_MOST_RATIO = 0.99
+# Of several processes each is to be so much more precise than an even share of the precision: pooled they
+# then nearly always reach what was asked for, for a fifth more time.
+_PRECISION_MARGIN = 0.9
+# Of a model by itself, before it runs at the same time as others: its share of the time, and at most this.
+_ALONE_SHARE = 1 / 3
+_MOST_ALONE_SECONDS = 10.0
+
+# Of the bounds of every figure, as everybody expects it.
+_CONFIDENCE = 0.95
 
 # Progress is for eyes.
 _PROGRESS_SECONDS = 0.25
@@ -70,10 +123,116 @@ def check_spec(spec: result_pb2.BenchmarkSpec) -> None:
         raise InvalidRequest(
             f"inputs_sha256 is {spec.inputs_sha256[:80]!r}; it must be 64 lower-case hex digits"
         )
+    _check_precision(spec)
+    _check_processes(spec)
+    _check_scenario(spec)
+    _check_surroundings(spec)
+    _check_group(spec)
 
 
-def _given(spec: result_pb2.BenchmarkSpec, name: str) -> bool:
-    return bool(spec.HasField(name))  # type: ignore[arg-type]  # the stub wants literals
+def _check_precision(spec: result_pb2.BenchmarkSpec) -> None:
+    for target in spec.precision:
+        if not 0 < target.percentile < 100:
+            raise InvalidRequest(
+                f"precision has the percentile {target.percentile:g}; it must be above 0 and below 100"
+            )
+        if not _LEAST_RATIO <= target.ratio < 1:
+            raise InvalidRequest(
+                f"precision wants p{target.percentile:g} within a share of {target.ratio:g}; it must be from "
+                f"{_LEAST_RATIO:g} up and below 1 (0.01 is ±1 %)"
+            )
+    named = [target.percentile for target in spec.precision]
+    if len(named) > _MOST_TARGETS or len(set(named)) < len(named):
+        raise InvalidRequest(f"precision names a percentile twice, or more than {_MOST_TARGETS}")
+    if _given(spec, "confidence") and not 0.5 <= spec.confidence <= 0.999:
+        raise InvalidRequest(f"confidence is {spec.confidence:g}; it must be from 0.5 to 0.999")
+    if not _given(spec, "precision_seconds"):
+        return
+    if not spec.precision:
+        raise InvalidRequest("precision_seconds bounds a precision, and none is asked for: leave it out")
+    if spec.precision_seconds <= 0:
+        raise InvalidRequest("precision_seconds is 0; leave it out for the default")
+    if _given(spec, "duration_seconds") and spec.duration_seconds > spec.precision_seconds:
+        raise InvalidRequest(
+            f"duration_seconds is {spec.duration_seconds:g} and precision_seconds "
+            f"{spec.precision_seconds:g}: the measurement lasts at least the first, at most the second"
+        )
+
+
+def _check_processes(spec: result_pb2.BenchmarkSpec) -> None:
+    if not _given(spec, "processes"):
+        return
+    if not 1 <= spec.processes <= _MOST_PROCESSES:
+        raise InvalidRequest(f"processes is {spec.processes}; it must be from 1 to {_MOST_PROCESSES}")
+    if _given(spec, "max_runs") and spec.max_runs < spec.processes:
+        raise InvalidRequest(
+            f"max_runs is {spec.max_runs} and processes {spec.processes}: each counts at least one inference"
+        )
+
+
+def _check_scenario(spec: result_pb2.BenchmarkSpec) -> None:
+    scenario = spec.scenario
+    kind = scenario.kind or _SINGLE_STREAM
+    if kind not in scenario_pb2.ScenarioKind.values():
+        raise InvalidRequest(f"there is no scenario {kind}: the agent may be older than what asks it")
+    name = scenario_name(kind)
+    for field_name, (takers, least, most) in _SCENARIO_FIELDS.items():
+        if not _given(scenario, field_name):
+            continue
+        value = getattr(scenario, field_name)
+        if kind not in takers:
+            raise InvalidRequest(
+                f"scenario.{field_name} says nothing to {name}; it is for "
+                + " and ".join(scenario_name(taker) for taker in takers)
+            )
+        # Not the other way round: NaN is in no bounds.
+        if not least <= value <= most:
+            raise InvalidRequest(f"scenario.{field_name} is {value:g}; it must be from {least:g} to {most:g}")
+    if kind in _AT_A_RATE and not _given(scenario, "rate_hertz"):
+        raise InvalidRequest(f"{name} needs scenario.rate_hertz: how many inferences a second")
+    if kind == _SUSTAINED and (spec.precision or spec.processes > 1):
+        raise InvalidRequest(
+            "a sustained run lasts its duration_seconds, in one process: leave precision and processes out"
+        )
+
+
+def _check_surroundings(spec: result_pb2.BenchmarkSpec) -> None:
+    least, most = _CELSIUS
+    if _given(spec, "cool_down_celsius") and not least <= spec.cool_down_celsius <= most:
+        raise InvalidRequest(
+            f"cool_down_celsius is {spec.cool_down_celsius:g}; it must be from {least:g} to {most:g}"
+        )
+    if _given(spec, "cool_down_seconds") and not _given(spec, "cool_down_celsius"):
+        raise InvalidRequest("cool_down_seconds says how long to wait for cool_down_celsius: give that, too")
+    if _given(spec, "sample_hertz") and not 0 <= spec.sample_hertz <= _MOST_SAMPLE_HERTZ:
+        raise InvalidRequest(
+            f"sample_hertz is {spec.sample_hertz:g}; it must be from 0 to {_MOST_SAMPLE_HERTZ:g}"
+        )
+
+
+def _check_group(spec: result_pb2.BenchmarkSpec) -> None:
+    if not _given(spec, "group"):
+        return
+    group = spec.group
+    if not RUN_ID.fullmatch(group.id):
+        raise InvalidRequest(
+            f"group.id is {group.id[:80]!r}; it must be 1 to 64 letters, digits, '-' or '_', and begin with "
+            "a letter or digit"
+        )
+    if not 2 <= group.size <= _MOST_MEMBERS:
+        raise InvalidRequest(f"group.size is {group.size}; it must be from 2 to {_MOST_MEMBERS}")
+    if group.mode not in (result_pb2.GROUP_MODE_INTERLEAVED, result_pb2.GROUP_MODE_CONCURRENT):
+        raise InvalidRequest("group.mode is neither GROUP_MODE_INTERLEAVED nor GROUP_MODE_CONCURRENT")
+
+
+def scenario_name(kind: int) -> str:
+    """The scenario as a person reads it: "multi stream"."""
+    name = scenario_pb2.ScenarioKind.Name(scenario_pb2.ScenarioKind.ValueType(kind))
+    return name.removeprefix("SCENARIO_KIND_").lower().replace("_", " ")
+
+
+def _given(message: Message, name: str) -> bool:
+    return bool(message.HasField(name))
 
 
 @dataclass(frozen=True)
@@ -86,6 +245,77 @@ class Plan:
     # After its warm-up the worker waits until it is told to measure, and when it has measured it goes on,
     # uncounted, until it is told to stop: so that several measure at the same time.
     held: bool = False
+    # By name, from where on the worker raises a doubt, where that is configured otherwise than it has it.
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many processes measure, one after the other."""
+        return self.spec.processes
+
+    def of_process(self, position: int) -> Plan:
+        """What the process at this position, from 0, does of it: an even share, and what one does for all."""
+        count = self.processes
+        if count == 1:
+            return self
+        spec = result_pb2.BenchmarkSpec()
+        spec.CopyFrom(self.spec)
+        spec.processes = 1
+        spec.duration_seconds /= count
+        spec.min_runs = max(1, _share(spec.min_runs, position, count))
+        spec.max_runs = _share(spec.max_runs, position, count)
+        if spec.precision:
+            spec.precision_seconds /= count
+            for target in spec.precision:
+                # The bounds of what is pooled are narrower by the root of the number.
+                target.ratio = min(_MOST_RATIO, target.ratio * math.sqrt(count) * _PRECISION_MARGIN)
+        if position > 0:
+            spec.idle_seconds = 0.0
+        # The last one, after which nothing is measured any more.
+        if position < count - 1:
+            spec.profile_runs = 0
+        return replace(self, spec=spec)
+
+    def alone(self) -> Plan:
+        """A short measurement of the same in the same way, to set what it is beside others against.
+
+        Whatever else is to be known of the model is looked for here, while nothing else runs.
+        """
+        spec = result_pb2.BenchmarkSpec()
+        spec.CopyFrom(self.spec)
+        if spec.scenario.kind == _SUSTAINED:
+            spec.ClearField("scenario")
+        spec.duration_seconds = min(spec.duration_seconds * _ALONE_SHARE, _MOST_ALONE_SECONDS)
+        spec.min_runs = max(1, math.ceil(spec.min_runs * _ALONE_SHARE))
+        if spec.precision:
+            spec.precision_seconds = max(
+                spec.duration_seconds, min(spec.precision_seconds * _ALONE_SHARE, _MOST_ALONE_SECONDS)
+            )
+        return replace(self, spec=spec)
+
+    def together(self) -> Plan:
+        """The same, held until all others are ready."""
+        spec = result_pb2.BenchmarkSpec()
+        spec.CopyFrom(self.spec)
+        spec.idle_seconds, spec.profile_runs = 0.0, 0
+        return replace(self, spec=spec, held=True)
+
+
+def _share(whole: int, position: int, count: int) -> int:
+    return whole // count + (position < whole % count)
+
+
+def counted_seconds(spec: result_pb2.BenchmarkSpec) -> float:
+    """How long counting may take by what the spec says, besides the time of the inferences themselves."""
+    seconds = max(spec.duration_seconds, spec.precision_seconds if spec.precision else 0.0)
+    if spec.scenario.rate_hertz:
+        seconds = max(seconds, spec.min_runs / spec.scenario.rate_hertz)
+    return seconds
+
+
+def samples_a_run(spec: result_pb2.BenchmarkSpec) -> int:
+    """How many inferences, one after the other or side by side, count as one in the scenario."""
+    return max(1, spec.scenario.streams)
 
 
 def plan(
@@ -93,6 +323,7 @@ def plan(
     asked: result_pb2.BenchmarkSpec,
     statuses: tuple[board_pb2.RuntimeStatus, ...],
     defaults: SpecConfig,
+    thresholds: Mapping[str, float] | None = None,
 ) -> Plan:
     """What will be done. Raises InvalidRequest for a bad spec, NotRunnable when the board can't do it."""
     check_spec(asked)
@@ -110,27 +341,70 @@ def plan(
     spec = result_pb2.BenchmarkSpec()
     spec.CopyFrom(asked)
     spec.runtime, spec.device = status.name, device
-    for name in ("duration_seconds", "warm_up_seconds", "warm_up_runs", "timeout_seconds"):
+    _fill_in(spec, asked, defaults)
+    if _given(asked, "timeout_seconds") and spec.timeout_seconds <= counted_seconds(spec):
+        raise InvalidRequest(
+            f"timeout_seconds is {spec.timeout_seconds:g} and the measurement alone takes "
+            f"{counted_seconds(spec):g} s: give it more time, or a shorter duration_seconds"
+        )
+    if not _given(asked, "timeout_seconds"):
+        each = spec.warm_up_seconds + spec.cool_down_seconds
+        spec.timeout_seconds += counted_seconds(spec) + spec.idle_seconds + each * spec.processes
+    found = Plan(status, spec, thresholds=thresholds or {})
+    if len(job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 3 * _PATH_BYTES:
+        raise InvalidRequest("options and shapes together are too long for a job")
+    return found
+
+
+def _fill_in(spec: result_pb2.BenchmarkSpec, asked: result_pb2.BenchmarkSpec, defaults: SpecConfig) -> None:
+    """Every default, none of which contradicts what was asked for."""
+    sustained = spec.scenario.kind == _SUSTAINED
+    if not _given(spec, "duration_seconds"):
+        spec.duration_seconds = defaults.duration_seconds
+        if sustained:
+            spec.duration_seconds = defaults.sustained_seconds
+        elif spec.precision:
+            spec.duration_seconds = defaults.precision_least_seconds
+            if _given(asked, "precision_seconds"):
+                spec.duration_seconds = min(spec.duration_seconds, spec.precision_seconds)
+    if spec.precision and not _given(spec, "precision_seconds"):
+        spec.precision_seconds = max(defaults.precision_seconds, spec.duration_seconds)
+    for name in ("warm_up_seconds", "warm_up_runs", "timeout_seconds"):
         if not _given(spec, name):
             setattr(spec, name, getattr(defaults, name))
-    # A default never contradicts what was asked for.
+    if not _given(spec, "processes"):
+        interleaved = spec.group.mode == result_pb2.GROUP_MODE_INTERLEAVED and not sustained
+        spec.processes = defaults.interleaved_processes if interleaved else 1
+        if _given(spec, "max_runs"):
+            spec.processes = min(spec.processes, spec.max_runs)
     if not _given(spec, "max_runs"):
-        spec.max_runs = max(defaults.max_runs, spec.min_runs)
+        most = _MOST_RUNS["max_runs"] if sustained else defaults.max_runs
+        spec.max_runs = max(most, spec.min_runs, spec.processes)
     if not _given(spec, "min_runs"):
         spec.min_runs = min(defaults.min_runs, spec.max_runs)
     if not _given(spec, "seed"):
         spec.seed = 0
-    if _given(asked, "timeout_seconds") and spec.timeout_seconds <= spec.duration_seconds:
-        raise InvalidRequest(
-            f"timeout_seconds is {spec.timeout_seconds:g} and the measurement alone takes "
-            f"{spec.duration_seconds:g} s: give it more time, or a shorter duration_seconds"
-        )
-    if not _given(asked, "timeout_seconds"):
-        spec.timeout_seconds += spec.duration_seconds + spec.warm_up_seconds
-    found = Plan(status, spec)
-    if len(job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 3 * _PATH_BYTES:
-        raise InvalidRequest("options and shapes together are too long for a job")
-    return found
+    if not _given(spec, "confidence"):
+        spec.confidence = _CONFIDENCE
+    if _given(spec, "cool_down_celsius") and not _given(spec, "cool_down_seconds"):
+        spec.cool_down_seconds = defaults.cool_down_seconds
+    _fill_in_scenario(spec)
+
+
+def _fill_in_scenario(spec: result_pb2.BenchmarkSpec) -> None:
+    scenario = spec.scenario
+    if scenario.kind in _AT_A_RATE and not _given(scenario, "deadline_seconds"):
+        scenario.deadline_seconds = 1 / scenario.rate_hertz
+    elif scenario.kind in (_OFFLINE, _MULTI_STREAM) and not _given(scenario, "streams"):
+        scenario.streams = _SAMPLES_A_QUERY if scenario.kind == _MULTI_STREAM else 1
+    elif scenario.kind == _SUSTAINED:
+        if not _given(scenario, "window_seconds"):
+            scenario.window_seconds = min(_WINDOW_SECONDS, spec.duration_seconds / _WINDOWS)
+        elif scenario.window_seconds > spec.duration_seconds:
+            raise InvalidRequest(
+                f"scenario.window_seconds is {scenario.window_seconds:g} and the run lasts "
+                f"{spec.duration_seconds:g} s: a window is shorter than the run"
+            )
 
 
 _PATH_BYTES = 4096
@@ -195,6 +469,19 @@ def job_line(plan: Plan, format: str, model: Path, inputs: Path | None, sys_root
         job["allow_fallback"] = True
     if _given(spec, "profile_runs"):
         job["profile_runs"] = spec.profile_runs
+    if spec.precision:
+        job["precision"] = [
+            {"percentile": target.percentile, "ratio": target.ratio} for target in spec.precision
+        ]
+        job["precision_seconds"] = spec.precision_seconds
+    if _given(spec, "confidence") and spec.confidence != _CONFIDENCE:
+        job["confidence"] = spec.confidence
+    if _given(spec, "scenario"):
+        job["scenario"] = json_format.MessageToDict(spec.scenario, preserving_proto_field_name=True)
+    if plan.thresholds:
+        job["thresholds"] = dict(plan.thresholds)
+    if plan.held:
+        job["hold"] = job["until_told"] = True
     if sys_root != Path("/"):
         job["sys_root"] = str(sys_root)
     return json.dumps(job, separators=(",", ":")).encode()
