@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from boardbench.agent.board import sysfs
+
 _KILOHERTZ = 1000.0
 
 # Under these the kernel itself does not move the frequency.
@@ -75,7 +77,7 @@ def processor_names(numbers: Iterable[int]) -> str:
 
 
 def _policy(root: Path, folder: Path) -> Policy:
-    related = _text(folder / "affected_cpus") or _text(folder / "related_cpus")
+    related = sysfs.word(folder / "affected_cpus") or sysfs.word(folder / "related_cpus")
     numbers = tuple(int(word) for word in related.split() if word.isdigit())
     if not numbers:
         here = folder.name if folder.name.startswith("policy") else folder.parent.name
@@ -83,9 +85,9 @@ def _policy(root: Path, folder: Path) -> Policy:
     return Policy(
         path=folder.relative_to(root).as_posix(),
         processors=numbers,
-        governor=_text(folder / "scaling_governor"),
-        governors=tuple(_text(folder / "scaling_available_governors").split()),
-        driver=_text(folder / "scaling_driver"),
+        governor=sysfs.word(folder / "scaling_governor"),
+        governors=tuple(sysfs.word(folder / "scaling_available_governors").split()),
+        driver=sysfs.word(folder / "scaling_driver"),
         least_hertz=_hertz(folder / "scaling_min_freq"),
         most_hertz=_hertz(folder / "scaling_max_freq"),
         hardware_hertz=_hertz(folder / "cpuinfo_max_freq"),
@@ -98,12 +100,5 @@ def _number(name: str, prefix: str) -> int:
 
 
 def _hertz(path: Path) -> float | None:
-    text = _text(path)
+    text = sysfs.word(path)
     return int(text) * _KILOHERTZ if text.isdigit() and int(text) else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from boardbench.agent import folder
+from boardbench.agent.board import sysfs
 from boardbench.agent.board.identify import USB_ACCELERATORS
 from boardbench.agent.board.policies import Policy, policies, processor_names
 from boardbench.agent.errors import AgentError
@@ -209,7 +210,9 @@ class Tuner:
                 if self._journal.exists() or self._to_do():
                     self._claim()
                     self._set()
-            except (OSError, AgentError) as error:
+            except AgentError as error:
+                self._failed.append(f"nothing was set: {error}")
+            except OSError as error:
                 self._failed.append(f"nothing was set, since how it was can't be noted first: {error}")
             self._forget_if_done()
             return self._told()
@@ -401,6 +404,8 @@ class Tuner:
             # It asks before it overwrites, and nobody would answer.
             self._stored_clocks.unlink(missing_ok=True)
             self._run((program, "--store", str(self._stored_clocks)), self._home())
+            if not self._stored_clocks.exists():
+                raise CommandFailed("it stored nothing")
             _sync(self._stored_clocks)
             self._clocks = True
             self._note()
@@ -590,7 +595,7 @@ def _boot_id(root: Path) -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").strip()
+        return sysfs.content(path).decode("utf-8", "replace").strip()
     except OSError:
         return None
 
