@@ -1,4 +1,4 @@
-"""What is set for a measurement and put back: on copies of the trees in ``tests/boards``, with real crashes."""
+"""What is set for a measurement and put back: on copies of the boards' trees, with real crashes."""
 
 from __future__ import annotations
 
