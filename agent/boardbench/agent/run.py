@@ -19,7 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from boardbench.agent import validity, wire, worker
 from boardbench.agent.board.surroundings import Surroundings
 from boardbench.agent.config import AgentConfig
-from boardbench.agent.plan import Job, blank_result, job_line
+from boardbench.agent.plan import Job, blank_result, counted_seconds, job_line, samples_a_run
 from boardbench.v1 import agent_pb2, board_pb2, placement_pb2, result_pb2
 
 # Why a run failed, when the agent says so; the worker's own codes are in bench/__main__.py.
@@ -259,6 +259,8 @@ class Attempt:
         elif isinstance(event, wire.Ready | wire.Counted):
             self._hold(event)
         elif isinstance(event, result_pb2.RunResult):
+            if self._job.plan.held and not self.counted.is_set():
+                raise wire.MalformedEvent("a result of a measurement that was to go on")
             self._report = event
             self._look_back()
             self._limit(self._deadlines.exit_seconds)
@@ -313,11 +315,11 @@ class Attempt:
     def _stage_seconds(self, stage: int) -> float:
         spec = self._job.plan.spec
         base: float = getattr(self._deadlines, _STAGE_KEYS[result_pb2.Stage.ValueType(stage)])
-        inference = _SLOWER_THAN_FIRST * self._first_inference_seconds
+        inference = _SLOWER_THAN_FIRST * self._first_inference_seconds * samples_a_run(spec)
         if stage == result_pb2.STAGE_WARM_UP:
             return base + 2 * spec.warm_up_seconds + inference * (spec.warm_up_runs + 1)
         if stage == result_pb2.STAGE_MEASURE:
-            return base + 2 * spec.duration_seconds + inference * (spec.min_runs + 1)
+            return base + 2 * counted_seconds(spec) + inference * (spec.min_runs + 1)
         return base
 
     def _profile_seconds(self) -> float:
