@@ -106,6 +106,7 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         self.on_chunk: Callable[[agent_pb2.PushChunk, grpc.ServicerContext], None] = lambda chunk, context: (
             None
         )
+        self.before_run: Callable[[str, grpc.ServicerContext], None] = lambda name, context: None
         self.headers: list[agent_pb2.PushHeader] = []
         self.resumed_from: list[int] = []
         self.received_bytes = 0
@@ -212,6 +213,7 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         self.calls.append("RunBenchmark")
         if request.model_sha256 not in self.stored:
             context.abort(grpc.StatusCode.NOT_FOUND, "no such model here: push it first")
+        self.before_run(self.stored[request.model_sha256].model.name, context)
         run = self.runs.get(request.run_id)
         if run is None:
             run = self.runs[request.run_id] = ScriptedRun(request)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import threading
 from pathlib import Path
 
 import grpc
 import pytest
 
 from boardbench.v1 import agent_pb2, result_pb2
+
+from .conftest import sample_result
 
 MIB = 1 << 20
 
@@ -391,3 +394,66 @@ def test_what_contradicts_itself_about_the_placement_starts_nothing(
     assert done.code == 2
     assert words in " ".join(done.err.split())
     assert not board.calls
+
+
+# Runs that are measured together
+
+
+@pytest.mark.parametrize(
+    ("flag", "mode", "processes"),
+    [
+        ("--interleave", result_pb2.GROUP_MODE_INTERLEAVED, 6),
+        ("--concurrent", result_pb2.GROUP_MODE_CONCURRENT, 0),
+    ],
+)
+def test_runs_together_are_one_group(board, boardbench, model_file, tmp_path, flag, mode, processes):
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"other")
+    everybody = threading.Barrier(2, timeout=30)
+
+    def together(board, run):
+        everybody.wait()  # as a board does: no member begins before all are there
+        run.finish(sample_result("success"))
+
+    board.script = together
+    done = boardbench("push", model_file, other, "--to", f"127.0.0.1:{board.port}", flag, "--format", "json")
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)) == 2
+    specs = [run.request.spec for run in board.runs.values()]
+    assert len({spec.group.id for spec in specs}) == 1
+    assert {(spec.group.size, spec.group.mode, spec.processes) for spec in specs} == {(2, mode, processes)}
+
+
+def test_when_one_of_a_group_is_refused_the_others_do_not_wait_for_it(
+    board, boardbench, model_file, tmp_path
+):
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"other")
+    waits = threading.Event()
+
+    def refuse_one(name, context):
+        if name == "other.onnx":
+            waits.wait(30)
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "nothing here can run other.onnx")
+
+    board.before_run = refuse_one
+    board.script = lambda board, run: waits.set()  # it waits for the others for ever
+    done = boardbench("push", model_file, other, "--to", f"127.0.0.1:{board.port}", "--interleave")
+    assert done.code == 1
+    assert "nothing here can run other.onnx" in done.err
+    assert len(board.cancelled) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--interleave",), "needs at least two models"),
+        (("--interleave", "--concurrent", "again"), "leave one of them out"),
+        (("--concurrent", "--no-run", "again"), "asks for none"),
+    ],
+)
+def test_a_group_that_is_none_is_told(boardbench, model_file, arguments, told):
+    arguments = [str(model_file) if argument == "again" else argument for argument in arguments]
+    done = boardbench("push", model_file, *arguments, "--to", "127.0.0.1:1")
+    assert done.code == 2
+    assert told in done.err

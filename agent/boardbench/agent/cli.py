@@ -288,13 +288,18 @@ def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:
 
 
 def _spec_in_json(text: str) -> result_pb2.BenchmarkSpec:
+    import json
+
     from google.protobuf import json_format
 
     from boardbench.agent.errors import InvalidRequest
     from boardbench.v1 import result_pb2
 
     try:
-        return json_format.Parse(text, result_pb2.BenchmarkSpec())
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+        return json_format.ParseDict(content, result_pb2.BenchmarkSpec())
     except (json_format.ParseError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"--spec: no BenchmarkSpec in JSON: {error}") from None
 
