@@ -273,20 +273,20 @@ def devfreq_load(content: str) -> Optional[int]:
     return value if value <= 100 else None
 
 
-def devfreqs(root: Path) -> Iterator[Tuple[Path, str]]:
-    """Clocks of GPUs and NPUs with a load, and which of the two: memory controllers have a load, too."""
+def devfreqs(root: Path) -> Iterator[Path]:
+    """Clocks of GPUs with a load."""
+    # Memory controllers have one, too, and Rockchip's NPU one that is always 0.
     for path in listed(root / "sys/class/devfreq"):
-        name = path.name.lower()
-        kind = "npu" if "npu" in name else "gpu" if re.search(r"gpu|mali|v3d|kgsl", name) else ""
-        if kind and devfreq_load(text(path / "load")) is not None:
-            yield path, kind
+        named = re.search(r"gpu|mali|v3d|kgsl", path.name.lower())
+        if named and devfreq_load(text(path / "load")) is not None:
+            yield path
 
 
 def _devfreq(root: Path) -> Iterator[Busy]:
-    for path, kind in devfreqs(root):
+    for path in devfreqs(root):
         value = devfreq_load(text(path / "load"))
         if value is not None:
-            yield Busy(_told(path / "load", root), "devfreq", kind, Meaning.LOAD, value * 10)
+            yield Busy(_told(path / "load", root), "devfreq", "gpu", Meaning.LOAD, value * 10)
 
 
 def sleepers(card: Path) -> Iterator[Tuple[Path, str]]:

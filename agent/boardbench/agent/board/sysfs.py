@@ -135,7 +135,10 @@ def hidden(path: Path) -> bool:
 
 def distinct(name: str, place: str, taken: set[str]) -> str:
     """The name, with its place where another one is called so already; then it is taken."""
-    found = name if name not in taken else f"{name} ({place})"
+    found, number = name, 1
+    while found in taken:
+        found = f"{name} ({place})" if number == 1 else f"{name} ({place}, {number})"
+        number += 1
     taken.add(found)
     return found
 

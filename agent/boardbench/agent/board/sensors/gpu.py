@@ -141,7 +141,7 @@ class Sleeper:
 
 @dataclass(frozen=True)
 class Devfreq:
-    """A GPU or NPU whose clock devfreq governs by its load."""
+    """A GPU whose clock devfreq governs by its load."""
 
     name: str
     path: Path
@@ -181,5 +181,5 @@ def find(root: Path) -> list[Sensor]:
             name = f"{kind} {card.name}" if part == "power" else f"{kind} {card.name} {part}"
             frequency = path.parent / "rps_act_freq_mhz"
             found.append(Sleeper(name, path, frequency=frequency if sysfs.exists(frequency) else None))
-    found += [Devfreq(path.name, path) for path, kind in gpu_counters.devfreqs(root) if kind == "gpu"]
+    found += [Devfreq(path.name, path) for path in gpu_counters.devfreqs(root)]
     return found

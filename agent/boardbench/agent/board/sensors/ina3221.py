@@ -1,9 +1,10 @@
 """Power rails of a Jetson, as its INA3221 monitors measure them.
 
-JetPack 5 and later: a hwmon chip ``ina3221`` with ``in{N}_label``, ``in{N}_input`` (mV at the bus) and
-``curr{N}_input`` (mA); channels without use are called "NC", and ``in7`` is the sum of the shunts' voltages
-(Documentation/hwmon/ina3221.rst of the Linux kernel). JetPack 4: an IIO device ``ina3221x`` with
-``rail_name_{N}``, ``in_power{N}_input`` (mW), ``in_voltage{N}_input`` (mV), ``in_current{N}_input`` (mA).
+JetPack 5 and later: ``/sys/class/hwmon/hwmon*`` called ``ina3221`` with ``in{N}_label``, ``in{N}_input``
+(mV at the bus) and ``curr{N}_input`` (mA); channels without use are called "NC", and ``in7`` is the sum of
+the shunts' voltages (Documentation/hwmon/ina3221.rst of the Linux kernel). JetPack 4: an IIO device
+``ina3221x`` with ``rail_name_{N}``, ``in_power{N}_input`` (mW), ``in_voltage{N}_input`` (mV),
+``in_current{N}_input`` (mA).
 
 Which rails hold which others (NVIDIA's Jetson Linux Developer Guide, "Software-Based Power Consumption
 Modeling" and the tables of power monitors): ``VDD_IN`` (Xavier NX, Orin NX and Nano, TX2) and ``POM_5V_IN``

@@ -6,7 +6,7 @@
 - Rockchip (``rknpu``): ``/sys/kernel/debug/rknpu/load``, for root only: "NPU load:  Core0: 12%, Core1:  0%,
   Core2: 0%," on the RK3588, "NPU load:  12%" on those with one core (drivers/rknpu/rknpu_debugger.c of
   Rockchip's kernel).
-- Others by devfreq, as ``gpu.py`` has it.
+  Its devfreq entry has a load that is always 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from time import monotonic
 from boardbench.agent.bench import gpu_counters
 from boardbench.agent.board import sysfs
 from boardbench.agent.board.sensor import Reading, Sensor
-from boardbench.agent.board.sensors.gpu import Devfreq, Shares
+from boardbench.agent.board.sensors.gpu import Shares
 
 _INTEL_SECONDS = 1.0
 _PERCENT = 100
@@ -85,8 +85,6 @@ def find(root: Path) -> list[Sensor]:
     # Where only root may look, the read tells so.
     if sysfs.exists(load) or (sysfs.hidden(load) and _has_rockchip_npu(root)):
         found.append(RockchipNpu("rknpu", load))
-    else:
-        found += [Devfreq(path.name, path) for path, kind in gpu_counters.devfreqs(root) if kind == "npu"]
     return found
 
 

@@ -1,8 +1,9 @@
 """How often a Jetson Orin or Thor was throttled because it drew too much, or its supply gave too little.
 
-The hwmon chip ``soctherm_oc`` has ``oc{1,2,3}_event_cnt``, counted since boot, and ``oc{N}_throt_en``, 1
-where such an event throttles. On Orin 1 is under-voltage, 2 the average and 3 the instantaneous current.
-Source: NVIDIA's Jetson Linux Developer Guide, "Platform Power and Performance", over-current.
+``/sys/class/hwmon/hwmon*`` called ``soctherm_oc`` has ``oc{1,2,3}_event_cnt``, counted since boot, and
+``oc{N}_throt_en``, 1 where such an event throttles. On Orin 1 is under-voltage, 2 the average and 3 the
+instantaneous current. Source: NVIDIA's Jetson Linux Developer Guide, "Platform Power and Performance",
+over-current.
 """
 
 from __future__ import annotations

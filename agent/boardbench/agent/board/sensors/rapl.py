@@ -86,14 +86,14 @@ def find(root: Path) -> list[Sensor]:
     packages: dict[str, str] = {}
     for folder in folders:
         name = sysfs.word(folder / "name")
-        if not name or not sysfs.exists(folder / "energy_uj"):
-            continue
         number = folder.name.split(":")[1]
         if folder.name.count(":") == 1:
             packages[number] = name
         else:
             # "core" of "package-0" and of "package-1" are two.
             name = f"{packages.get(number, number)} {name}"
+        if not name.strip() or not sysfs.exists(folder / "energy_uj"):
+            continue
         found.append((folder, sysfs.distinct(name, folder.name, taken)))
     several = sum(_is_package(source) for _, source in found) > 1
     zones = tuple(
