@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 
 import pytest
 
@@ -63,3 +65,26 @@ def test_what_can_not_be_sent_is_told_with_exit_code_2(tmp_path, make, words):
     with pytest.raises(WrongUse, match=words) as caught:
         Source(path)
     assert caught.value.exit_code == 2
+
+
+def test_an_openvino_model_goes_with_its_weights(tmp_path):
+    xml, weights = tmp_path / "net.xml", tmp_path / "net.bin"
+    xml.write_text("<net version='11'/>")
+    weights.write_bytes(bytes(3 << 20))
+    with Source(xml) as source:
+        content = b"".join(data for _, data in source.chunks(0))
+        assert (source.name, source.size_bytes) == ("net.xml", len(content))
+        assert hashlib.sha256(content).hexdigest() == source.sha256
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.namelist() == ["net.xml", "net.bin"]
+        assert archive.read("net.bin") == bytes(3 << 20)
+    os.utime(xml, (1, 1))
+    with Source(xml) as again:
+        assert again.sha256 == source.sha256, "equal parts are one model, whenever they were written"
+
+
+def test_an_xml_alone_goes_as_it_is(tmp_path):
+    path = tmp_path / "net.xml"
+    path.write_text("<net version='11'/>")
+    with Source(path) as source:
+        assert b"".join(data for _, data in source.chunks(0)) == path.read_bytes()

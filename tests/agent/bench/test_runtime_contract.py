@@ -43,6 +43,8 @@ SUBJECTS = (
     Subject("fake", ".fake", models.fake, lambda: models.fake(batch=-1)),
     Subject("tflite", ".tflite", models.tflite_affine, lambda: models.tflite_affine(batch=-1)),
     Subject("onnxruntime", ".onnx", models.onnx_affine, lambda: models.onnx_affine(batch="N")),
+    # Relu and Add become one operation of its executed graph.
+    Subject("openvino", ".onnx", models.onnx_affine, lambda: models.onnx_affine(batch="N"), ops=1),
 )
 
 

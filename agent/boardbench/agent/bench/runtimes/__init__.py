@@ -51,6 +51,14 @@ ENGINES = (
         more_devices="another build of ONNX Runtime may have it (onnxruntime-gpu, onnxruntime-openvino, …)",
     ),
     Engine(
+        "openvino",
+        f"{_HERE}.openvino",
+        "OpenVinoRuntime",
+        ("openvino", "onnx", "tflite"),
+        profiler=f"{_HERE}.openvino",
+        more_devices="gpu and npu need the drivers of the hardware (libOpenCL.so.1, Intel compute runtime)",
+    ),
+    Engine(
         "fake",
         f"{_HERE}.fake",
         "FakeRuntime",
