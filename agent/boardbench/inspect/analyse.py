@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 from dataclasses import replace
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Callable, Dict, Optional, Sequence, Tuple
 
 from boardbench.inspect import tflite_report
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat, Unreadable
 from boardbench.inspect.fit import EDGETPU_CACHE, fit, memory_of
+from boardbench.inspect.ledger import Ledger
 from boardbench.inspect.report import Fit, ModelReport
 from boardbench.inspect.sniff import sniff_bytes
 
@@ -80,33 +83,59 @@ def inspect_bytes(
     original: Optional[memoryview] = None,
     target: str = "",
     weights: Optional[Path] = None,
+    budget: Optional[Budget] = None,
 ) -> ModelReport:
-    """What the bytes say; ``weights`` is where OpenVINO's constants are. Raises InspectError."""
+    """What the bytes say; ``weights`` is where OpenVINO's constants are. Raises InspectError.
+
+    ``budget`` is the work that it may take; without one, what files of this size may.
+    """
+    # What is made here has no cycles, and lives to the end: looking for garbage in it takes a quarter of the
+    # time for a large graph.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        if budget is None:
+            budget = Budget(len(data) + (0 if original is None else len(original)))
+        return _inspect_bytes(name, data, original, target, weights, budget)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _inspect_bytes(
+    name: str,
+    data: memoryview,
+    original: Optional[memoryview],
+    target: str,
+    weights: Optional[Path],
+    budget: Budget,
+) -> ModelReport:
     if len(data) == 0:
         raise Malformed("the file is empty")
     base = ModelReport(name, _digest(data), len(data), sniff_bytes(data))
     if base.format == "tflite":
         if original is None:
-            return tflite_report.report(base, data, None, target)
+            return tflite_report.report(base, data, None, target, budget)
         if sniff_bytes(original) != "tflite":
             raise InspectError("the original of a compiled .tflite file is a .tflite file; this is none")
-        return replace(tflite_report.report(base, data, original, target), original_sha256=_digest(original))
+        found = tflite_report.report(base, data, original, target, budget)
+        return replace(found, original_sha256=_digest(original))
     _refuse_request(base, original is not None, target)
     if base.format == "openvino":
         if bytes(data[:2]) == b"PK":
             raise UnknownFormat("an archive: unpack it, and inspect the .xml file in it")
         from boardbench.inspect import openvino
 
-        return openvino.report(base, data, weights)
+        return openvino.report(base, data, weights, budget)
     if base.format not in _READERS:
         what = "arrays and no model" if base.format == "npz" else "not a model format that is known"
         known = ", ".join(sorted((*_READERS, "openvino", "tflite")))
         raise UnknownFormat(f"{what}; inspected are {known}")
     module, function = _READERS[base.format]
-    read: Callable[[ModelReport, memoryview], ModelReport] = getattr(
+    read: Callable[[ModelReport, memoryview, Ledger], ModelReport] = getattr(
         importlib.import_module(f"boardbench.inspect.{module}"), function
     )
-    return read(base, data)
+    return read(base, data, Ledger(budget))
 
 
 def _refuse_request(base: ModelReport, original: bool, target: str) -> None:

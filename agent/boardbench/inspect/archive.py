@@ -10,8 +10,9 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 
 Readable = Union[bytes, memoryview]
@@ -25,6 +26,8 @@ _END_SIZE = 22
 _LONGEST_COMMENT = 0xFFFF
 # More than any model has; keeps the memory for the listing below a few tens of megabytes.
 MOST_ENTRIES = 50_000
+_WHAT = "the ZIP archive"
+_STEPS_PER_ENTRY = 6
 
 _STORED, _DEFLATED = 0, 8
 
@@ -58,9 +61,10 @@ def is_archive(head: bytes) -> bool:
     return head[:4] in (_LOCAL, _END)
 
 
-def read_archive(data: Readable) -> Archive:
+def read_archive(data: Readable, budget: Optional[Budget] = None) -> Archive:
     """The listing; raises Malformed when the archive is truncated or contradicts itself."""
     size = len(data)
+    budget = Budget(size) if budget is None else budget
     tail_start = max(0, size - _END_SIZE - _LONGEST_COMMENT - 76)
     tail = bytes(data[tail_start:])
     found = tail.rfind(_END)
@@ -77,17 +81,18 @@ def read_archive(data: Readable) -> Archive:
         raise Malformed("ZIP archive whose directory lies outside the file: truncated; copy the file again")
     if count > MOST_ENTRIES:
         raise Malformed(f"ZIP archive that claims {count} files; a model has at most {MOST_ENTRIES}")
-    entries = _entries(data, directory_start, directory_start + directory_bytes, count)
+    entries = _entries(data, directory_start, directory_start + directory_bytes, count, budget)
     return Archive(tuple(entries), directory_start)
 
 
-def _entries(data: Readable, start: int, stop: int, count: int) -> List[Entry]:
+def _entries(data: Readable, start: int, stop: int, count: int, budget: Budget) -> List[Entry]:
     entries: List[Entry] = []
     seen: Dict[str, int] = {}
     at = start
     for _ in range(count):
         if at + 46 > stop or bytes(data[at : at + 4]) != _CENTRAL:
             raise Malformed(f"ZIP archive with a broken directory at byte {at}; copy the file again")
+        budget.spend(_STEPS_PER_ENTRY, _WHAT)
         (flags, method) = struct.unpack_from("<HH", data, at + 8)
         compressed, size, name_bytes, extra_bytes, comment_bytes = struct.unpack_from("<IIHHH", data, at + 20)
         (header,) = struct.unpack_from("<I", data, at + 42)
@@ -96,9 +101,14 @@ def _entries(data: Readable, start: int, stop: int, count: int) -> List[Entry]:
             raise Malformed(f"ZIP archive with a broken directory at byte {at}; copy the file again")
         raw_name = bytes(data[at + 46 : at + 46 + name_bytes])
         name = raw_name.decode("utf-8" if flags & 0x800 else "cp437", "replace")
-        size, compressed, header = _sizes64(
-            bytes(data[at + 46 + name_bytes : at + 46 + name_bytes + extra_bytes]), size, compressed, header
-        )
+        if extra_bytes:
+            budget.spend(extra_bytes // 4, _WHAT)
+            size, compressed, header = _sizes64(
+                bytes(data[at + 46 + name_bytes : at + 46 + name_bytes + extra_bytes]),
+                size,
+                compressed,
+                header,
+            )
         if header + 30 > start or bytes(data[header : header + 4]) != _LOCAL:
             raise Malformed(f"ZIP archive: {name!r} is not where the directory says; copy the file again")
         local_name_bytes, local_extra_bytes = struct.unpack_from("<HH", data, header + 26)
@@ -130,23 +140,30 @@ def _sizes64(extra: bytes, size: int, compressed: int, header: int) -> Tuple[int
     return values[0], values[1], values[2]
 
 
-def read_entry(data: Readable, entry: Entry, limit_bytes: int) -> bytes:
-    """The content of one file, at most ``limit_bytes`` of it; raises Malformed when it is larger."""
+def read_entry(data: Readable, entry: Entry, limit_bytes: int, budget: Optional[Budget] = None) -> bytes:
+    """The content of one file; raises Malformed when it is more than ``limit_bytes``, or than it says."""
     if entry.size_bytes > limit_bytes:
         raise Malformed(
             f"ZIP archive: {entry.name!r} is {entry.size_bytes} bytes; at most {limit_bytes} are read"
         )
+    if budget is not None:
+        # Entries may lie upon each other, so that a small file holds many large ones.
+        budget.unpack(entry.size_bytes + entry.compressed_bytes, _WHAT)
     packed = bytes(data[entry.data_start : entry.data_start + entry.compressed_bytes])
     if entry.method == _STORED:
+        if len(packed) != entry.size_bytes:
+            raise Malformed(
+                f"ZIP archive: {entry.name!r} has two sizes, and is not packed; copy the file again"
+            )
         return packed
     if entry.method != _DEFLATED:
         raise Malformed(f"ZIP archive: {entry.name!r} is packed by method {entry.method}; 0 and 8 are read")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        unpacked = unpacker.decompress(packed, limit_bytes + 1)
+        unpacked = unpacker.decompress(packed, entry.size_bytes + 1)
     except zlib.error as error:
         raise Malformed(f"ZIP archive: {entry.name!r} does not unpack: {error}") from error
-    if len(unpacked) > limit_bytes or not unpacker.eof:
+    if len(unpacked) != entry.size_bytes or not unpacker.eof:
         raise Malformed(f"ZIP archive: {entry.name!r} does not unpack to its {entry.size_bytes} bytes")
     return unpacked
 

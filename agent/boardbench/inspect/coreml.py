@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from boardbench.inspect.archive import read_archive, read_entry
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.content import Opened
 from boardbench.inspect.coreml_schema import (
     ARRAYS,
@@ -27,7 +28,7 @@ from boardbench.inspect.coreml_schema import (
     WEIGHTS as WEIGHT_FIELDS,
 )
 from boardbench.inspect.cost import product
-from boardbench.inspect.elements import BITS, count_zeros, most_operations
+from boardbench.inspect.elements import BITS, count_zeros
 from boardbench.inspect.errors import Malformed, Unreadable
 from boardbench.inspect.ledger import GRAPH, METADATA, WEIGHTS, Ledger
 from boardbench.inspect.protobuf import Message, Span, Wire
@@ -41,6 +42,8 @@ _NEURAL_NETWORKS = frozenset((303, 403, 500))
 _PIPELINES = {200: 1, 201: 1, 202: 0}
 _PROGRAM = 502
 _SETTINGS = frozenset(("int32", "int64", "bool", "str", ""))
+_WHAT = "the Core ML model"
+_STEPS_PER_OPERATION = 4
 _DEEPEST = 8
 _MOST_FILES = 1000
 _LARGEST_SPECIFICATION_BYTES = 512 << 20
@@ -65,24 +68,24 @@ class _Found:
     nested: int = 0
 
 
-def report(base: ModelReport, data: memoryview) -> ModelReport:
+def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
     """``base`` filled in from one file: an ``.mlmodel``, or a ZIP of an ``.mlpackage``; raises Malformed."""
     if bytes(data[:2]) == b"PK":
-        archive = read_archive(data)
+        budget = ledger.budget(len(data))
+        archive = read_archive(data, budget)
         # The folder itself may or may not be part of the names.
         entry = next((e for e in archive.entries if e.name.endswith(SPECIFICATION)), None)
         if entry is None:
             raise Malformed(f"the Core ML package holds no {SPECIFICATION}: export it again")
-        content = memoryview(read_entry(data, entry, _LARGEST_SPECIFICATION_BYTES))
-        filled, _ = _read(base, content)
-        ledger = Ledger()
+        content = memoryview(read_entry(data, entry, _LARGEST_SPECIFICATION_BYTES, budget))
+        filled, _ = _read(base, content, Ledger(budget))
         for each in archive.entries:
             purpose = GRAPH if each.name.endswith(SPECIFICATION) else METADATA
             purpose = WEIGHTS if each.name.endswith(".bin") else purpose
             ledger.claim(each.data_start, each.data_start + each.compressed_bytes, purpose)
         ledger.fill("archive")
         return replace(filled, bytes=ledger.uses(data))
-    filled, ledger = _read(base, data)
+    filled, _ = _read(base, data, ledger)
     ledger.fill(GRAPH)
     return replace(filled, bytes=ledger.uses(data))
 
@@ -97,6 +100,7 @@ def report_folder(path: Path) -> ModelReport:
     digest = hashlib.sha256()
     total = 0
     uses: List[ByteUse] = []
+    budget = Budget((path / SPECIFICATION).stat().st_size if (path / SPECIFICATION).is_file() else 0)
     filled: Optional[ModelReport] = None
     found: Optional[_Found] = None
     for file in files:
@@ -109,8 +113,8 @@ def report_folder(path: Path) -> ModelReport:
             total += len(data)
             if file == specification:
                 base = ModelReport(path.name, "", 0, "coreml")
-                filled, ledger = _read(base, data)
-                found = ledger.found
+                ledger = Ledger(budget)
+                filled, found = _read(base, data, ledger)
                 ledger.fill(GRAPH)
                 uses.extend(ledger.uses(data))
             elif not name.endswith(".bin"):
@@ -120,7 +124,7 @@ def report_folder(path: Path) -> ModelReport:
     for file in files:
         if file.name.endswith(".bin"):
             with Opened(file, mapped=True) as data:
-                uses.extend(_weights(data, found if file == path / WEIGHTS_FILE else None))
+                uses.extend(_weights(data, found if file == path / WEIGHTS_FILE else None, budget))
     return replace(filled, sha256=digest.hexdigest(), size_bytes=total, bytes=_merged(uses))
 
 
@@ -160,20 +164,9 @@ def _merged(uses: List[ByteUse]) -> Tuple[ByteUse, ...]:
     )
 
 
-class _Read(Ledger):
-    """A ledger that keeps what was found beside it."""
-
-    __slots__ = ("found",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = _Found([], 0, 0, [])
-
-
-def _read(base: ModelReport, data: memoryview) -> Tuple[ModelReport, _Read]:
-    ledger = _Read()
-    found = ledger.found
-    root = Wire(data, "the Core ML model").root()
+def _read(base: ModelReport, data: memoryview, ledger: Ledger) -> Tuple[ModelReport, _Found]:
+    found = _Found([], 0, 0, [])
+    root = Wire(data, _WHAT, ledger.budget(len(data))).root()
     description = root.message(2)
     kind = _model(root, found, ledger, 0)
     types: Dict[str, int] = {}
@@ -217,7 +210,7 @@ def _read(base: ModelReport, data: memoryview) -> Tuple[ModelReport, _Read]:
             multiply_accumulates=found.macs if operations and not found.nested else None,
             warnings=tuple(warnings),
         ),
-        ledger,
+        found,
     )
 
 
@@ -239,23 +232,16 @@ def _model(root: Message, found: _Found, ledger: Ledger, depth: int) -> str:
     return KINDS[number]
 
 
-def _too_many() -> Malformed:
-    return Malformed(
-        "the Core ML model has more operations than any model of its size: damaged, or made to harm"
-    )
-
-
 # ---- neural networks -------------------------------------------------------------------------------------
 
 
 def _network(content: Message, found: _Found, ledger: Ledger) -> None:
     # Only programs carry the shapes of their intermediate values.
     found.macs = None
-    if content.count(1) > most_operations(len(content.wire.data)):
-        raise _too_many()
     for layer in content.messages(1):
         number = next((each for each in layer.numbers() if each in LAYERS), 0)
         kind = LAYERS.get(number, "unknown")
+        content.wire.budget.spend(_STEPS_PER_OPERATION, _WHAT)
         found.operations.append(_Operation(kind, layer.text(1)))
         parameters = layer.message(number) if number else None
         if parameters is None:
@@ -279,6 +265,7 @@ def _weight(weights: Message, kind: str, found: _Found, ledger: Ledger) -> None:
                 found.parameters = None
                 continue
             count = (stop - start) * 8 // BITS[dtype]
+            weights.wire.budget.look(stop - start, _WHAT)
             zeros = count_zeros(weights.wire.data[start:stop], dtype)
             ledger.claim(start, stop, WEIGHTS, dtype, kind, count, zeros)
             if found.parameters is not None:
@@ -300,8 +287,6 @@ def _program(content: Message, found: _Found, ledger: Ledger) -> None:
     shapes: Dict[str, Tuple[str, Optional[Tuple[int, ...]]]] = {}
     for each in main.messages(1):
         shapes[each.text(1)] = _mil_type(each.message(2))
-    if block.count(3) > most_operations(len(content.wire.data)):
-        raise _too_many()
     operations = block.messages(3)
     readers: Dict[str, str] = {}
     for operation in operations:
@@ -320,6 +305,7 @@ def _operation(
     found: _Found,
     ledger: Ledger,
 ) -> None:
+    message.wire.budget.spend(_STEPS_PER_OPERATION, _WHAT)
     kind = message.text(1)
     outputs = [(each.text(1), _mil_type(each.message(2))) for each in message.messages(3)]
     shapes.update(outputs)
@@ -407,8 +393,9 @@ def _multiplied(
 # ---- weights beside the model ----------------------------------------------------------------------------
 
 
-def _weights(data: memoryview, found: Optional[_Found]) -> Tuple[ByteUse, ...]:
-    ledger = Ledger()
+def _weights(data: memoryview, found: Optional[_Found], budget: Budget) -> Tuple[ByteUse, ...]:
+    ledger = Ledger(budget)
+    budget.beside(len(data))
     ledger.claim(0, min(64, len(data)), METADATA)
     for offset, dtype, kind, count in found.blobs if found is not None else ():
         if offset + 64 > len(data):
@@ -420,6 +407,7 @@ def _weights(data: memoryview, found: Optional[_Found]) -> Tuple[ByteUse, ...]:
         if sentinel != _SENTINEL or start + size > len(data):
             raise Malformed("the weights of the Core ML package are damaged or truncated; copy it again")
         ledger.claim(offset, offset + 64, METADATA)
+        budget.look(size, _WHAT)
         zeros = count_zeros(data[start : start + size], dtype)
         if zeros is not None and count is not None:
             zeros = min(zeros, count)

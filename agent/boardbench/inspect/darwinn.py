@@ -26,6 +26,7 @@ OPTIONS = "operator options"
 
 # Keys of the options map.
 _PACKAGE_KEY, _MORE_PACKAGES_KEY = "4", "7"
+_STEPS_PER_PACKAGE = 20
 
 # What the tables of an executable point to that is counted and not read.
 _POINTERS: Mapping[str, Tuple[Pointer, ...]] = {
@@ -98,7 +99,8 @@ def read_packages(options: memoryview, ledger: Ledger) -> Tuple[Package, ...]:
     There is one, and more where the file was compiled for several chips: the first is the one that runs on
     an Edge TPU of today.
     """
-    values = read_map(options)
+    budget = ledger.budget(len(options))
+    values = read_map(options, budget)
     spans: List[Span] = []
     first = values.get(_PACKAGE_KEY)
     if isinstance(first, Span):
@@ -112,6 +114,7 @@ def read_packages(options: memoryview, ledger: Ledger) -> Tuple[Package, ...]:
     packages = []
     seen = set()
     for span in spans:
+        budget.spend(_STEPS_PER_PACKAGE, f"the {CUSTOM_OP}")
         if span.stop <= span.start or span in seen:
             raise Malformed(f"the {CUSTOM_OP} holds an empty or repeated executable; compile the model again")
         seen.add(span)

@@ -144,7 +144,8 @@ def map_original(compiled: Model, original: Model) -> Mapping:
     """Which operations of the original stayed and which were compiled; raises InspectError for a stranger."""
     graph, source = compiled.main, original.main
     by_key: Dict[Tuple[str, Tuple[str, ...]], List[int]] = {}
-    for operator in source.operators:
+    # Backwards, so that those taken from the end are in the order of the graph.
+    for operator in reversed(source.operators):
         by_key.setdefault(_key(source, operator), []).append(operator.index)
     cpu: Set[int] = set()
     unmatched: List[str] = []
@@ -153,17 +154,18 @@ def map_original(compiled: Model, original: Model) -> Mapping:
             continue
         candidates = by_key.get(_key(graph, operator))
         if candidates:
-            cpu.add(candidates.pop(0))
+            cpu.add(candidates.pop())
         else:
             unmatched.append(f"{operator.index} {operator.type}")
     tensor_of = {tensor.name: tensor.index for tensor in reversed(source.tensors) if tensor.name}
     mapped: Set[int] = set()
     known = 0
+    made_by = producers(source)
     for operator in compiled_nodes(compiled):
         outputs = {tensor_of.get(graph.tensors[i].name, -1) for i in operator.outputs if i >= 0} - {-1}
         inputs = {tensor_of.get(graph.tensors[i].name, -1) for i in operator.inputs if i >= 0} - {-1}
         known += len(outputs)
-        mapped |= closure(source, outputs, inputs)
+        mapped |= closure(source, outputs, inputs, made_by, compiled.budget)
     if (compiled_nodes(compiled) and known == 0) or len(unmatched) == len(graph.operators):
         raise InspectError(
             "the original file is not the one that was compiled: none of the compiled file's tensors is in "
@@ -297,7 +299,8 @@ def _explain(
         index: (own[index], True) for index in stayed if index in own and not own[index].observed
     }
     made_by = producers(graph)
-    before = _ancestors(graph, mapped)
+    before = _ancestors(model, mapped, made_by)
+    blocking = min((index for index, reason in own.items() if reason.whole_model), default=None)
     # Which blocked operations an operation waits for, nearest first; in the order of the graph, so that every
     # producer is known before its consumers.
     blockers: Dict[int, Tuple[int, ...]] = {}
@@ -330,14 +333,13 @@ def _explain(
                 ),
                 False,
             )
-        elif any(reason.whole_model for reason in own.values()):
-            first = min(i for i, reason in own.items() if reason.whole_model)
+        elif blocking is not None:
             found[index] = (
                 Reason(
                     DYNAMIC,
-                    f"the compiler takes nothing of the model, because of operation {first} "
-                    f"({graph.operators[first].type})",
-                    f"change operation {first} first",
+                    f"the compiler takes nothing of the model, because of operation {blocking} "
+                    f"({graph.operators[blocking].type})",
+                    f"change operation {blocking} first",
                 ),
                 False,
             )
@@ -367,12 +369,13 @@ def _older_compiler(operator: Operator) -> Optional[Reason]:
     )
 
 
-def _ancestors(graph: Subgraph, mapped: Set[int]) -> Set[int]:
+def _ancestors(model: Model, mapped: Set[int], made_by: Dict[int, int]) -> Set[int]:
     """The operations that the compiled part waits for."""
+    graph = model.main
     if not mapped:
         return set()
     outputs = {tensor for index in mapped for tensor in graph.operators[index].outputs if tensor >= 0}
-    return closure(graph, outputs, set()) - mapped
+    return closure(graph, outputs, set(), made_by, model.budget) - mapped
 
 
 def _collateral(graph: Subgraph, blockers: Tuple[int, ...]) -> Reason:

@@ -30,6 +30,8 @@ DYNAMIC = (
     "dynamic-sized tensors"
 )
 
+# Of a name in a sentence.
+_LONGEST_TOLD = 120
 EIGHT_BITS: FrozenSet[str] = frozenset(("int8", "uint8"))
 # 16 tiles of 196,608 bytes of narrow memory (libedgetpu, beagle_chip_structures.h): what activations share.
 ACTIVATION_MEMORY_BYTES = 16 * 196_608
@@ -287,9 +289,9 @@ def _concatenated_constants(context: Context, operator: Operator) -> Optional[Re
 def _is_all_zero(context: Context, tensor: Tensor) -> bool:
     if tensor.data is None:
         return False
-    points = tensor.quantisation.zero_points if tensor.quantisation is not None else ()
-    zero = (points[0] if points else 0) & 0xFF
+    zero = tensor.zero_point & 0xFF
     start, stop = tensor.data
+    context.model.budget.look(stop - start, "the TensorFlow Lite model")
     return bytes(context.model.data[start:stop]).count(zero) == stop - start
 
 
@@ -486,6 +488,8 @@ def _keeps_channels(context: Context, operator: Operator) -> Optional[Reason]:
 def _name(tensor: Tensor) -> str:
     # Fused layers carry the names of everything that went into them.
     first = tensor.name.split(";", 1)[0]
+    if len(first) > _LONGEST_TOLD:
+        first = first[:_LONGEST_TOLD] + "…"
     return repr(first) if first else f"#{tensor.index}"
 
 

@@ -45,6 +45,7 @@ _UNSIGNED = bytes(value & 0x7F for value in range(256))
 _ZERO_NIBBLES = bytes((value & 0x0F == 0) + (value >> 4 == 0) for value in range(256))
 _ZERO_PAIRS = bytes(sum((value >> shift) & 3 == 0 for shift in (0, 2, 4, 6)) for value in range(256))
 # Types whose most significant byte holds a sign of zero. E5M2 and E4M3 have one too, the "fnuz" types don't.
+_SIGNED_BYTE = frozenset(("float8_e4m3fn", "float8_e5m2"))
 _SIGNED_ZERO = frozenset(("float16", "bfloat16", "float32", "float64", "complex64", "complex128"))
 
 
@@ -74,6 +75,9 @@ def count_zeros(data: memoryview, dtype: str, zero_point: int = 0) -> Optional[i
     bits = BITS.get(dtype)
     if bits is None:
         return None
+    if len(data) <= _PIECE_BYTES:
+        whole = bytes(data)
+        return whole.count(zero_point & 0xFF) if bits == 8 and zero_point else _zeros_in(whole, bits, dtype)
     pieces = (bytes(data[start : start + _PIECE_BYTES]) for start in range(0, len(data), _PIECE_BYTES))
     if bits == 8 and zero_point:
         return sum(piece.count(zero_point & 0xFF) for piece in pieces)
@@ -82,7 +86,7 @@ def count_zeros(data: memoryview, dtype: str, zero_point: int = 0) -> Optional[i
 
 def _zeros_in(piece: bytes, bits: int, dtype: str) -> int:
     if bits == 8:
-        return (piece.translate(_UNSIGNED) if dtype in ("float8_e4m3fn", "float8_e5m2") else piece).count(0)
+        return (piece.translate(_UNSIGNED) if dtype in _SIGNED_BYTE else piece).count(0)
     if bits < 8:
         counts = piece.translate(_ZERO_NIBBLES if bits == 4 else _ZERO_PAIRS)
         return sum(times * counts.count(times) for times in range(1, 8 // bits + 1))

@@ -3,7 +3,8 @@
 InspectError            anything this package raises about a file
 ├── Unreadable          the file can't be opened or read
 ├── UnknownFormat       the bytes are of no format that is known here
-└── Malformed           the bytes are of a known format and break its rules
+├── Malformed           the bytes are of a known format and break its rules
+└── TooLarge            nothing is known to be wrong, but reading it all would take too long
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ class UnknownFormat(InspectError):
 
 class Malformed(InspectError):
     """The bytes break the rules of the format: truncated, or never valid."""
+
+
+class TooLarge(InspectError):
+    """The file has more parts than are read; it may be sound."""

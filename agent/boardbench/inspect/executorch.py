@@ -35,6 +35,10 @@ _HEADER_AT = 8
 _HEADER_MAGIC = b"eh00"
 _HEADER = struct.Struct("<4sIQQ")
 _DELEGATE = "delegate"
+_LONGEST_TYPE = 256
+# PyTorch's own limit.
+_MOST_DIMENSIONS = 64
+_STEPS_PER_OPERATION = 6
 
 SCALARS: Mapping[int, str] = {
     0: "uint8",
@@ -103,9 +107,8 @@ class _Plan:
     planned_bytes: int
 
 
-def report(base: ModelReport, data: memoryview) -> ModelReport:
+def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
     """``base`` with everything filled in that the file tells; raises Malformed."""
-    ledger = Ledger()
     size, segments_at = len(data), 0
     if bytes(data[_HEADER_AT : _HEADER_AT + 4]) == _HEADER_MAGIC and len(data) >= _HEADER_AT + _HEADER.size:
         _, length, program_size, segments_at = _HEADER.unpack_from(data, _HEADER_AT)
@@ -184,14 +187,15 @@ def _read_plan(table: Table) -> _Plan:
     if meta is not None:
         meta.text(0, METADATA)
         meta.text(1, METADATA)
-    values = tuple(_read_value(each) for each in table.tables(2))
+    budget = table.buffer.budget
+    values = tuple([_read_value(each) for each in table.tables(2)])
     operators = []
     for each in table.tables(6):
         name, overload = each.text(0), each.text(1)
-        operators.append(f"{name}.{overload}" if overload else name)
+        operators.append((f"{name}.{overload}" if overload else name)[:_LONGEST_TYPE])
     delegates, delegate_data = [], []
     for each in table.tables(7):
-        delegates.append(each.text(0))
+        delegates.append(each.text(0)[:_LONGEST_TYPE])
         where = each.table(1)
         delegate_data.append(
             (False, -1) if where is None else (bool(where.integer(0, I8)), where.integer(1, U32))
@@ -211,6 +215,7 @@ def _read_plan(table: Table) -> _Plan:
             if call is None or kind not in (_KERNEL, _DELEGATED):
                 continue
             index, arguments = call.integer(0, I32), call.values(1, "i", 4)
+            budget.spend(_STEPS_PER_OPERATION + len(arguments), table.buffer.what)
             names = operators if kind == _KERNEL else delegates
             if not 0 <= index < len(names):
                 raise table.buffer.broken(f"calls operation {index} of {len(names)}", table.at)
@@ -220,11 +225,13 @@ def _read_plan(table: Table) -> _Plan:
                 for field in (0, 2, 3):
                     frame.text(field, METADATA)
     sizes = table.values(8, "q", 8)
+    inputs, outputs = table.values(3, "i", 4), table.values(4, "i", 4)
+    budget.spend(2 * (len(inputs) + len(outputs)) + len(sizes) // 8, table.buffer.what)
     return _Plan(
         name=table.text(0),
         values=values,
-        inputs=table.values(3, "i", 4),
-        outputs=table.values(4, "i", 4),
+        inputs=inputs,
+        outputs=outputs,
         ops=tuple(ops),
         delegates=tuple(delegates),
         delegate_data=tuple(delegate_data),
@@ -250,9 +257,12 @@ def _read_value(table: Table) -> Optional[_Tensor]:
     if extra is not None:
         extra.text(1)
     number = value.integer(0, I8)
+    shape = value.values(2, "i", 4)
+    if len(shape) > _MOST_DIMENSIONS:
+        raise value.buffer.broken(f"has a tensor of {len(shape)} dimensions", value.at)
     return _Tensor(
         dtype=SCALARS.get(number, f"scalar{number}"),
-        shape=value.values(2, "i", 4),
+        shape=shape,
         buffer=value.integer(5, U32),
         planned=planned,
         open=value.integer(8, I8) != _STATIC,
@@ -277,6 +287,7 @@ def _claim_data(root: Table, data: memoryview, segments_at: int, plans: List[_Pl
     constant_segment = root.table(5)
     if constant_segment is not None:
         index, offsets = constant_segment.integer(0, U32), constant_segment.values(1, "Q", 8)
+        root.buffer.budget.spend(len(offsets), root.buffer.what)
         if offsets and index < len(segments):
             start, stop = segments[index]
             ends = sorted({*(start + offset for offset in offsets if start + offset <= stop), stop})
@@ -310,6 +321,7 @@ def _claim_data(root: Table, data: memoryview, segments_at: int, plans: List[_Pl
             ledger.claim(span[0], span[1], WEIGHTS, tensor.dtype, kind)
             continue
         stop = min(span[1], span[0] + -(-count * bits // 8))
+        root.buffer.budget.look(max(0, stop - span[0]), root.buffer.what)
         ledger.claim(
             span[0], stop, WEIGHTS, tensor.dtype, kind, count, count_zeros(data[span[0] : stop], tensor.dtype)
         )

@@ -4,15 +4,17 @@ The format: https://flatbuffers.dev/internals/. A table begins with a signed off
 vtable holds its own size, the table's size, and the offset of each field inside the table (0: absent), where
 field ``id`` is at byte ``4 + 2 * id``.
 
-A file made to hurt can point many vectors at one table, so that a small file unfolds into a huge one. Each
-reader therefore has a budget: how many tables and how many bytes of vectors may be visited.
+A file made to hurt can point many vectors at one table, so that a small file unfolds into a huge one. What is
+visited therefore counts against a budget.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from operator import itemgetter
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import GRAPH, NAMES, Ledger
 
@@ -28,21 +30,41 @@ I64 = struct.Struct("<q")
 U64 = struct.Struct("<Q")
 F32 = struct.Struct("<f")
 
-# How many tables a file may unfold into. A table and the pointer to it take 8 bytes at least; in models
-# without weights there is one for some 50 bytes, with them for thousands. A small file may be all structure.
-_BYTES_PER_POSSIBLE_TABLE = 8
-_BYTES_PER_TABLE = 40
-_TABLES_AT_LEAST, _TABLES_AT_MOST = 20_000, 2_000_000
-# Writers share equal strings and vectors, so a byte may be visited more than once, but not often.
-_VISITS_PER_BYTE = 4
-_VISITS = 1 << 20
 # Names longer than this are cut: they are for people.
 _LONGEST_NAME = 4096
-
+# Elements of a vector, or bytes of a text, that take about as long as a step of the budget.
+_ELEMENTS_PER_STEP, _BYTES_PER_STEP = 8, 256
+# A table's description is read once, and the plan for reading its fields made: so many steps.
+_STEPS_PER_DESCRIPTION = 8
+# No table of any format that is read here has as many fields.
+_MOST_FIELDS = 48
+# Vectors are mostly short: their formats, and their marks, are made once.
+_SHORT = 9
+_SHORT_MARK = 65
 
 # What a table points to: (field, "text" | "vector" | "table" | "tables" | "union", more), where more is the
 # bytes of an element, the name of the table's kind, or for a union (field of its kind, kinds by number).
 Pointer = Tuple[int, str, object]
+
+
+class Fields:
+    """Fields of one kind of table that are read at once: each its id, letter of :mod:`struct` and default.
+
+    A pointer is read as ``I``: it is relative to the field's own place.
+    """
+
+    __slots__ = ("fields", "number")
+
+    _made = 0
+
+    def __init__(self, *fields: Tuple[int, str, int]) -> None:
+        self.fields = fields
+        self.number = Fields._made
+        Fields._made += 1
+
+
+# How the fields are read: size of the table, from bytes and position to values, place of each (0: absent).
+_Plan = Tuple[int, Callable[[memoryview, int], Tuple[int, ...]], Tuple[int, ...]]
 
 
 class FlatBuffer:
@@ -51,17 +73,29 @@ class FlatBuffer:
     ``what`` names it in errors ("the model", "the Edge TPU executable").
     """
 
-    __slots__ = ("_tables_left", "_visits_left", "_vtables", "data", "ledger", "size", "what")
+    __slots__ = (
+        "_plans",
+        "_vtables",
+        "base",
+        "budget",
+        "data",
+        "ledger",
+        "marks",
+        "size",
+        "what",
+    )
 
     def __init__(self, data: memoryview, what: str, ledger: Ledger) -> None:
         self.data = data
         self.size = len(data)
         self.what = what
         self.ledger = ledger
+        self.budget: Budget = ledger.budget(self.size)
+        self.base = ledger.base
+        self.marks = ledger.marks(self.size)
+        # Position → size of the table, places of its fields.
         self._vtables: Dict[int, Tuple[int, Tuple[int, ...]]] = {}
-        likely = max(_TABLES_AT_LEAST, self.size // _BYTES_PER_TABLE)
-        self._tables_left = min(self.size // _BYTES_PER_POSSIBLE_TABLE + 64, likely, _TABLES_AT_MOST)
-        self._visits_left = self.size * _VISITS_PER_BYTE + _VISITS
+        self._plans: Dict[int, Dict[int, _Plan]] = {}
 
     def root(self, identifier: bytes = b"") -> "Table":
         """The first table; raises Malformed when the identifier is another one."""
@@ -71,7 +105,7 @@ class FlatBuffer:
         if identifier and found != identifier:
             raise Malformed(f"{self.what} is marked {found!r} and not {identifier!r}")
         (start,) = _SIZE.unpack_from(self.data, 0)
-        self.ledger.claim(0, 8 if identifier else 4, GRAPH)
+        self.mark(0, 8 if identifier else 4, GRAPH)
         return self.table_at(start)
 
     def broken(self, how: str, at: int) -> Malformed:
@@ -80,60 +114,198 @@ class FlatBuffer:
             f"{self.what} {how} (byte {at} of {self.size}): the file is truncated or damaged; copy it again"
         )
 
-    def table_at(self, at: int, purpose: str = GRAPH) -> "Table":
-        """The table at a position."""
-        self._tables_left -= 1
-        if self._tables_left < 0:
-            raise Malformed(
-                f"{self.what} has more tables than any model of its size: damaged, or made to harm"
-            )
+    def mark(self, start: int, stop: int, purpose: str) -> None:
+        """Notes what the bytes serve that are no content: those of tables, lists and names."""
+        self.mark_as(start, stop, self.ledger.number(purpose))
+
+    def mark_as(self, start: int, stop: int, number: int) -> None:
+        """The same by the number of the purpose in the ledger."""
+        size = min(stop, self.size) - start
+        start += self.base
+        if 0 <= size < _SHORT_MARK:
+            self.marks[start : start + size] = _MARKS[number][size]
+        elif size > 0:
+            self.budget.look(size, self.what)
+            self.marks[start : start + size] = bytes((number,)) * size
+
+    # ---- tables
+
+    def vtable_of(self, at: int) -> int:
+        """Where the description of the table at ``at`` is, which may be anywhere; takes a step."""
+        budget = self.budget
+        budget.steps_left -= 1
+        if budget.steps_left < 0:
+            budget.exhausted(self.what)
         if at < 0 or at + 4 > self.size:
             raise self.broken("points outside the file", at)
+        vtable: int = at - _BACK.unpack_from(self.data, at)[0]
+        return vtable
+
+    def record(self, at: int, fields: Fields, number: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+        """(values, places in the file) of the fields of the table at ``at``; a place of 0 is an absent field.
+
+        ``number`` is what the table is marked as.
+        """
+        # As vtable_of does it: a file has many tables.
+        budget = self.budget
+        budget.steps_left -= 1
+        if budget.steps_left < 0 or at < 0 or at + 4 > self.size:
+            budget.steps_left += 1
+            self.vtable_of(at)
         vtable = at - _BACK.unpack_from(self.data, at)[0]
-        known = self._vtables.get(vtable)
-        if known is None:
-            known = self._vtables[vtable] = self._read_vtable(vtable)
-        size, fields = known
+        try:
+            size, read, places = self._plans[fields.number][vtable]
+        except KeyError:
+            size, read, places = self._plan(vtable, fields)
         if at + size > self.size:
             raise self.broken("has a table that ends outside the file", at)
-        self.ledger.claim(at, at + size, purpose)
-        return Table(self, at, size, fields, purpose)
+        if size < _SHORT_MARK:
+            start = self.base + at
+            self.marks[start : start + size] = _MARKS[number][size]
+        else:
+            self.mark_as(at, at + size, number)
+        return read(self.data, at), places
 
-    def _read_vtable(self, at: int) -> Tuple[int, Tuple[int, ...]]:
+    def _plan(self, vtable: int, fields: Fields) -> _Plan:
+        """How the fields are read of tables with this description."""
+        size, offsets = self._description(vtable)
+        places = tuple([offsets[field] if field < len(offsets) else 0 for field, _, _ in fields.fields])
+        kinds = [struct.Struct("<" + letter) for _, letter, _ in fields.fields]
+        defaults = tuple([default for _, _, default in fields.fields])
+        for place, kind in zip(places, kinds):
+            if place and (place < 4 or place + kind.size > size):
+                raise self.broken("has a field outside its table", vtable)
+        present = sorted((place, index) for index, place in enumerate(places) if place)
+        layout, end = "<", 0
+        for place, index in present:
+            if place < end:
+                break
+            layout += f"{place - end}x{fields.fields[index][1]}"
+            end = place + kinds[index].size
+        else:
+            order = [len(present) + index for index in range(len(places))]
+            for position, (_, index) in enumerate(present):
+                order[index] = position
+            return self._keep(vtable, fields, (size, _together(layout, defaults, order), places))
+        return self._keep(vtable, fields, (size, _one_by_one(places, kinds, defaults), places))
+
+    def _keep(self, vtable: int, fields: Fields, plan: _Plan) -> _Plan:
+        self._plans.setdefault(fields.number, {})[vtable] = plan
+        return plan
+
+    def _description(self, at: int) -> Tuple[int, Tuple[int, ...]]:
+        """(size of the table, places of its fields) of the vtable at ``at``."""
+        known = self._vtables.get(at)
+        if known is not None:
+            return known
         if at < 0 or at + 4 > self.size:
             raise self.broken("points outside the file", at)
         own_size, table_size = _PAIR.unpack_from(self.data, at)
         if own_size < 4 or own_size % 2 or at + own_size > self.size or table_size < 4:
             raise self.broken("has a broken table description", at)
-        fields = struct.unpack_from(f"<{own_size // 2 - 2}H", self.data, at + 4)
-        self.ledger.claim(at, at + own_size, GRAPH)
-        return table_size, fields
+        self.budget.spend(_STEPS_PER_DESCRIPTION, self.what)
+        self.budget.look(own_size, self.what)
+        count = min(own_size // 2 - 2, _MOST_FIELDS)
+        self.mark(at, at + own_size, GRAPH)
+        found = table_size, struct.unpack_from(f"<{count}H", self.data, at + 4)
+        self._vtables[at] = found
+        return found
+
+    def table_at(self, at: int, purpose: str = GRAPH) -> "Table":
+        """The table at a position."""
+        size, fields = self._description(self.vtable_of(at))
+        if at + size > self.size:
+            raise self.broken("has a table that ends outside the file", at)
+        number = self.ledger.number(purpose)
+        self.mark_as(at, at + size, number)
+        return Table(self, at, size, fields, purpose, number)
+
+    # ---- vectors
 
     def vector_at(self, at: int, width: int, visit: bool) -> Tuple[int, int]:
-        """(position of the first element, number of elements) of the vector at ``at``."""
+        """(position of the first element, number of elements) of the vector at ``at``; takes a step.
+
+        ``visit`` says that its elements are going to be read.
+        """
         if at < 0 or at + 4 > self.size:
             raise self.broken("points outside the file", at)
-        (count,) = _SIZE.unpack_from(self.data, at)
+        count: int = _SIZE.unpack_from(self.data, at)[0]
         if at + 4 + count * width > self.size:
             raise self.broken(f"has a list of {count} that ends outside the file", at)
+        budget = self.budget
+        budget.steps_left -= 1
         if visit:
-            self._visits_left -= count * width + 4
-            if self._visits_left < 0:
-                raise Malformed(f"{self.what} refers to its own bytes too often: damaged, or made to harm")
+            budget.bytes_left -= count * width + 4
+            if budget.bytes_left < 0:
+                budget.look(0, self.what)
+            if count >= _ELEMENTS_PER_STEP:
+                # The longest vectors are of bytes and never looked at one by one.
+                budget.steps_left -= count // (_BYTES_PER_STEP if width == 1 else _ELEMENTS_PER_STEP)
+        if budget.steps_left < 0:
+            budget.exhausted(self.what)
         return at + 4, count
+
+    def skipped_at(self, at: int, width: int, more: int, number: int) -> Tuple[int, int]:
+        """(start, stop) of the elements of the vector at ``at``, which are visited and marked, not read.
+
+        ``more`` bytes behind it belong to it.
+        """
+        start, count = self.vector_at(at, width, True)
+        stop = start + count * width
+        size = stop + more - at
+        if size < _SHORT_MARK and at + size <= self.size:
+            at += self.base
+            self.marks[at : at + size] = _MARKS[number][size]
+        else:
+            self.mark_as(at, at + size, number)
+        return start, stop
+
+    def numbers_at(self, at: int, letter: str, width: int, number: int) -> Tuple[int, ...]:
+        """The elements of the vector of numbers at ``at``, which is marked as ``number``."""
+        start, count = self.vector_at(at, width, True)
+        size = 4 + width * count
+        if size < _SHORT_MARK:
+            at += self.base
+            self.marks[at : at + size] = _MARKS[number][size]
+        else:
+            self.mark_as(at, at + size, number)
+        if count < _SHORT:
+            short = _FORMATS.get((letter, count)) or _format(letter, count)
+            return short.unpack_from(self.data, start)
+        return struct.unpack_from(f"<{count}{letter}", self.data, start)
+
+    def text_at(self, at: int, number: int) -> str:
+        """The string at ``at``, which is marked as ``number``. Bytes that are no UTF-8 are replaced."""
+        start, count = self.vector_at(at, 1, True)
+        # The closing zero is part of a string.
+        self.mark_as(at, start + count + 1, number)
+        return str(self.data[start : start + min(count, _LONGEST_NAME)], "utf-8", "replace")
+
+    def places_at(self, at: int, number: int) -> List[int]:
+        """Where the things are that the vector of pointers at ``at`` points to."""
+        start, count = self.vector_at(at, 4, True)
+        # Before a list of that length is made: each of them will take a step at least.
+        if count > self.budget.steps_left:
+            self.budget.exhausted(self.what)
+        self.mark_as(at, start + 4 * count, number)
+        offsets = struct.unpack_from(f"<{count}I", self.data, start)
+        return [place + offset for place, offset in zip(range(start, start + 4 * count, 4), offsets)]
 
 
 class Table:
     """One table. Fields are asked for by id; an absent one is the default, as in the schema."""
 
-    __slots__ = ("_fields", "_size", "at", "buffer", "purpose")
+    __slots__ = ("_fields", "_number", "_size", "at", "buffer", "purpose")
 
-    def __init__(self, buffer: FlatBuffer, at: int, size: int, fields: Tuple[int, ...], purpose: str) -> None:
+    def __init__(
+        self, buffer: FlatBuffer, at: int, size: int, fields: Tuple[int, ...], purpose: str, number: int
+    ) -> None:
         self.buffer = buffer
         self.at = at
         self._size = size
         self._fields = fields
         self.purpose = purpose
+        self._number = number
 
     def _offset(self, field: int, width: int) -> int:
         """Where the field's own bytes are; 0 when it is absent."""
@@ -162,73 +334,92 @@ class Table:
         at = self._offset(field, 4)
         return at + int(_SIZE.unpack_from(self.buffer.data, at)[0]) if at else 0
 
+    def _marked(self, purpose: str) -> int:
+        return self.buffer.ledger.number(purpose) if purpose else self._number
+
     def table(self, field: int, purpose: str = "") -> Optional["Table"]:
         """A table that the field points to; None when it is absent."""
         at = self._target(field)
         return self.buffer.table_at(at, purpose or self.purpose) if at else None
 
+    def places(self, field: int, purpose: str = "") -> List[int]:
+        """Where the tables of a vector of tables are."""
+        at = self._target(field)
+        return self.buffer.places_at(at, self._marked(purpose)) if at else []
+
     def tables(self, field: int, purpose: str = "") -> List["Table"]:
         """The tables of a vector of tables."""
-        at = self._target(field)
-        if not at:
-            return []
-        start, count = self.buffer.vector_at(at, 4, True)
-        self.buffer.ledger.claim(at, start + 4 * count, purpose or self.purpose)
-        offsets = struct.unpack_from(f"<{count}I", self.buffer.data, start)
-        return [
-            self.buffer.table_at(start + 4 * index + offset, purpose or self.purpose)
-            for index, offset in enumerate(offsets)
-        ]
+        return [self.buffer.table_at(at, purpose or self.purpose) for at in self.places(field, purpose)]
 
     def text(self, field: int, purpose: str = NAMES) -> str:
         """A string; empty when it is absent. Bytes that are no UTF-8 are replaced."""
         at = self._target(field)
-        if not at:
-            return ""
-        start, count = self.buffer.vector_at(at, 1, True)
-        # The closing zero is part of a string.
-        self.buffer.ledger.claim(at, min(start + count + 1, self.buffer.size), purpose)
-        return bytes(self.buffer.data[start : start + min(count, _LONGEST_NAME)]).decode("utf-8", "replace")
+        return self.buffer.text_at(at, self._marked(purpose)) if at else ""
 
     def values(self, field: int, letter: str, width: int, purpose: str = "") -> Tuple[int, ...]:
         """The elements of a vector of numbers; ``letter`` is that of the struct module."""
         at = self._target(field)
-        if not at:
-            return ()
-        start, count = self.buffer.vector_at(at, width, True)
-        self.buffer.ledger.claim(at, start + width * count, purpose or self.purpose)
-        return struct.unpack_from(f"<{count}{letter}", self.buffer.data, start)
+        return self.buffer.numbers_at(at, letter, width, self._marked(purpose)) if at else ()
 
     def span(self, field: int, width: int = 1) -> Optional[Tuple[int, int]]:
         """(start, stop) of a vector's elements, which are not read; None when it is absent.
 
-        The length before the elements is claimed; the elements are left to the caller.
+        The length before the elements is marked; the elements are left to the caller.
         """
         at = self._target(field)
         if not at:
             return None
         start, count = self.buffer.vector_at(at, width, False)
-        self.buffer.ledger.claim(at, start, self.purpose)
+        self.buffer.mark_as(at, start, self._number)
         return start, start + width * count
 
     def spans(self, field: int) -> List[Tuple[int, int]]:
         """(start, stop) of each element of a vector of strings, which are not read."""
-        at = self._target(field)
-        if not at:
-            return []
-        start, count = self.buffer.vector_at(at, 4, True)
-        self.buffer.ledger.claim(at, start + 4 * count, self.purpose)
         found = []
-        for index, offset in enumerate(struct.unpack_from(f"<{count}I", self.buffer.data, start)):
-            position = start + 4 * index + offset
-            first, length = self.buffer.vector_at(position, 1, False)
-            self.buffer.ledger.claim(position, first, self.purpose)
-            found.append((first, first + length))
+        for place in self.places(field):
+            start, length = self.buffer.vector_at(place, 1, False)
+            self.buffer.mark_as(place, start, self._number)
+            found.append((start, start + length))
         return found
 
 
+_FORMATS: Dict[Tuple[str, int], struct.Struct] = {}
+# Number of a purpose → runs of it by their length.
+_MARKS = [[bytes((number,)) * size for size in range(_SHORT_MARK)] for number in range(16)]
+
+
+def _format(letter: str, count: int) -> struct.Struct:
+    return _FORMATS.setdefault((letter, count), struct.Struct(f"<{count}{letter}"))
+
+
+def _together(
+    layout: str, defaults: Tuple[int, ...], order: Sequence[int]
+) -> Callable[[memoryview, int], Tuple[int, ...]]:
+    """Reads all fields that are there, and puts them and the defaults of the others into order."""
+    read: Callable[[memoryview, int], Tuple[int, ...]] = struct.Struct(layout).unpack_from
+    values = sum(letter in "bBhHiIqQf" for letter in layout)
+    if values == len(defaults) and list(order) == sorted(order):
+        return read
+    pick: Callable[[Tuple[int, ...]], Tuple[int, ...]] = itemgetter(*order)
+    return lambda data, at: pick(read(data, at) + defaults)
+
+
+def _one_by_one(
+    places: Sequence[int], kinds: Sequence[struct.Struct], defaults: Sequence[int]
+) -> Callable[[memoryview, int], Tuple[int, ...]]:
+    """Reads fields that overlap, as no writer lays them out."""
+
+    def read(data: memoryview, at: int) -> Tuple[int, ...]:
+        return tuple(
+            int(kind.unpack_from(data, at + place)[0]) if place else default
+            for place, kind, default in zip(places, kinds, defaults)
+        )
+
+    return read
+
+
 def claim_tree(roots: Sequence[Table], kind: str, schema: Mapping[str, Tuple[Pointer, ...]]) -> None:
-    """Claims all that the tables point to, by a schema of only the pointers, and reads none of it."""
+    """Marks all that the tables point to, by a schema of only the pointers, and reads none of it."""
     waiting = [(table, kind) for table in roots]
     while waiting:
         table, kind = waiting.pop()
@@ -240,7 +431,7 @@ def claim_tree(roots: Sequence[Table], kind: str, schema: Mapping[str, Tuple[Poi
             elif shape == "vector" and isinstance(more, int):
                 span = table.span(field, more)
                 if span is not None:
-                    table.buffer.ledger.claim(span[0], span[1], table.purpose)
+                    table.buffer.mark(span[0], span[1], table.purpose)
             elif shape == "tables" and isinstance(more, str):
                 waiting.extend((child, more) for child in table.tables(field))
             elif shape == "union" and isinstance(more, tuple):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Dict, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 
 _INT, _UINT, _FLOAT, _KEY, _STRING = 1, 2, 3, 4, 5
@@ -30,6 +31,7 @@ _TYPED = {
 # Options are small; what is larger is no map of options.
 _MOST_VALUES = 10_000
 _LONGEST_KEY = 256
+_STEPS_PER_VALUE = 2
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Span:
 Value = Union[None, int, float, Span, Tuple["Value", ...], Dict[str, "Value"]]
 
 
-def read_map(data: memoryview) -> Dict[str, Value]:
-    """The map at the root of the buffer; raises Malformed when there is none."""
+def read_map(data: memoryview, budget: Optional[Budget] = None) -> Dict[str, Value]:
+    """The map at the root of the buffer; raises Malformed when there is none. Each value takes a step."""
     size = len(data)
     if size < 3:
         raise Malformed("the operator's options are cut off")
@@ -52,17 +54,18 @@ def read_map(data: memoryview) -> Dict[str, Value]:
     at = size - 2 - width
     if width not in _UNSIGNED or at < 0:
         raise Malformed("the operator's options do not end as options do")
-    value = _Reader(data).value(at, width, packed, 0)
+    value = _Reader(data, Budget(size) if budget is None else budget).value(at, width, packed, 0)
     if not isinstance(value, dict):
         raise Malformed("the operator's options are not a map")
     return value
 
 
 class _Reader:
-    __slots__ = ("_data", "_left")
+    __slots__ = ("_budget", "_data", "_left")
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, budget: Budget) -> None:
         self._data = data
+        self._budget = budget
         self._left = _MOST_VALUES
 
     def _number(self, formats: Dict[int, str], at: int, width: int) -> Union[int, float]:
@@ -84,6 +87,7 @@ class _Reader:
         return count
 
     def value(self, at: int, width: int, packed: int, depth: int) -> Value:
+        self._budget.spend(_STEPS_PER_VALUE, "the list of the operators' options")
         self._left -= 1
         if self._left < 0 or depth > 8:
             raise Malformed("the operator's options are too large or too deep to be options")

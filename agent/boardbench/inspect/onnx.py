@@ -5,15 +5,16 @@ Source of the format: onnx/onnx ``onnx/onnx.proto``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import struct
+from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Dict, List, Mapping, Optional, Set, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
-from boardbench.inspect.elements import BITS, count_zeros, most_operations
+from boardbench.inspect.elements import BITS, count_zeros
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import GRAPH, METADATA, NAMES, WEIGHTS, Ledger
 from boardbench.inspect.onnx_shapes import Node, Value, costs, infer
-from boardbench.inspect.protobuf import Message, Wire
+from boardbench.inspect.protobuf import Message, Readable, Span, Wire, fields, packed, signed, text
 from boardbench.inspect.report import ModelReport, OpPlacement, Placement, ReportWarning, TensorInfo
 
 # TensorProto.DataType.
@@ -45,15 +46,21 @@ TYPES: Mapping[int, str] = {
     25: "uint2",
     26: "int2",
 }
-# Typed data fields of TensorProto: field → the type whose bytes lie there, packed.
-_TYPED_DATA: Mapping[int, str] = {4: "float32", 10: "float64"}
+# Fields of TensorProto that hold values → their order; of two of them, what lies there packed.
+_STORED: Mapping[int, int] = {9: 0, 4: 1, 10: 2, 5: 3, 7: 4, 11: 5, 6: 6}
+_STORED_TYPES: Mapping[int, str] = {1: "float32", 2: "float64"}
+_INTEGERS = {"int32": struct.Struct("<i"), "int64": struct.Struct("<q")}
 _EXTERNAL = 1
 _DEEPEST_GRAPH = 8
 _LONGEST_CONSTANT = 64
+_LARGEST = 1 << 62
+# A message up to this size is copied before it is read, which is faster.
+_COPIED_BYTES = 1 << 14
+# What is done with a node, and with a value that it reads or writes, takes about as long as so many steps.
+_STEPS_PER_NODE, _STEPS_PER_EDGE = 6, 2
 
 
-@dataclass(frozen=True)
-class Constant:
+class Constant(NamedTuple):
     """A tensor in the file, or beside it."""
 
     name: str
@@ -63,164 +70,289 @@ class Constant:
     external: str
 
 
+class _Value(NamedTuple):
+    """What a ValueInfoProto tells: without a shape it may have any, with an empty one it is a scalar."""
+
+    info: TensorInfo
+    has_shape: bool
+
+
+class _Graph(NamedTuple):
+    """The parts of a GraphProto but its constants; ``told`` are the types of values in between."""
+
+    nodes: List[Node]
+    inputs: List[_Value]
+    outputs: List[_Value]
+    told: List[_Value]
+
+
 class _Reader:
-    """One pass over the file: what it finds is collected in the attributes."""
+    """One pass over the file: what it finds is collected in the attributes.
+
+    Messages of which a file has thousands are read field by field as they come, and small ones from a copy.
+    No two things in the format share a byte, so that sizes are noted without their places.
+    """
 
     def __init__(self, data: memoryview, ledger: Ledger) -> None:
         self.data = data
         self.ledger = ledger
-        self.wire = Wire(data, "the ONNX model")
-        self.nodes: List[Node] = []
+        self.wire = Wire(data, "the ONNX model", ledger.budget(len(data)))
         self.nested_nodes = 0
-        self.left = 3 * most_operations(len(data))
         self.constants: Dict[str, Constant] = {}
         self.parameters: Optional[int] = 0
         self.external: Dict[str, None] = {}
 
-    def tensor(self, message: Message, op_type: str) -> Constant:
-        dtype = TYPES.get(message.integer(2), f"type{message.integer(2)}")
-        shape = message.integers(1)
+    def _near(self, start: int, stop: int) -> Tuple[Readable, int]:
+        """(bytes with the message in them, where they begin): a copy of the message when it is small."""
+        if stop - start > _COPIED_BYTES:
+            return self.data, 0
+        return bytes(self.data[start:stop]), start
+
+    def tensor(self, start: int, stop: int, op_type: str, readers: Mapping[str, str]) -> Constant:
+        """The constant in a TensorProto; its bytes are noted for ``op_type``, or for who reads it."""
+        data, base = self._near(start, stop)
+        wire = self.wire
+        type_number = 0
+        shape: List[int] = []
+        name = ""
+        beside = False
+        entries: List[Span] = []
+        held: List[Tuple[int, int, int]] = []
+        loose: List[int] = []
+        for number, kind, first, second in fields(wire, data, base, start - base, stop - base):
+            if kind == 2:
+                if number in _STORED:
+                    held.append((_STORED[number], first, second))
+                elif number == 1:
+                    shape.extend(packed(wire, data, base, first, second))
+                elif number == 8:
+                    name = text(data, first, second)
+                elif number == 13:
+                    entries.append((base + first, base + second))
+            elif kind == 0:
+                if number == 1:
+                    shape.append(signed(first))
+                elif number == 2:
+                    type_number = signed(first)
+                elif number == 14:
+                    beside = first == _EXTERNAL
+                elif number in (5, 7):
+                    loose.append(signed(first))
+        dtype = TYPES.get(type_number, f"type{type_number}")
         external = ""
-        if message.integer(14) == _EXTERNAL:
-            for entry in message.messages(13):
+        if beside:
+            for entry_start, entry_stop in entries:
+                entry = Message(wire, entry_start, entry_stop)
                 if entry.text(1) == "location":
                     external = entry.text(2)
             self.external[external] = None
         count = 1
         for size in shape:
-            count *= max(0, size)
-        count = count if count < 1 << 62 else 0
-        claimed = False
-        for field, stored in (
-            (9, dtype),
-            (4, "float32"),
-            (10, "float64"),
-            (5, ""),
-            (7, ""),
-            (11, ""),
-            (6, ""),
-        ):
-            for start, stop in message.spans(field):
-                # Fields of integers hold variable lengths, so their zeros can't be counted at a glance.
-                zeros = count_zeros(self.data[start:stop], stored) if stored else None
-                if zeros is not None and shape:
-                    zeros = min(zeros, count)
-                self.ledger.claim(start, stop, WEIGHTS, dtype, op_type, None if claimed else count, zeros)
-                claimed = True
+            count = min(count * max(0, size), _LARGEST)
+        count = count if count < _LARGEST else 0
+        op_type = op_type or readers.get(name, "")
+        held.sort()
+        elements: Optional[int] = count
+        for order, first, second in held:
+            # Fields of integers hold variable lengths, so their zeros can't be counted at a glance.
+            stored = _STORED_TYPES.get(order, dtype if order == 0 else "")
+            zeros = count_zeros(memoryview(data)[first:second], stored) if stored else None
+            if zeros is not None and shape:
+                zeros = min(zeros, count)
+            self.ledger.note(second - first, WEIGHTS, dtype, op_type, elements, zeros)
+            elements = None
         if dtype in BITS and self.parameters is not None:
             self.parameters += count
-        return Constant(message.text(8), dtype, shape, self._values(message, dtype, count), external)
+        values = None
+        if dtype in ("int64", "int32") and count <= _LONGEST_CONSTANT:
+            values = self._values(data, base, dtype, held, loose)
+        return Constant(name, dtype, tuple(shape), values, external)
 
-    def _values(self, message: Message, dtype: str, count: int) -> Optional[Tuple[int, ...]]:
+    def _values(
+        self, data: Readable, base: int, dtype: str, held: List[Tuple[int, int, int]], loose: List[int]
+    ) -> Tuple[int, ...]:
         """Small integers, which shapes are made of."""
-        if dtype not in ("int64", "int32") or count > _LONGEST_CONSTANT:
-            return None
-        raw = message.span(9)
-        if raw is not None:
-            width = 8 if dtype == "int64" else 4
-            content = bytes(self.data[raw[0] : raw[1]])
-            return tuple(
-                int.from_bytes(content[at : at + width], "little", signed=True)
-                for at in range(0, len(content) - width + 1, width)
-            )
-        return message.integers(7 if dtype == "int64" else 5)
+        raw = [(first, second) for order, first, second in held if order == 0]
+        if raw:
+            first, second = raw[-1]
+            kind = _INTEGERS[dtype]
+            count = min((second - first) // kind.size, _LONGEST_CONSTANT)
+            return tuple(kind.unpack_from(data, first + index * kind.size)[0] for index in range(count))
+        wanted = _STORED[7 if dtype == "int64" else 5]
+        values = loose
+        for order, first, second in held:
+            if order == wanted:
+                values.extend(packed(self.wire, data, base, first, second))
+        return tuple(values[:_LONGEST_CONSTANT])
 
-    def graph(self, message: Message, depth: int) -> Tuple[List[Node], List[Message], List[Message]]:
+    def graph(self, start: int, stop: int, depth: int) -> _Graph:
+        """The graph in a GraphProto; notes its bytes, and keeps the constants of the outermost one."""
         if depth > _DEEPEST_GRAPH:
             raise Malformed("the ONNX model nests graphs deeper than any model: damaged, or made to harm")
-        for field in (1, 5, 11, 12, 13):
-            self.left -= message.count(field)
-        if self.left < 0:
-            raise Malformed(
-                "the ONNX model has more parts than any model of its size: damaged, or made to harm"
-            )
-        made = [self.node(each, depth) for each in message.messages(1)]
-        reader: Dict[str, str] = {}
-        for node in made:
-            for name in node.inputs:
-                reader.setdefault(name, node.type)
-        for each in message.messages(5):
-            name = each.text(8)
-            constant = self.tensor(each, reader.get(name, ""))
+        nodes: List[Node] = []
+        constants: List[Span] = []
+        sparse: List[Span] = []
+        values: Dict[int, List[_Value]] = {11: [], 12: [], 13: []}
+        for number, kind, first, second in fields(self.wire, self.data, 0, start, stop):
+            if kind != 2:
+                continue
+            if number == 1:
+                nodes.append(self.node(first, second, depth))
+            elif number == 5:
+                constants.append((first, second))
+            elif number == 15:
+                sparse.append((first, second))
+            elif number in (2, 10):
+                self.ledger.note(second - first, NAMES)
+            elif number in (13, 14, 16):
+                self.ledger.note(second - first, METADATA)
+            if number in values and depth == 0:
+                values[number].append(self.value(first, second))
+        readers: Dict[str, str] = {}
+        for node in reversed(nodes):
+            readers.update(dict.fromkeys(node.inputs, node.type))
+        for first, second in constants:
+            constant = self.tensor(first, second, "", readers)
             if depth == 0:
-                self.constants[name] = constant
-        for each in message.messages(15):
-            values, indices = each.message(1), each.message(2)
-            if values is not None:
-                self.tensor(values, reader.get(values.text(8), ""))
+                self.constants[constant.name] = constant
+        for first, second in sparse:
+            message = Message(self.wire, first, second)
+            held, indices = message.span(1), message.span(2)
+            if held is not None:
+                self.tensor(*held, "", readers)
             if indices is not None:
-                start, stop = indices.start, indices.stop
-                self.ledger.claim(start, stop, "sparsity")
-        for field in (2, 10):
-            for start, stop in message.spans(field):
-                self.ledger.claim(start, stop, NAMES)
-        for field in (13, 16, 14):
-            for start, stop in message.spans(field):
-                self.ledger.claim(start, stop, METADATA)
-        return made, message.messages(11), message.messages(12)
+                self.ledger.note(indices[1] - indices[0], "sparsity")
+        return _Graph(nodes, values[11], values[12], values[13])
 
-    def node(self, message: Message, depth: int) -> Node:
-        op_type = message.text(4)
-        domain = message.text(7)
+    def value(self, start: int, stop: int) -> _Value:
+        """Name and type of a value, in a ValueInfoProto."""
+        message = Message(self.wire, start, stop)
+        kind = message.message(2)
+        tensor = kind.message(1) if kind is not None else None
+        if tensor is None:
+            return _Value(TensorInfo(message.text(1), "", ()), False)
+        sizes = tensor.message(2)
+        dimensions = sizes.messages(1) if sizes is not None else ()
+        shape = tuple([max(-1, dimension.integer(1, -1)) for dimension in dimensions])
+        dtype = TYPES.get(tensor.integer(1), "")
+        return _Value(TensorInfo(message.text(1), dtype, shape), sizes is not None)
+
+    def node(self, start: int, stop: int, depth: int) -> Node:
+        """The operation in a NodeProto; notes its bytes."""
+        data, base = self._near(start, stop)
+        wire = self.wire
+        inputs: List[str] = []
+        outputs: List[str] = []
+        name = op_type = domain = ""
+        held: List[Span] = []
+        names_bytes = 0
+        for number, kind, first, second in fields(wire, data, base, start - base, stop - base):
+            if kind != 2:
+                continue
+            if number == 1:
+                inputs.append(text(data, first, second))
+                names_bytes += second - first
+            elif number == 2:
+                outputs.append(text(data, first, second))
+                names_bytes += second - first
+            elif number == 5:
+                held.append((first, second))
+            elif number == 4:
+                op_type = text(data, first, second)
+            elif number == 3:
+                name = text(data, first, second)
+                names_bytes += second - first
+            elif number == 7:
+                domain = text(data, first, second)
+            elif number == 6:
+                names_bytes += second - first
+        self.ledger.note(names_bytes, NAMES)
+        wire.budget.spend(_STEPS_PER_NODE + _STEPS_PER_EDGE * (len(inputs) + len(outputs)), wire.what)
         attributes: Dict[str, Tuple[int, ...]] = {}
         constant: Optional[Constant] = None
-        for attribute in message.messages(5):
-            name = attribute.text(1)
-            if 8 in attribute:
-                attributes[name] = attribute.integers(8)
-            elif 3 in attribute:
-                attributes[name] = (attribute.integer(3),)
-            elif 4 in attribute:
-                # Few attributes are text; of those only auto_pad matters to a shape, by its last letters.
-                attributes[name] = tuple(attribute.text(4)[:16].encode())
-            for held in (attribute.message(5), *attribute.messages(10)):
-                if held is not None:
-                    constant = self.tensor(held, op_type)
-                    attributes[name] = ()
-            for held in (attribute.message(6), *attribute.messages(11)):
-                if held is not None:
-                    inner, _, _ = self.graph(held, depth + 1)
-                    self.nested_nodes += len(inner)
-        for field in (1, 2, 3, 6):
-            for start, stop in message.spans(field):
-                self.ledger.claim(start, stop, NAMES)
-        outputs = tuple(message.texts(2))
+        for first, second in held:
+            constant = self.attribute(data, base, first, second, attributes, op_type, depth) or constant
         if op_type == "Constant" and outputs and depth == 0:
-            for name in ("value_ints", "value_int"):
-                if name in attributes:
-                    shape = (len(attributes[name]),) if name == "value_ints" else ()
-                    constant = Constant("", "int64", shape, attributes[name][:_LONGEST_CONSTANT], "")
+            for key in ("value_ints", "value_int"):
+                if key in attributes:
+                    shape = (len(attributes[key]),) if key == "value_ints" else ()
+                    constant = Constant("", "int64", shape, attributes[key][:_LONGEST_CONSTANT], "")
             if constant is not None:
-                self.constants[outputs[0]] = replace(constant, name=outputs[0])
-        return Node(op_type, domain, message.text(3), tuple(message.texts(1)), outputs, attributes)
+                self.constants[outputs[0]] = constant._replace(name=outputs[0])
+        return Node(op_type, domain, name, tuple(inputs), tuple(outputs), attributes)
+
+    def attribute(
+        self,
+        data: Readable,
+        base: int,
+        start: int,
+        stop: int,
+        attributes: Dict[str, Tuple[int, ...]],
+        op_type: str,
+        depth: int,
+    ) -> Optional[Constant]:
+        """Adds an AttributeProto to the attributes when it is of integers or short; its last constant."""
+        wire = self.wire
+        name = ""
+        ints: Optional[List[int]] = None
+        one: Optional[int] = None
+        letters: Optional[bytes] = None
+        tensors: List[Span] = []
+        graphs: List[Span] = []
+        for number, kind, first, second in fields(wire, data, base, start, stop):
+            if number == 1 and kind == 2:
+                name = text(data, first, second)
+            elif number == 3:
+                one = signed(first) if kind == 0 else 0
+            elif number == 8:
+                ints = [] if ints is None else ints
+                if kind == 0:
+                    ints.append(signed(first))
+                elif kind == 2:
+                    ints.extend(packed(wire, data, base, first, second))
+            elif number == 4:
+                # Few attributes are text; of those only auto_pad matters to a shape, by its first letters.
+                letters = bytes(data[first : min(second, first + 16)]) if kind == 2 else b""
+            elif kind == 2 and number in (5, 10):
+                tensors.append((base + first, base + second))
+            elif kind == 2 and number in (6, 11):
+                graphs.append((base + first, base + second))
+        if ints is not None:
+            attributes[name] = tuple(ints)
+        elif one is not None:
+            attributes[name] = (one,)
+        elif letters is not None:
+            attributes[name] = tuple(letters)
+        constant: Optional[Constant] = None
+        for first, second in tensors:
+            constant = self.tensor(first, second, op_type, {})
+            attributes[name] = ()
+        for first, second in graphs:
+            self.nested_nodes += len(self.graph(first, second, depth + 1).nodes)
+        return constant
 
 
-def report(base: ModelReport, data: memoryview) -> ModelReport:
+def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
     """``base`` with everything filled in that the file tells; raises Malformed."""
-    ledger = Ledger()
     reader = _Reader(data, ledger)
     root = reader.wire.root()
-    main = root.message(7)
+    main = root.span(7)
     if main is None:
         raise Malformed("the ONNX model has no graph: it is empty or damaged; export it again")
-    nodes, inputs, outputs = reader.graph(main, 0)
-    for field in (2, 3, 4, 6):
+    nodes, inputs, outputs, told = reader.graph(*main, 0)
+    for field in (2, 3, 4, 6, 14):
         for start, stop in root.spans(field):
-            ledger.claim(start, stop, METADATA)
-    for start, stop in root.spans(14):
-        ledger.claim(start, stop, METADATA)
-    for function in root.messages(25):
-        for each in function.messages(7):
-            reader.node(each, 1)
+            ledger.note(stop - start, METADATA)
+    for start, stop in root.spans(25):
+        for first, second in Message(reader.wire, start, stop).spans(7):
+            reader.node(first, second, 1)
             reader.nested_nodes += 1
     ledger.fill(GRAPH)
-    given = [_value(each) for each in inputs if each.text(1) not in reader.constants]
-    known = {each.text(1): _value(each) for each in inputs if _has_shape(each)}
-    for each in (*outputs, *main.messages(13)):
-        tensor = _value(each)
-        # Without a shape it may have any; with an empty one it is a scalar.
-        if _has_shape(each):
-            known.setdefault(tensor.name, tensor)
+    given = [each.info for each in inputs if each.info.name not in reader.constants]
+    known = {each.info.name: each.info for each in inputs if each.has_shape}
+    for each in (*outputs, *told):
+        if each.has_shape:
+            known.setdefault(each.info.name, each.info)
     values = infer(
         nodes,
         {name: (constant.dtype, constant.shape) for name, constant in reader.constants.items()},
@@ -239,8 +371,10 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
     for node in nodes:
         types[node.type] = types.get(node.type, 0) + 1
     ops = tuple(
-        OpPlacement(index, node.type, node.name or (node.outputs[0] if node.outputs else ""))
-        for index, node in enumerate(nodes)
+        [
+            OpPlacement(index, node.type, node.name or (node.outputs[0] if node.outputs else ""))
+            for index, node in enumerate(nodes)
+        ]
     )
     opsets = {each.text(1) or "ai.onnx": each.integer(2) for each in root.messages(8)}
     version = f"IR {root.integer(1)}"
@@ -268,30 +402,10 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
     )
 
 
-def _has_shape(message: Message) -> bool:
-    kind = message.message(2)
-    tensor = kind.message(1) if kind is not None else None
-    return tensor is not None and 2 in tensor
-
-
-def _completed(message: Message, values: Mapping[str, Value]) -> TensorInfo:
+def _completed(value: _Value, values: Mapping[str, Value]) -> TensorInfo:
     """An output, with the shape that follows from the graph where the file gives none."""
-    tensor = _value(message)
-    inferred = values.get(tensor.name, ("", None))[1]
-    return replace(tensor, shape=inferred) if inferred is not None and not _has_shape(message) else tensor
-
-
-def _value(message: Message) -> TensorInfo:
-    kind = message.message(2)
-    tensor = kind.message(1) if kind is not None else None
-    if tensor is None:
-        return TensorInfo(message.text(1), "", ())
-    shape_message = tensor.message(2)
-    shape: List[int] = []
-    for dimension in shape_message.messages(1) if shape_message is not None else ():
-        size = dimension.integer(1, -1)
-        shape.append(size if size >= 0 else -1)
-    return TensorInfo(message.text(1), TYPES.get(tensor.integer(1), ""), tuple(shape))
+    inferred = values.get(value.info.name, ("", None))[1]
+    return replace(value.info, shape=inferred) if inferred is not None and not value.has_shape else value.info
 
 
 def _warnings(reader: _Reader, inputs: List[TensorInfo], nodes: List[Node]) -> List[ReportWarning]:

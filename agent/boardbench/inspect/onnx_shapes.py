@@ -7,8 +7,7 @@ and with it every figure that needs it: nothing is guessed.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from boardbench.inspect.cost import product
 from boardbench.inspect.elements import BITS, aligned_bytes
@@ -18,10 +17,13 @@ Value = Tuple[str, Optional[Shape]]
 
 _SAME = b"SAME"
 _LARGEST = 1 << 62
+# More than any model has. What has more could keep the rules busy that look at sizes: gathering by what was
+# gathered doubles the number of dimensions, again and again.
+_MOST_DIMENSIONS = 16
+_MOST_NUMBERS = 64
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One operation; integer attributes only (text by its bytes)."""
 
     type: str
@@ -43,10 +45,17 @@ def infer(
     contents: Mapping[str, Tuple[int, ...]],
     known: Mapping[str, Tuple[str, Shape]],
 ) -> Dict[str, Value]:
-    """Type and shape of every value that is known or follows; a shape has no open sizes."""
-    values: Dict[str, Value] = {name: (dtype, shape) for name, (dtype, shape) in constants.items()}
+    """Type and shape of every value that is known or follows; a shape has no open sizes.
+
+    One of more than _MOST_DIMENSIONS counts as unknown.
+    """
+    values: Dict[str, Value] = {
+        name: (dtype, shape if len(shape) <= _MOST_DIMENSIONS else None)
+        for name, (dtype, shape) in constants.items()
+    }
     for name, (dtype, shape) in known.items():
-        values.setdefault(name, (dtype, shape if -1 not in shape else None))
+        closed = -1 not in shape and len(shape) <= _MOST_DIMENSIONS
+        values.setdefault(name, (dtype, shape if closed else None))
     numbers: Dict[str, Tuple[int, ...]] = dict(contents)
     for node in nodes:
         _follow_numbers(node, values, numbers)
@@ -58,6 +67,8 @@ def infer(
                 continue
             told: Value = values.get(name, ("", None))
             found = _shape(node, inputs, numbers, position) if told[1] is None else told[1]
+            if found is not None and len(found) > _MOST_DIMENSIONS:
+                found = None
             values[name] = (told[0] or _dtype(node, inputs), found)
     return values
 
@@ -82,10 +93,10 @@ def _follow_numbers(node: Node, values: Mapping[str, Value], numbers: Dict[str, 
         picked = inputs[1]
         if first and all(-len(first) <= index < len(first) for index in picked):
             numbers[out] = tuple(first[index] for index in picked)
-    elif node.type == "Concat" and all(each is not None for each in inputs):
-        joined = tuple(number for each in inputs if each is not None for number in each)
-        if len(joined) <= 64:
-            numbers[out] = joined
+    elif node.type == "Concat":
+        known = [each for each in inputs if each is not None]
+        if len(known) == len(inputs) and sum(map(len, known)) <= _MOST_NUMBERS:
+            numbers[out] = tuple(number for each in known for number in each)
     elif node.type == "Slice" and all(each is not None for each in inputs[1:3]) and len(inputs) >= 3:
         starts, stops = inputs[1], inputs[2]
         if starts and stops and len(starts) == 1 and (len(inputs) < 5 or inputs[4] in (None, (1,))):
@@ -242,13 +253,15 @@ def _shape(
     node: Node, inputs: Sequence[Value], numbers: Mapping[str, Tuple[int, ...]], position: int
 ) -> Optional[Shape]:
     kind = node.type
+    if position and kind != "Split":
+        return None
     if kind == "ConstantOfShape":
         return _valid(numbers.get(node.inputs[0]))
     first = inputs[0][1] if inputs else None
     if first is None:
         return None
     if kind in _ALIKE:
-        return first if position == 0 else None
+        return first
     if kind in _BROADCAST:
         return _broadcast([shape for _, shape in inputs])
     if kind in _LINEAR_BROADCAST:
@@ -265,7 +278,7 @@ def _shape(
     if kind in _POOLS:
         kernel = node.attributes.get("kernel_shape", ())
         spatial = _windowed(node, first[2:], kernel) if len(kernel) == len(first) - 2 else None
-        return None if spatial is None or position else (*first[:2], *spatial)
+        return None if spatial is None else (*first[:2], *spatial)
     if kind in _GLOBAL_POOLS:
         return (*first[:2], *(1 for _ in first[2:]))
     if kind == "Gemm":
@@ -293,7 +306,7 @@ def _moved(
         return _reshaped(
             first, numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None, node.one("allowzero", 0)
         )
-    if kind == "Concat" and position == 0:
+    if kind == "Concat":
         return _joined([shape for _, shape in inputs], node.one("axis", 0))
     if kind in ("Squeeze", "Unsqueeze"):
         axes = node.attributes.get("axes") or (numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None)
@@ -317,9 +330,7 @@ def _moved(
         )
         if sizes is None:
             count = len(node.outputs)
-            if first[axis] % count:
-                return None
-            sizes = (first[axis] // count,) * count
+            return None if first[axis] % count else (*first[:axis], first[axis] // count, *first[axis + 1 :])
         return (*first[:axis], sizes[position], *first[axis + 1 :]) if position < len(sizes) else None
     if kind == "Pad":
         pads = node.attributes.get("pads") or (numbers.get(node.inputs[1]) if len(node.inputs) > 1 else None)
@@ -531,7 +542,7 @@ def costs(
     total: Optional[int] = 0
     for node in nodes:
         count = _multiplied(node, values)
-        total = None if total is None or count is None else total + count
+        total = None if total is None or count is None or total > _LARGEST else total + count
     return total, _alive(nodes, values, constants, inputs, outputs)
 
 
@@ -599,4 +610,4 @@ def _alive(
     for difference in change:
         alive += difference
         most = max(most, alive)
-    return most
+    return most if most <= _LARGEST else None

@@ -6,13 +6,14 @@ import re
 import struct
 from dataclasses import replace
 
+from boardbench.inspect.ledger import Ledger
 from boardbench.inspect.report import ByteUse, ModelReport, Placement, ReportWarning
 
 _FUNCTION = re.compile(rb"\x00([A-Za-z_][A-Za-z0-9_]{0,100})_GetInputSize\x00")
 _PIECE_BYTES = 1 << 20
 
 
-def report_engine(base: ModelReport, data: memoryview) -> ModelReport:
+def report_engine(base: ModelReport, data: memoryview, _ledger: Ledger) -> ModelReport:
     """The report on a TensorRT engine: only its serialization version can be read."""
     start = 0
     if bytes(data[:4]) not in (b"ftrt", b"ptrt"):
@@ -38,7 +39,7 @@ def report_engine(base: ModelReport, data: memoryview) -> ModelReport:
     )
 
 
-def report_library(base: ModelReport, data: memoryview) -> ModelReport:
+def report_library(base: ModelReport, data: memoryview, _ledger: Ledger) -> ModelReport:
     """The report on a module compiled by ELL: the prefix of its functions."""
     prefix = ""
     for start in range(0, len(data), _PIECE_BYTES):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 from xml.parsers import expat
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.content import Opened
 from boardbench.inspect.cost import product
-from boardbench.inspect.elements import BITS, aligned_bytes, count_zeros, most_operations
+from boardbench.inspect.elements import BITS, aligned_bytes, count_zeros
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import WEIGHTS, Ledger
 from boardbench.inspect.report import ByteUse, ModelReport, OpPlacement, Placement, ReportWarning, TensorInfo
@@ -44,8 +45,16 @@ TYPES: Dict[str, str] = {
     "fp64": "float64",
     "bool": "bool",
 }
-_MOST_ELEMENTS = 2_000_000
-_DEEPEST = 64
+_DEEPEST, _LONGEST_SHAPE = 64, 2048
+# Elements of the format are short. The parser looks at one again whenever more of it comes, so that a long
+# one takes the square of its length.
+_LONGEST_ELEMENT_BYTES, _PIECE_BYTES = 1 << 19, 1 << 16
+# How long what is done for an element takes: its beginning and end, and what is kept of some.
+_STEPS_PER_ELEMENT = 3
+_STEPS_KEPT = {"layer": 6, "edge": 4, "port": 4, "dim": 1}
+# Those attributes of a layer's <data> that anybody asks for.
+_KEPT = ("element_type", "shape", "offset", "size", "transpose_a")
+_WHAT = "the OpenVINO model"
 _NOT_OPERATIONS = frozenset(("Parameter", "Const", "Result"))
 _INNER_GRAPHS = frozenset(("body", "then_body", "else_body"))
 
@@ -70,8 +79,8 @@ class _Layer:
 class _Graph:
     """What the XML says, collected element by element."""
 
-    def __init__(self, most_layers: int) -> None:
-        self._most_layers = most_layers
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self.version = ""
         self.name = ""
         self.layers: List[_Layer] = []
@@ -79,15 +88,14 @@ class _Graph:
         self.inner_layers = 0
         self._path: List[str] = []
         self._inner = 0
-        self._elements = 0
         self._port: Optional[_Port] = None
         self._text: List[str] = []
 
     def start(self, tag: str, attributes: Dict[str, str]) -> None:
-        self._elements += 1
+        self._budget.spend(_STEPS_PER_ELEMENT + _STEPS_KEPT.get(tag, 0), _WHAT)
         self._path.append(tag)
-        if self._elements > _MOST_ELEMENTS or len(self._path) > _DEEPEST:
-            raise Malformed("the OpenVINO model is larger or deeper than any model: damaged, or made to harm")
+        if len(self._path) > _DEEPEST:
+            raise Malformed(f"{_WHAT} is deeper than any model: damaged, or made to harm")
         if tag in _INNER_GRAPHS:
             self._inner += 1
         if len(self._path) == 1:
@@ -98,8 +106,6 @@ class _Graph:
         elif self._inner:
             self.inner_layers += tag == "layer"
         elif tag == "layer":
-            if len(self.layers) >= self._most_layers:
-                raise Malformed("the OpenVINO model has more layers than any model of its size: made to harm")
             self.layers.append(
                 _Layer(attributes.get("id", ""), attributes.get("name", ""), attributes.get("type", ""))
             )
@@ -108,7 +114,7 @@ class _Graph:
                 tuple(attributes.get(key, "") for key in ("from-layer", "from-port", "to-layer", "to-port"))  # type: ignore[arg-type]
             )
         elif self.layers and tag == "data" and self._path[-2] == "layer":
-            self.layers[-1].attributes = attributes
+            self.layers[-1].attributes = {key: attributes[key] for key in _KEPT if key in attributes}
         elif self.layers and tag == "port" and len(self._path) >= 2:
             precision = attributes.get("precision", "").lower()
             self._port = _Port(TYPES.get(precision, precision), attributes.get("names", ""))
@@ -128,13 +134,14 @@ class _Graph:
             self._port.shape.append(int(text) if text.isdigit() and len(text) < 19 else -1)
 
     def characters(self, text: str) -> None:
+        self._budget.spend(1, _WHAT)
         if self._port is not None and len(self._text) < 16:
-            self._text.append(text)
+            self._text.append(text[:32])
 
 
-def read_graph(data: memoryview) -> _Graph:
+def read_graph(data: memoryview, budget: Optional[Budget] = None) -> _Graph:
     """The graph in the XML; raises Malformed."""
-    graph = _Graph(most_operations(len(data)))
+    graph = _Graph(Budget(len(data)) if budget is None else budget)
     parser = expat.ParserCreate()
     parser.StartElementHandler = graph.start
     parser.EndElementHandler = graph.end
@@ -143,28 +150,26 @@ def read_graph(data: memoryview) -> _Graph:
     parser.EntityDeclHandler = _refuse
     parser.buffer_text = True
     try:
-        for start in range(0, len(data), 1 << 16):
-            parser.Parse(bytes(data[start : start + (1 << 16)]), False)
+        for start in range(0, len(data), _PIECE_BYTES):
+            parser.Parse(bytes(data[start : start + _PIECE_BYTES]), False)
+            if start - parser.CurrentByteIndex > _LONGEST_ELEMENT_BYTES:
+                raise Malformed(f"{_WHAT} has an element longer than any model: damaged, or made to harm")
         parser.Parse(b"", True)
     except (expat.ExpatError, ValueError, LookupError) as error:
-        raise Malformed(
-            f"the OpenVINO model is no valid XML ({error}): truncated or damaged; copy it again"
-        ) from error
+        raise Malformed(f"{_WHAT} is no valid XML ({error}): truncated or damaged; copy it again") from error
     return graph
 
 
 def _refuse(*_arguments: object) -> None:
-    raise Malformed(
-        "the OpenVINO model has a document type or an entity, which the format does not know: refused"
-    )
+    raise Malformed(f"{_WHAT} has a document type or an entity, which the format does not know: refused")
 
 
-def report(base: ModelReport, data: memoryview, weights: Optional[Path]) -> ModelReport:
+def report(base: ModelReport, data: memoryview, weights: Optional[Path], budget: Budget) -> ModelReport:
     """``base`` with everything filled in that the files tell; raises Malformed.
 
     ``weights`` is where the constants are. The report is about both files, and its size is that of both.
     """
-    graph = read_graph(data)
+    graph = read_graph(data, budget)
     by_id = {layer.identity: layer for layer in graph.layers}
     feeds: Dict[Tuple[str, str], Tuple[str, str]] = {
         (to_layer, to_port): (from_layer, from_port)
@@ -185,7 +190,8 @@ def report(base: ModelReport, data: memoryview, weights: Optional[Path]) -> Mode
     if found and weights is not None:
         with Opened(weights, mapped=True) as content:
             bin_bytes = len(content)
-            uses.extend(_constants(graph, reader, content))
+            budget.beside(bin_bytes)
+            uses.extend(_constants(graph, reader, content, budget))
     elif any(layer.type == "Const" and _number(layer.attributes.get("size", "0")) for layer in graph.layers):
         warnings.append(
             ReportWarning(
@@ -242,7 +248,7 @@ def _number(text: str) -> int:
 
 
 def _shape(text: str) -> Tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()][:64]
+    parts = [part.strip() for part in text[:_LONGEST_SHAPE].split(",") if part.strip()][:64]
     return tuple(int(part) if part.isdigit() and len(part) < 19 else -1 for part in parts)
 
 
@@ -267,8 +273,10 @@ def _output(
     return TensorInfo(layer.name, "", ())
 
 
-def _constants(graph: _Graph, reader: Dict[str, str], content: memoryview) -> Tuple[ByteUse, ...]:
-    ledger = Ledger()
+def _constants(
+    graph: _Graph, reader: Dict[str, str], content: memoryview, budget: Budget
+) -> Tuple[ByteUse, ...]:
+    ledger = Ledger(budget)
     seen = set()
     for layer in graph.layers:
         if layer.type != "Const":
@@ -285,6 +293,7 @@ def _constants(graph: _Graph, reader: Dict[str, str], content: memoryview) -> Tu
             continue
         seen.add((start, size))
         count = product(_shape(layer.attributes.get("shape", "")))
+        budget.look(size, _WHAT)
         zeros = count_zeros(content[start : start + size], dtype)
         if zeros is not None and count is not None:
             zeros = min(zeros, count)

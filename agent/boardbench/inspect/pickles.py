@@ -10,9 +10,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 
-_MOST_OPERATIONS = 1_000_000
 _LONGEST_NAME = 512
 
 
@@ -56,9 +56,9 @@ class Pickle:
 _MARK = object()
 
 
-def read_pickle(data: bytes) -> Pickle:
+def read_pickle(data: bytes, budget: Optional[Budget] = None) -> Pickle:
     """The content of the pickle; raises Malformed. Values may share parts and even contain themselves."""
-    machine = _Machine(data)
+    machine = _Machine(data, Budget(len(data)) if budget is None else budget)
     try:
         return machine.run()
     except (IndexError, struct.error) as error:
@@ -68,16 +68,20 @@ def read_pickle(data: bytes) -> Pickle:
 
 
 class _Machine:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, budget: Budget) -> None:
         self.data = data
+        self.budget = budget
         self.at = 0
         self.stack: List[Any] = []
         self.memo: Dict[int, Any] = {}
         self.calls: List[Call] = []
 
     def run(self) -> Pickle:
-        data = self.data
-        for _ in range(_MOST_OPERATIONS):
+        data, budget = self.data, self.budget
+        while True:
+            budget.steps_left -= 1
+            if budget.steps_left < 0:
+                budget.exhausted("a pickle in the file")
             code = data[self.at]
             self.at += 1
             if code == 0x2E:
@@ -86,7 +90,6 @@ class _Machine:
             if action is None:
                 raise Malformed(f"a pickle in the file has an operation that is not read here (0x{code:02x})")
             action(self)
-        raise Malformed("a pickle in the file is longer than that of any model")
 
     # ---- parts of the input
 
@@ -165,7 +168,10 @@ class _Machine:
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()
-        self.push(Global(str(module)[:_LONGEST_NAME], str(name)[:_LONGEST_NAME]))
+        # Anything else could be as deep, or as long to write out, as the file likes.
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise Malformed("a pickle in the file is damaged: something else than a name where one belongs")
+        self.push(Global(module[:_LONGEST_NAME], name[:_LONGEST_NAME]))
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()

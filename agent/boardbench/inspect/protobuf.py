@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 
 Span = Tuple[int, int]
+# Number, wire type, then value and 0, or start and stop.
+Field = Tuple[int, int, int, int]
+Readable = Union[bytes, memoryview]
 
 _F32 = struct.Struct("<f")
-# How many fields a file may have: one takes 2 bytes at least, in models some 5 to 10.
-_FIELDS_AT_LEAST = 100_000
-_BYTES_PER_FIELD = 2
 _LONGEST_TEXT = 4096
 _NOTHING: "array[int]" = array("Q")
 
 
 class Wire:
-    """The bytes that messages are read from, and how many fields may still be read."""
+    """The bytes that messages are read from, and how much work is left; each field takes a step."""
 
-    __slots__ = ("data", "left", "what")
+    __slots__ = ("budget", "data", "what")
 
-    def __init__(self, data: memoryview, what: str) -> None:
+    def __init__(self, data: memoryview, what: str, budget: Optional[Budget] = None) -> None:
         self.data = data
         self.what = what
-        self.left = max(_FIELDS_AT_LEAST, len(data) // _BYTES_PER_FIELD)
+        self.budget = Budget(len(data)) if budget is None else budget
 
     def root(self) -> "Message":
         """The message that is the whole."""
@@ -44,48 +45,72 @@ class Wire:
         )
 
 
+def fields(wire: Wire, data: Readable, base: int, start: int, stop: int) -> Iterator[Field]:
+    """The fields of the message in ``data`` from ``start`` to ``stop``; raises Malformed.
+
+    ``data`` is a part of the wire's bytes that begins at ``base``: a small part is read faster from a copy.
+    """
+    budget = wire.budget
+    at = start
+    while at < stop:
+        budget.steps_left -= 1
+        if budget.steps_left < 0:
+            budget.exhausted(wire.what)
+        key = data[at]
+        at += 1
+        if key >= 0x80:
+            key, at = _varint(wire, data, base, at - 1, stop)
+        kind = key & 7
+        if key < 8:
+            raise wire.broken("has a field without a number", base + at)
+        if kind == 2:
+            length = data[at] if at < stop else 0x80
+            at += 1
+            if length >= 0x80:
+                length, at = _varint(wire, data, base, at - 1, stop)
+            end = at + length
+            if end > stop:
+                raise wire.broken(
+                    "has a field that ends outside its message", min(base + end, len(wire.data))
+                )
+            yield key >> 3, 2, at, end
+            at = end
+        elif kind == 0:
+            value = data[at] if at < stop else 0x80
+            at += 1
+            if value >= 0x80:
+                value, at = _varint(wire, data, base, at - 1, stop)
+            yield key >> 3, 0, value, 0
+        elif kind == 1 or kind == 5:
+            end = at + (8 if kind == 1 else 4)
+            if end > stop:
+                raise wire.broken(
+                    "has a field that ends outside its message", min(base + end, len(wire.data))
+                )
+            yield key >> 3, kind, at, end
+            at = end
+        else:
+            raise wire.broken(f"has a field of unknown kind {kind}", base + at)
+
+
 class Message:
     """One message, split into its fields; a field that comes again is kept again."""
 
     __slots__ = ("_fields", "start", "stop", "wire")
 
     def __init__(self, wire: Wire, start: int, stop: int) -> None:
+        wire.budget.steps_left -= 1
         self.wire = wire
         self.start = start
         self.stop = stop
         # Number → three numbers for each time that it comes: wire type, then value and 0, or start and stop.
         # Arrays, because a tuple takes five times the memory.
         self._fields: Dict[int, array[int]] = {}
-        data = wire.data
-        at = start
-        while at < stop:
-            wire.left -= 1
-            if wire.left < 0:
-                raise Malformed(
-                    f"{wire.what} has more fields than any model of its size: damaged, or made to harm"
-                )
-            key, at = read_varint(wire, at, stop)
-            number, kind = key >> 3, key & 7
-            if number == 0:
-                raise wire.broken("has a field without a number", at)
-            if kind == 0:
-                value, at = read_varint(wire, at, stop)
-                found = (0, value, 0)
-            elif kind == 2:
-                length, begin = read_varint(wire, at, stop)
-                at = begin + length
-                found = (2, begin, at)
-            elif kind == 1 or kind == 5:
-                found = (kind, at, at + (8 if kind == 1 else 4))
-                at = found[2]
-            else:
-                raise wire.broken(f"has a field of unknown kind {kind}", at)
-            if at > stop:
-                raise wire.broken("has a field that ends outside its message", min(at, len(data)))
+        for number, kind, first, second in fields(wire, wire.data, 0, start, stop):
             kept = self._fields.get(number)
             if kept is None:
                 kept = self._fields[number] = array("Q")
-            kept.extend(found)
+            kept.extend((kind, first, second))
 
     def __contains__(self, number: int) -> bool:
         return number in self._fields
@@ -125,20 +150,16 @@ class Message:
     def text(self, number: int) -> str:
         """The last string of a field; empty when it is absent. Bytes that are no UTF-8 are replaced."""
         found = self.span(number)
-        return "" if found is None else self._decode(found)
+        return "" if found is None else text(self.wire.data, *found)
 
     def texts(self, number: int) -> List[str]:
         """All strings of a field."""
-        return [self._decode(found) for found in self.spans(number)]
-
-    def _decode(self, span: Span) -> str:
-        start, stop = span
-        return bytes(self.wire.data[start : min(stop, start + _LONGEST_TEXT)]).decode("utf-8", "replace")
+        return [text(self.wire.data, start, stop) for start, stop in self.spans(number)]
 
     def integer(self, number: int, default: int = 0) -> int:
         """The last integer of a field, as a signed 64-bit number."""
         kept = self._fields.get(number)
-        return default if kept is None or kept[-3] != 0 else _signed(kept[-2])
+        return default if kept is None or kept[-3] != 0 else signed(kept[-2])
 
     def number(self, number: int, default: float = 0.0) -> float:
         """The last 32-bit floating point number of a field."""
@@ -153,34 +174,54 @@ class Message:
         kept = self._fields.get(number, _NOTHING)
         for first in range(0, len(kept), 3):
             if kept[first] == 0:
-                values.append(_signed(kept[first + 1]))
+                values.append(signed(kept[first + 1]))
             elif kept[first] == 2:
                 at, stop = kept[first + 1], kept[first + 2]
-                while at < stop:
-                    self.wire.left -= 1
-                    if self.wire.left < 0:
-                        raise Malformed(f"{self.wire.what} has more numbers than any model of its size")
-                    value, at = read_varint(self.wire, at, stop)
-                    values.append(_signed(value))
+                values.extend(packed(self.wire, self.wire.data, 0, at, stop))
         return tuple(values)
+
+
+def text(data: Readable, start: int, stop: int) -> str:
+    """The text in these bytes, cut where it is longer than a name. Bytes that are no UTF-8 are replaced."""
+    return str(data[start : min(stop, start + _LONGEST_TEXT)], "utf-8", "replace")
+
+
+def packed(wire: Wire, data: Readable, base: int, start: int, stop: int) -> List[int]:
+    """The integers of a packed field, signed, of 64 bits; ``data`` and ``base`` as for :func:`fields`."""
+    values: List[int] = []
+    budget = wire.budget
+    at = start
+    while at < stop:
+        budget.steps_left -= 1
+        if budget.steps_left < 0:
+            budget.exhausted(wire.what)
+        value = data[at]
+        at += 1
+        if value >= 0x80:
+            value, at = _varint(wire, data, base, at - 1, stop)
+            value = signed(value)
+        values.append(value)
+    return values
 
 
 def read_varint(wire: Wire, at: int, stop: int) -> Tuple[int, int]:
     """(value, position after it) of the number at ``at``."""
-    data = wire.data
-    if at < stop and data[at] < 0x80:
-        return data[at], at + 1
+    return _varint(wire, wire.data, 0, at, stop)
+
+
+def _varint(wire: Wire, data: Readable, base: int, at: int, stop: int) -> Tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= stop:
-            raise wire.broken("ends inside a number", at)
+            raise wire.broken("ends inside a number", base + at)
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, at
-    raise wire.broken("has a number that is too long", at)
+    raise wire.broken("has a number that is too long", base + at)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """A number of the wire as a signed 64-bit one."""
     return value - (1 << 64) if value >= 1 << 63 else value

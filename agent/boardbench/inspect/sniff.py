@@ -16,7 +16,7 @@ from typing import Iterator, Optional, Sequence, Tuple
 
 from boardbench.inspect.archive import is_archive, read_archive, read_head
 from boardbench.inspect.content import Opened
-from boardbench.inspect.errors import Malformed
+from boardbench.inspect.errors import Malformed, TooLarge
 from boardbench.inspect.protobuf import Wire, read_varint
 
 FORMATS = ("tflite", "onnx", "openvino", "executorch", "torchscript", "coreml", "tensorrt", "ell", "npz")
@@ -32,7 +32,7 @@ _ONNX_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25
 _ONNX_GRAPH_FIELDS = frozenset((1, 2, 5, 10, 11, 12, 13, 14, 15, 16))
 _MOST_FIELDS = 20_000
 _MOST_TEXTS = 16
-_OPENVINO_ROOT = re.compile(rb"(?:<\?xml[^>]*\?>\s*|<!--.*?-->\s*)*<net\b[^>]*\bversion\s*=", re.DOTALL)
+_OPENVINO_ROOT = re.compile(rb"<net\b[^>]*\bversion\s*=")
 
 
 def sniff(path: Path) -> str:
@@ -64,6 +64,9 @@ def check(path: Path, format: str) -> Optional[str]:
             _CHECKS[format](data)
         except Malformed as error:
             return str(error)
+        except TooLarge:
+            # An engine may take it all the same.
+            return None
     return None
 
 
@@ -129,8 +132,10 @@ def _format_of_names(names: Sequence[str]) -> str:
 
 def _is_openvino_xml(head: bytes) -> bool:
     head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not head.startswith(b"<"):
-        return False
+    # Step by step: one expression for any number of comments takes forever for some dozens of them.
+    while head.startswith((b"<?", b"<!--")):
+        _, end, head = head.partition(b"-->" if head.startswith(b"<!--") else b"?>")
+        head = head.lstrip() if end else b""
     return _OPENVINO_ROOT.match(head) is not None
 
 
@@ -214,9 +219,10 @@ def _check_tflite(data: memoryview) -> None:
 
 def _check_executorch(data: memoryview) -> None:
     from boardbench.inspect import executorch
+    from boardbench.inspect.ledger import Ledger
     from boardbench.inspect.report import ModelReport
 
-    executorch.report(ModelReport("", "", len(data), "executorch"), data)
+    executorch.report(ModelReport("", "", len(data), "executorch"), data, Ledger())
 
 
 def _check_protobuf(data: memoryview) -> None:

@@ -5,12 +5,14 @@ Source of the format: tensorflow/tensorflow ``tensorflow/compiler/mlir/lite/sche
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from boardbench.inspect import tflite_schema as schema
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
-from boardbench.inspect.flatbuffer import I8, I32, U8, U32, U64, FlatBuffer, Table
+from boardbench.inspect.flatbuffer import I8, I32, U8, U32, Fields, FlatBuffer, Table
 from boardbench.inspect.ledger import GRAPH, METADATA, NAMES, QUANTISATION, Ledger
 
 Span = Tuple[int, int]
@@ -18,8 +20,7 @@ Span = Tuple[int, int]
 SPARSITY = "sparsity"
 
 
-@dataclass(frozen=True)
-class Quantisation:
+class Quantisation(NamedTuple):
     """Affine quantisation: one scale for the tensor, or one for each index of a dimension."""
 
     scales: Tuple[float, ...]
@@ -27,24 +28,61 @@ class Quantisation:
     dimension: int
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A value of the graph; ``data`` is where its bytes are when it is constant.
 
-    ``shape`` has -1 where the model leaves a size open; ``fixed_shape`` never has.
+    ``shape`` has -1 where the model leaves a size open; ``fixed_shape`` never has. The last three fields are
+    the file, and where in it what is read when it is asked for: files have many tensors, and of few of them
+    anybody asks the name.
     """
 
-    index: int
-    name: str
+    index: int  # type: ignore[assignment]
     dtype: str
     shape: Tuple[int, ...]
     fixed_shape: Tuple[int, ...]
     buffer: int
     data: Optional[Span]
-    quantisation: Optional[Quantisation]
     variable: bool
     sparse: bool
     has_rank: bool
+    source: memoryview
+    name_span: Span
+    quantised: Optional["_Quantised"]
+
+    @property
+    def name(self) -> str:
+        """Its name; bytes that are no UTF-8 are replaced, and what is longer than a name is cut."""
+        start, stop = self.name_span
+        return str(self.source[start : min(stop, start + _LONGEST_NAME)], "utf-8", "replace")
+
+    @property
+    def quantisation(self) -> Optional[Quantisation]:
+        """Its quantisation; None where it has no scale."""
+        where = self.quantised
+        if where is None:
+            return None
+        return Quantisation(
+            _numbers(self.source, where.scales, "f", 4),
+            _numbers(self.source, where.zero_points, "q", 8),
+            where.dimension,
+        )
+
+    @property
+    def whole_scale(self) -> Optional[float]:
+        """The scale of the whole tensor; None where it has none, or several."""
+        where = self.quantised
+        if where is None or where.scales[1] - where.scales[0] != 4:
+            return None
+        return float(_numbers(self.source, where.scales, "f", 4)[0])
+
+    @property
+    def zero_point(self) -> int:
+        """The first zero point; 0 where there is none."""
+        where = self.quantised
+        if where is None or where.zero_points[0] == where.zero_points[1]:
+            return 0
+        start = where.zero_points[0]
+        return int(_numbers(self.source, (start, start + 8), "q", 8)[0])
 
     @property
     def constant(self) -> bool:
@@ -52,11 +90,18 @@ class Tensor:
         return self.data is not None
 
 
-@dataclass(frozen=True)
-class Operator:
+class _Quantised(NamedTuple):
+    """Where a tensor's scales and zero points are."""
+
+    scales: Span
+    zero_points: Span
+    dimension: int
+
+
+class Operator(NamedTuple):
     """One node; -1 among the inputs stands for an optional one that is left out."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     type: str
     custom: bool
     version: int
@@ -109,6 +154,7 @@ class Model:
     metadata: Mapping[str, int]
     signatures: Tuple[Signature, ...]
     external_files: Tuple[str, ...]
+    budget: Budget
 
     @property
     def main(self) -> Subgraph:
@@ -122,6 +168,45 @@ class Model:
         return b"" if span is None else bytes(self.data[span[0] : min(span[1], span[0] + limit)])
 
 
+# Tables of which a file has thousands: fields, letters, defaults; see Fields.
+_BUFFER = Fields((0, "I", 0), (1, "Q", 0), (2, "Q", 0))
+_QUANTIZATION = Fields(
+    (0, "I", 0), (1, "I", 0), (2, "I", 0), (3, "I", 0), (4, "B", 0), (5, "I", 0), (6, "i", 0)
+)
+_TENSOR = Fields(
+    (0, "I", 0),
+    (1, "b", 0),
+    (2, "I", 0),
+    (3, "I", 0),
+    (4, "I", 0),
+    (5, "B", 0),
+    (6, "I", 0),
+    (7, "I", 0),
+    (8, "B", 0),
+    (9, "I", 0),
+)
+_OPERATOR = Fields(
+    (0, "I", 0),
+    (1, "I", 0),
+    (2, "I", 0),
+    (3, "B", 0),
+    (4, "I", 0),
+    (5, "I", 0),
+    (7, "I", 0),
+    (8, "I", 0),
+    (9, "Q", 0),
+    (10, "Q", 0),
+    (11, "B", 0),
+    (12, "I", 0),
+)
+_LONGEST_NAME, _LONGEST_TYPE = 4096, 256
+_NO_NAME = (0, 0)
+# Interpreters have six dimensions or so; what has more could keep every rule busy that looks at sizes.
+_MOST_DIMENSIONS = 64
+# What is done with a tensor that an operation reads or writes takes about as long as so many steps.
+_STEPS_PER_EDGE, _STEPS_PER_OPERATOR = 2, 2
+
+
 def read_model(data: memoryview, ledger: Ledger) -> Model:
     """The model in the bytes; raises Malformed when they are truncated or contradict themselves.
 
@@ -129,10 +214,11 @@ def read_model(data: memoryview, ledger: Ledger) -> Model:
     """
     buffer = FlatBuffer(data, "the TensorFlow Lite model", ledger)
     root = buffer.root(schema.IDENTIFIER)
+    reader = _Reader(buffer)
     codes = [_read_code(table) for table in root.tables(1)]
-    buffers = tuple(_read_buffer(table, len(data)) for table in root.tables(4))
+    buffers = [reader.constant(at) for at in root.places(4)]
     graphs = tuple(
-        _read_subgraph(index, table, codes, buffers, len(data)) for index, table in enumerate(root.tables(2))
+        reader.subgraph(index, table, codes, buffers) for index, table in enumerate(root.tables(2))
     )
     if not graphs:
         raise Malformed("the TensorFlow Lite model has no graph: it is empty or damaged; convert it again")
@@ -147,10 +233,11 @@ def read_model(data: memoryview, ledger: Ledger) -> Model:
         version=root.integer(0, U32),
         description=root.text(3, METADATA),
         subgraphs=graphs,
-        buffers=buffers,
+        buffers=tuple(buffers),
         metadata=metadata,
         signatures=signatures,
         external_files=groups,
+        budget=buffer.budget,
     )
 
 
@@ -160,52 +247,198 @@ def _read_code(table: Table) -> Tuple[str, bool, int]:
     version = table.integer(2, I32, 1)
     custom_name = table.text(1)
     if code == schema.CUSTOM:
-        return custom_name or "CUSTOM", True, version
+        return custom_name[:_LONGEST_TYPE] or "CUSTOM", True, version
     name = schema.OPERATORS[code] if 0 <= code < len(schema.OPERATORS) else f"BUILTIN_{code}"
     return name, False, version
 
 
-def _read_buffer(table: Table, size: int) -> Optional[Span]:
-    inside = table.span(0)
-    if inside is not None and inside[1] > inside[0]:
-        return inside
-    # Models beyond 2 GB keep the bytes after the FlatBuffer; 0 and 1 mean "not used".
-    offset, length = table.integer(1, U64), table.integer(2, U64)
-    if offset <= 1 or length == 0:
-        return None
-    if offset + length > size:
-        raise table.buffer.broken("has constants that end outside the file", offset)
-    return offset, offset + length
+def _numbers(data: memoryview, span: Span, letter: str, width: int) -> Tuple[Any, ...]:
+    start, stop = span
+    return struct.unpack_from(f"<{(stop - start) // width}{letter}", data, start)
 
 
-def _read_quantisation(table: Optional[Table]) -> Optional[Quantisation]:
-    if table is None:
-        return None
-    table.values(0, "f", 4)
-    table.values(1, "f", 4)
-    scales = table.values(2, "f", 4)
-    zero_points = table.values(3, "q", 8)
-    details = table.table(5)
-    if details is not None:
-        kind = table.integer(4, U8)
-        if kind == 1:
-            span = details.span(0)
-            if span is not None:
-                table.buffer.ledger.claim(span[0], span[1], QUANTISATION)
-        elif kind == 2:
-            details.values(3, "i", 4)
-    if not scales:
-        return None
-    return Quantisation(
-        tuple(float(scale) for scale in scales),
-        tuple(int(point) for point in zero_points),
-        table.integer(6, I32),
-    )
+class _Reader:
+    """Reads the tables of which a file has thousands, a table's fields at once."""
+
+    def __init__(self, buffer: FlatBuffer) -> None:
+        self.buffer = buffer
+        self.graph = buffer.ledger.number(GRAPH)
+        self.names = buffer.ledger.number(NAMES)
+        self.quantised = buffer.ledger.number(QUANTISATION)
+        self.sparsity = buffer.ledger.number(SPARSITY)
+
+    def constant(self, at: int) -> Optional[Span]:
+        """Where the bytes of an entry of the list of constants are; None where it has none."""
+        buffer = self.buffer
+        (inside, offset, length), places = buffer.record(at, _BUFFER, self.graph)
+        if places[0]:
+            vector = at + places[0] + inside
+            start, count = buffer.vector_at(vector, 1, False)
+            buffer.mark_as(vector, start, self.graph)
+            if count:
+                return start, start + count
+        # Models beyond 2 GB keep the bytes after the FlatBuffer; 0 and 1 mean "not used".
+        if offset <= 1 or length == 0:
+            return None
+        if offset + length > buffer.size:
+            raise buffer.broken("has constants that end outside the file", offset)
+        return offset, offset + length
+
+    def quantisation(self, at: int) -> Optional[_Quantised]:
+        """Where the quantisation in the table is; None where it has no scale."""
+        buffer, number = self.buffer, self.quantised
+        values, places = buffer.record(at, _QUANTIZATION, number)
+        for field in (0, 1):
+            if places[field]:
+                buffer.skipped_at(at + places[field] + values[field], 4, 0, number)
+        scales = zero_points = _NO_NAME
+        if places[2]:
+            scales = buffer.skipped_at(at + places[2] + values[2], 4, 0, number)
+        if places[3]:
+            zero_points = buffer.skipped_at(at + places[3] + values[3], 8, 0, number)
+        if places[5]:
+            details = buffer.table_at(at + places[5] + values[5], QUANTISATION)
+            kind = values[4]
+            if kind == 1:
+                span = details.span(0)
+                if span is not None:
+                    buffer.mark_as(span[0], span[1], number)
+            elif kind == 2:
+                details.values(3, "i", 4)
+        if scales[0] == scales[1]:
+            return None
+        return _Quantised(scales, zero_points, values[6])
+
+    def tensor(self, index: int, at: int, buffers: List[Optional[Span]]) -> Tensor:
+        """The tensor in the table."""
+        buffer = self.buffer
+        values, places = buffer.record(at, _TENSOR, self.graph)
+        (
+            shape_at,
+            kind,
+            constant,
+            name_at,
+            quantised_at,
+            variable,
+            sparsity_at,
+            signature_at,
+            ranked,
+            variants,
+        ) = values
+        if constant >= len(buffers) and constant != 0:
+            raise buffer.broken(f"has a tensor with constant {constant} of {len(buffers)}", at)
+        shape: Tuple[int, ...] = ()
+        if places[0]:
+            shape = buffer.numbers_at(at + places[0] + shape_at, "i", 4, self.graph)
+            if len(shape) > _MOST_DIMENSIONS:
+                raise buffer.broken(f"has a tensor of {len(shape)} dimensions", at)
+        open_shape = shape
+        if places[7]:
+            signature = buffer.numbers_at(at + places[7] + signature_at, "i", 4, self.graph)
+            if len(signature) == len(shape):
+                open_shape = signature
+        if places[9]:
+            for place in buffer.places_at(at + places[9] + variants, self.graph):
+                buffer.table_at(place).values(0, "i", 4)
+        name = _NO_NAME
+        if places[3]:
+            # The closing zero is part of a string.
+            name = buffer.skipped_at(at + places[3] + name_at, 1, 1, self.names)
+        return Tensor(
+            index,
+            schema.TYPES[kind][0] if 0 <= kind < len(schema.TYPES) else f"type{kind}",
+            open_shape,
+            shape,
+            constant,
+            buffers[constant] if constant < len(buffers) else None,
+            variable != 0,
+            bool(places[6]) and _claim_sparsity(buffer.table_at(at + places[6] + sparsity_at, SPARSITY)),
+            ranked != 0 or shape != (),
+            buffer.data,
+            name,
+            self.quantisation(at + places[4] + quantised_at) if places[4] else None,
+        )
+
+    def operator(
+        self,
+        index: int,
+        at: int,
+        codes: List[Tuple[str, bool, int]],
+        tensors: Sequence[Tensor],
+        costs: List[int],
+    ) -> Operator:
+        """The operation in the table; ``costs`` are the steps that looking at each tensor takes."""
+        buffer = self.buffer
+        values, places = buffer.record(at, _OPERATOR, self.graph)
+        code = values[0]
+        if code >= len(codes):
+            raise buffer.broken(f"has an operation of kind {code} of {len(codes)}", at)
+        name, custom, version = codes[code]
+        inputs: Tuple[int, ...] = ()
+        outputs: Tuple[int, ...] = ()
+        if places[1]:
+            inputs = buffer.numbers_at(at + places[1] + values[1], "i", 4, self.graph)
+        if places[2]:
+            outputs = buffer.numbers_at(at + places[2] + values[2], "i", 4, self.graph)
+        steps, count = _STEPS_PER_OPERATOR, len(costs)
+        for tensor in (*inputs, *outputs):
+            if not -1 <= tensor < count:
+                raise buffer.broken(f"has an operation on tensor {tensor} of {count}", at)
+            steps += costs[tensor]
+        buffer.budget.spend(steps, buffer.what)
+        if outputs and outputs[0] >= 0:
+            # It is called by that name.
+            name_start, name_stop = tensors[outputs[0]].name_span
+            buffer.budget.look(name_stop - name_start, buffer.what)
+        options: Optional[Table] = None
+        if places[4]:
+            options = buffer.table_at(at + places[4] + values[4])
+            _claim_lists(options, schema.OPTION_LISTS.get(values[3], ()))
+        if places[11]:
+            more = buffer.table_at(at + places[11] + values[11])
+            _claim_lists(more, schema.OPTION2_LISTS.get(values[10], ()))
+        if places[6]:
+            buffer.numbers_at(at + places[6] + values[6], "B", 1, self.graph)
+        if places[7]:
+            buffer.numbers_at(at + places[7] + values[7], "i", 4, self.graph)
+        custom_options: Optional[Span] = None
+        if places[5]:
+            vector = at + places[5] + values[5]
+            start, length = buffer.vector_at(vector, 1, False)
+            buffer.mark_as(vector, start, self.graph)
+            custom_options = (start, start + length)
+        large_at, large_size = values[8], values[9]
+        if large_at > 1 and large_size > 0:
+            if large_at + large_size > buffer.size:
+                raise buffer.broken("has options that end outside the file", large_at)
+            custom_options = (large_at, large_at + large_size)
+        return Operator(index, name, custom, version, inputs, outputs, values[3], options, custom_options)
+
+    def subgraph(
+        self,
+        index: int,
+        table: Table,
+        codes: List[Tuple[str, bool, int]],
+        buffers: List[Optional[Span]],
+    ) -> Subgraph:
+        """The graph in the table."""
+        buffer = self.buffer
+        tensors = tuple([self.tensor(i, at, buffers) for i, at in enumerate(table.places(0))])
+        inputs, outputs = table.values(1, "i", 4), table.values(2, "i", 4)
+        for tensor in (*inputs, *outputs):
+            if not 0 <= tensor < len(tensors):
+                raise buffer.broken(f"has a graph on tensor {tensor} of {len(tensors)}", table.at)
+            name_start, name_stop = tensors[tensor].name_span
+            buffer.budget.look(name_stop - name_start, buffer.what)
+        buffer.budget.spend(_STEPS_PER_EDGE * (len(inputs) + len(outputs)), buffer.what)
+        costs = [_STEPS_PER_EDGE + len(tensor.shape) // 8 for tensor in tensors]
+        operators = tuple(
+            [self.operator(i, at, codes, tensors, costs) for i, at in enumerate(table.places(3))]
+        )
+        return Subgraph(index, table.text(4, NAMES), tensors, operators, inputs, outputs)
 
 
-def _claim_sparsity(table: Optional[Table]) -> bool:
-    if table is None:
-        return False
+def _claim_sparsity(table: Table) -> bool:
     table.values(0, "i", 4)
     table.values(1, "i", 4)
     for dimension in table.tables(2):
@@ -217,30 +450,6 @@ def _claim_sparsity(table: Optional[Table]) -> bool:
     return True
 
 
-def _read_tensor(index: int, table: Table, buffers: Tuple[Optional[Span], ...]) -> Tensor:
-    kind = table.integer(1, I8)
-    buffer = table.integer(2, U32)
-    if buffer >= len(buffers) and buffer != 0:
-        raise table.buffer.broken(f"has a tensor with constant {buffer} of {len(buffers)}", table.at)
-    shape = table.values(0, "i", 4)
-    signature = table.values(7, "i", 4)
-    for variant in table.tables(9):
-        variant.values(0, "i", 4)
-    return Tensor(
-        index=index,
-        name=table.text(3),
-        dtype=schema.TYPES[kind][0] if 0 <= kind < len(schema.TYPES) else f"type{kind}",
-        shape=signature if len(signature) == len(shape) else shape,
-        fixed_shape=shape,
-        buffer=buffer,
-        data=buffers[buffer] if buffer < len(buffers) else None,
-        quantisation=_read_quantisation(table.table(4, QUANTISATION)),
-        variable=bool(table.integer(5, U8)),
-        sparse=_claim_sparsity(table.table(6, SPARSITY)),
-        has_rank=bool(table.integer(8, U8)) or bool(shape),
-    )
-
-
 def _claim_lists(table: Table, lists: Tuple[Tuple[int, int], ...]) -> None:
     for field, width in lists:
         if width == 0:
@@ -248,52 +457,7 @@ def _claim_lists(table: Table, lists: Tuple[Tuple[int, int], ...]) -> None:
             continue
         span = table.span(field, width)
         if span is not None:
-            table.buffer.ledger.claim(span[0], span[1], GRAPH)
-
-
-def _read_operator(
-    index: int, table: Table, codes: List[Tuple[str, bool, int]], tensor_count: int, size: int
-) -> Operator:
-    code = table.integer(0, U32)
-    if code >= len(codes):
-        raise table.buffer.broken(f"has an operation of kind {code} of {len(codes)}", table.at)
-    name, custom, version = codes[code]
-    inputs, outputs = table.values(1, "i", 4), table.values(2, "i", 4)
-    for tensor in (*inputs, *outputs):
-        if not -1 <= tensor < tensor_count:
-            raise table.buffer.broken(f"has an operation on tensor {tensor} of {tensor_count}", table.at)
-    options_type = table.integer(3, U8)
-    options = table.table(4)
-    if options is not None:
-        _claim_lists(options, schema.OPTION_LISTS.get(options_type, ()))
-    more = table.table(12)
-    if more is not None:
-        _claim_lists(more, schema.OPTION2_LISTS.get(table.integer(11, U8), ()))
-    table.values(7, "B", 1)
-    table.values(8, "i", 4)
-    custom_options = table.span(5)
-    large_at, large_size = table.integer(9, U64), table.integer(10, U64)
-    if large_at > 1 and large_size > 0:
-        if large_at + large_size > size:
-            raise table.buffer.broken("has options that end outside the file", large_at)
-        custom_options = (large_at, large_at + large_size)
-    return Operator(index, name, custom, version, inputs, outputs, options_type, options, custom_options)
-
-
-def _read_subgraph(
-    index: int,
-    table: Table,
-    codes: List[Tuple[str, bool, int]],
-    buffers: Tuple[Optional[Span], ...],
-    size: int,
-) -> Subgraph:
-    tensors = tuple(_read_tensor(i, t, buffers) for i, t in enumerate(table.tables(0)))
-    inputs, outputs = table.values(1, "i", 4), table.values(2, "i", 4)
-    for tensor in (*inputs, *outputs):
-        if not 0 <= tensor < len(tensors):
-            raise table.buffer.broken(f"has a graph on tensor {tensor} of {len(tensors)}", table.at)
-    operators = tuple(_read_operator(i, t, codes, len(tensors), size) for i, t in enumerate(table.tables(3)))
-    return Subgraph(index, table.text(4, NAMES), tensors, operators, inputs, outputs)
+            table.buffer.mark(span[0], span[1], GRAPH)
 
 
 def _read_signature(table: Table) -> Signature:
@@ -318,9 +482,13 @@ def consumers(graph: Subgraph) -> Dict[int, List[int]]:
     return found
 
 
-def closure(graph: Subgraph, outputs: Set[int], inputs: Set[int]) -> Set[int]:
-    """The operations met on the way back from the tensors ``outputs`` to the tensors ``inputs``."""
-    made_by = producers(graph)
+def closure(
+    graph: Subgraph, outputs: Set[int], inputs: Set[int], made_by: Mapping[int, int], budget: Budget
+) -> Set[int]:
+    """The operations met on the way back from the tensors ``outputs`` to the tensors ``inputs``.
+
+    ``made_by`` is what :func:`producers` says. Each of them takes a step.
+    """
     met: Set[int] = set()
     waiting = [tensor for tensor in outputs if tensor not in inputs]
     seen = set(waiting)
@@ -329,7 +497,9 @@ def closure(graph: Subgraph, outputs: Set[int], inputs: Set[int]) -> Set[int]:
         if operator is None or operator in met:
             continue
         met.add(operator)
-        for tensor in graph.operators[operator].inputs:
+        reads = graph.operators[operator].inputs
+        budget.spend(1 + len(reads) // 4, "the TensorFlow Lite model")
+        for tensor in reads:
             if tensor >= 0 and tensor not in inputs and tensor not in seen:
                 seen.add(tensor)
                 waiting.append(tensor)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Set, Tuple
 
 from boardbench.inspect import darwinn, edgetpu
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.cost import arena_bytes, multiply_accumulates
 from boardbench.inspect.edgetpu_rules import EIGHT_BITS
-from boardbench.inspect.elements import BITS, count_zeros, element_count
+from boardbench.inspect.elements import BITS, count_zeros
 from boardbench.inspect.errors import InspectError, Malformed
 from boardbench.inspect.ledger import METADATA, WEIGHTS, Ledger
 from boardbench.inspect.report import (
@@ -40,9 +41,9 @@ class Read:
     ledger: Ledger
 
 
-def read(data: memoryview) -> Read:
+def read(data: memoryview, budget: Budget) -> Read:
     """The model with its compiled parts; raises Malformed."""
-    ledger = Ledger()
+    ledger = Ledger(budget)
     model = read_model(data, ledger)
     packages: List[Tuple[darwinn.Package, ...]] = []
     read_options: Dict[Span, Tuple[darwinn.Package, ...]] = {}
@@ -64,13 +65,15 @@ def read(data: memoryview) -> Read:
     return Read(model, tuple(packages), ledger)
 
 
-def report(base: ModelReport, data: memoryview, original: Optional[memoryview], target: str) -> ModelReport:
+def report(
+    base: ModelReport, data: memoryview, original: Optional[memoryview], target: str, budget: Budget
+) -> ModelReport:
     """``base`` with everything filled in that the file tells.
 
     ``original`` is the file that was compiled. Raises Malformed for a broken file, InspectError where the
     request does not fit it.
     """
-    found = read(data)
+    found = read(data, budget)
     model = found.model
     graph = model.main
     parameters = _claim_constants(found)
@@ -96,7 +99,7 @@ def report(base: ModelReport, data: memoryview, original: Optional[memoryview], 
     )
     warnings = _warnings(found)
     if compiled:
-        filled, more = _compiled(filled, found, original)
+        filled, more = _compiled(filled, found, original, budget)
         warnings += more
     elif target == EDGETPU:
         placement = edgetpu.predict(model)
@@ -141,7 +144,7 @@ def _unknown() -> Placement:
 
 
 def _compiled(
-    base: ModelReport, found: Read, original: Optional[memoryview]
+    base: ModelReport, found: Read, original: Optional[memoryview], budget: Budget
 ) -> Tuple[ModelReport, List[ReportWarning]]:
     report_of = edgetpu.edgetpu_report(found.packages)
     warnings: List[ReportWarning] = []
@@ -149,7 +152,7 @@ def _compiled(
         placement = edgetpu.place_compiled(found.model)
         filled = replace(base, placement=placement, ops=placement.ops, edgetpu=report_of)
     else:
-        source = read(original)
+        source = read(original, budget)
         if source.packages:
             raise InspectError(
                 "the original file is itself compiled for the Edge TPU; give the file that was handed to "
@@ -207,11 +210,8 @@ def _multiply_accumulates(model: Model) -> Optional[int]:
 
 
 def _info(tensor: Tensor) -> TensorInfo:
-    quantisation = tensor.quantisation
-    whole = None
-    if quantisation is not None and len(quantisation.scales) == 1 and quantisation.scales[0] != 0:
-        points = quantisation.zero_points
-        whole = Quantization(quantisation.scales[0], points[0] if points else 0)
+    scale = tensor.whole_scale
+    whole = Quantization(scale, tensor.zero_point) if scale else None
     return TensorInfo(tensor.name, tensor.dtype, tensor.shape if tensor.has_rank else (), whole)
 
 
@@ -253,18 +253,21 @@ def _claim_tensor(found: Read, tensor: Tensor, op_type: str) -> Optional[int]:
     if tensor.data is None:
         return None
     start, stop = tensor.data
-    elements = element_count(stop - start, tensor.dtype)
-    if elements is not None and tensor.shape and not tensor.sparse:
-        # The last byte of packed 4-bit values may be half empty.
-        declared = 1
-        for size in tensor.fixed_shape:
-            declared *= max(0, size)
-            if declared > elements:
-                break
-        elements = min(elements, declared)
-    zeros = count_zeros(found.model.data[start:stop], tensor.dtype, _stored_zero(tensor))
-    if zeros is not None and elements is not None:
-        zeros = min(zeros, elements)
+    bits = BITS.get(tensor.dtype)
+    elements = zeros = None
+    if bits is not None:
+        elements = (stop - start) * 8 // bits
+        if tensor.shape and not tensor.sparse:
+            # The last byte of packed 4-bit values may be half empty.
+            declared = 1
+            for size in tensor.fixed_shape:
+                declared *= max(0, size)
+                if declared > elements:
+                    break
+            elements = min(elements, declared)
+        found.model.budget.look(stop - start, "the TensorFlow Lite model")
+        zero_point = _stored_zero(tensor) if bits == 8 else 0
+        zeros = min(count_zeros(found.model.data[start:stop], tensor.dtype, zero_point) or 0, elements)
     found.ledger.claim(start, stop, WEIGHTS, tensor.dtype, op_type, elements, zeros)
     return elements
 
@@ -277,7 +280,7 @@ def _stored_zero(tensor: Tensor) -> int:
 
 def _claim_files(model: Model, ledger: Ledger) -> None:
     """Files that TensorFlow Lite's metadata tools append as a ZIP archive behind the model."""
-    end = max((claim[1] for claim in ledger.claims), default=0)
+    end = ledger.claimed_up_to()
     data = model.data
     begin = end
     while begin < len(data) and begin < end + 64 and data[begin] == 0:

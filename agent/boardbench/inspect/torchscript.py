@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from boardbench.inspect.archive import Archive, Entry, read_archive, read_entry
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.elements import BITS, count_zeros
-from boardbench.inspect.errors import Malformed
 from boardbench.inspect.ledger import GRAPH, METADATA, PADDING, WEIGHTS, Ledger
 from boardbench.inspect.pickles import Call, Global, Persistent, Pickle, read_pickle
 from boardbench.inspect.report import ModelReport, OpPlacement, Placement, ReportWarning
@@ -42,13 +42,15 @@ _LARGEST_CODE_BYTES = 16 << 20
 # A call in the serialized source: torch.conv2d( , ops.quantized.add( .
 _CALLS = re.compile(r"\b(?:torch\.([A-Za-z_]\w*)|ops\.(\w+)\.(\w+))\(")
 _MOBILE_FLATBUFFER = b"PTMF"
-_MOST_VISITED = 500_000
+_MOST_ELEMENTS = 1 << 48
+_LONGEST_TYPE = 256
+_STEPS_PER_OPERATION = 4
+_WHAT = "the TorchScript archive"
 _EXECUTED = frozenset(("OP", "OPN"))
 
 
-def report(base: ModelReport, data: memoryview) -> ModelReport:
+def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
     """``base`` with everything filled in that the file tells; raises Malformed."""
-    ledger = Ledger()
     if bytes(data[4:8]) == _MOBILE_FLATBUFFER:
         ledger.fill("program")
         return replace(
@@ -64,11 +66,12 @@ def report(base: ModelReport, data: memoryview) -> ModelReport:
                 ),
             ),
         )
-    archive = read_archive(data)
+    budget = ledger.budget(len(data))
+    archive = read_archive(data, budget)
     entries = {_leaf(entry.name): entry for entry in archive.entries}
-    stored, parameters = _tensors(data, entries)
+    stored, parameters = _tensors(data, entries, budget)
     _claim(data, archive, stored, ledger)
-    operations, source = _operations(data, entries)
+    operations, source = _operations(data, entries, budget)
     types: Dict[str, int] = {}
     for name in operations:
         types[name] = types.get(name, 0) + 1
@@ -112,11 +115,15 @@ def _text(data: memoryview, entry: Optional[Entry]) -> str:
     return "" if entry is None else read_entry(data, entry, 64).decode("ascii", "replace").strip()
 
 
-def _pickle(data: memoryview, entry: Optional[Entry]) -> Optional[Pickle]:
-    return None if entry is None else read_pickle(read_entry(data, entry, _LARGEST_PICKLE_BYTES))
+def _pickle(data: memoryview, entry: Optional[Entry], budget: Budget) -> Optional[Pickle]:
+    if entry is None:
+        return None
+    return read_pickle(read_entry(data, entry, _LARGEST_PICKLE_BYTES, budget), budget)
 
 
-def _tensors(data: memoryview, entries: Dict[str, Entry]) -> Tuple[Dict[str, str], Optional[int]]:
+def _tensors(
+    data: memoryview, entries: Dict[str, Entry], budget: Budget
+) -> Tuple[Dict[str, str], Optional[int]]:
     """(name of each raw tensor's entry → its type, number of elements in all)."""
     stored: Dict[str, str] = {}
     seen: Dict[str, int] = {}
@@ -125,10 +132,11 @@ def _tensors(data: memoryview, entries: Dict[str, Entry]) -> Tuple[Dict[str, str
         ("constants.pkl", "constants/"),
         ("bytecode.pkl", "constants/"),
     ):
-        found = _pickle(data, entries.get(pickle_name))
+        found = _pickle(data, entries.get(pickle_name), budget)
         if found is None:
             continue
         for call in found.calls:
+            budget.spend(2, _WHAT)
             for storage, elements in _storages(call):
                 key, dtype = storage
                 name = folder + key
@@ -159,8 +167,13 @@ def _storages(call: Call) -> Iterator[Tuple[Tuple[str, str], int]]:
     ):
         return
     kind, key, numel = reference.key[1], reference.key[2], reference.key[4]
-    if isinstance(kind, Global) and isinstance(numel, int) and 0 <= numel < 1 << 48:
-        yield (str(key)[:64], _STORAGES.get(kind.name, kind.name)), numel
+    if (
+        isinstance(kind, Global)
+        and isinstance(key, str)
+        and isinstance(numel, int)
+        and 0 <= numel < _MOST_ELEMENTS
+    ):
+        yield (key[:64], _STORAGES.get(kind.name, kind.name)), numel
 
 
 def _claim(data: memoryview, archive: Archive, stored: Dict[str, str], ledger: Ledger) -> None:
@@ -171,6 +184,7 @@ def _claim(data: memoryview, archive: Archive, stored: Dict[str, str], ledger: L
             dtype = stored.get(leaf, "")
             elements = zeros = None
             if dtype in BITS and entry.method == 0:
+                ledger.budget(0).look(stop - start, _WHAT)
                 elements = (stop - start) * 8 // BITS[dtype]
                 zeros = count_zeros(data[start:stop], dtype)
             ledger.claim(start, stop, WEIGHTS, dtype, "", elements, zeros)
@@ -184,45 +198,45 @@ def _claim(data: memoryview, archive: Archive, stored: Dict[str, str], ledger: L
     ledger.fill("archive")
 
 
-def _operations(data: memoryview, entries: Dict[str, Entry]) -> Tuple[List[str], bool]:
+def _operations(data: memoryview, entries: Dict[str, Entry], budget: Budget) -> Tuple[List[str], bool]:
     """(operations in the order of the file, whether they were taken from source text)."""
-    found = _pickle(data, entries.get("bytecode.pkl"))
+    found = _pickle(data, entries.get("bytecode.pkl"), budget)
     if found is not None:
-        return list(_bytecode(found.value)), False
+        return list(_bytecode(found.value, budget)), False
     names: List[str] = []
-    left = _LARGEST_CODE_BYTES
     for leaf, entry in entries.items():
         if not leaf.startswith("code/") or not leaf.endswith(".py"):
             continue
-        if entry.size_bytes > left:
-            raise Malformed(
-                "the TorchScript archive holds more code than any model: damaged, or made to harm"
-            )
-        text = read_entry(data, entry, left).decode("utf-8", "replace")
-        left -= entry.size_bytes
+        text = read_entry(data, entry, _LARGEST_CODE_BYTES, budget).decode("utf-8", "replace")
         for call in _CALLS.finditer(text):
+            budget.spend(_STEPS_PER_OPERATION, _WHAT)
             name = call.group(1)
-            names.append(f"aten::{name}" if name else f"{call.group(2)}::{call.group(3)}")
+            names.append((f"aten::{name}" if name else f"{call.group(2)}::{call.group(3)}")[:_LONGEST_TYPE])
     return names, True
 
 
-def _bytecode(value: Any) -> Iterator[str]:
+def _bytecode(value: Any, budget: Budget) -> Iterator[str]:
     """Names of the operations that the functions of ``bytecode.pkl`` execute, in order."""
     if not isinstance(value, tuple):
         return
+    # Whatever is visited counts, since a pickle may hold the same thing many times.
+    budget.spend(len(value), _WHAT)
     for function in value:
         if not isinstance(function, tuple) or len(function) < 2:
             continue
+        pairs = function[1] if isinstance(function[1], tuple) else ()
+        budget.spend(len(pairs), _WHAT)
         parts = {
             part[0]: part[1]
-            for part in (function[1] if isinstance(function[1], tuple) else ())
+            for part in pairs
             if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], str)
         }
-        operators = [_operator_name(each) for each in parts.get("operators", ()) or ()]
-        instructions = parts.get("instructions", ())
-        if not isinstance(instructions, tuple):
+        listed, instructions = parts.get("operators"), parts.get("instructions")
+        if not isinstance(listed, tuple) or not isinstance(instructions, tuple):
             continue
-        for instruction in instructions[:_MOST_VISITED]:
+        budget.spend(len(listed) + _STEPS_PER_OPERATION * len(instructions), _WHAT)
+        operators = [_operator_name(each) for each in listed]
+        for instruction in instructions:
             if not isinstance(instruction, tuple) or len(instruction) < 2 or instruction[0] not in _EXECUTED:
                 continue
             index = instruction[1]
@@ -234,4 +248,4 @@ def _operator_name(value: Any) -> str:
     if not isinstance(value, tuple) or not value or not isinstance(value[0], str):
         return "unknown"
     overload = value[1] if len(value) > 1 and isinstance(value[1], str) else ""
-    return f"{value[0]}.{overload}" if overload else value[0]
+    return (f"{value[0]}.{overload}" if overload else value[0])[:_LONGEST_TYPE]
