@@ -78,7 +78,7 @@ class Placements:
         last = self._read(result)
         if last is None:
             return None
-        moved = _difference(last.placement, result.placement)
+        moved = difference(last.placement, result.placement)
         if not moved:
             return None
         then, now = last.versions, _versions(result)
@@ -182,7 +182,7 @@ def _versions(result: result_pb2.RunResult) -> tuple[str, ...]:
 # What differs
 
 
-def _difference(before: placement_pb2.Placement, after: placement_pb2.Placement) -> str:
+def difference(before: placement_pb2.Placement, after: placement_pb2.Placement) -> str:
     """What ran elsewhere, as the beginning of a sentence; empty when nothing did."""
     then, now = _places(before), _places(after)
     moved = [key for key in now if key in then and then[key] != now[key]]

@@ -12,6 +12,7 @@
     ├── Conflict                not possible in the present state; it may be later, or differently
     │   ├── ModelInUse          a waiting or running job holds the file
     │   ├── RunExists           the run id is taken by a run that was asked for differently
+    │   ├── GroupClosed         the group of runs is complete, has begun, or has ended
     │   └── NotRunnable         the board can't run it: no runtime for the format, runtime missing
     ├── NoRoom                  it does not fit
     │   ├── OverQuota           more than the store may ever hold, or everything in it is in use
@@ -77,6 +78,10 @@ class ModelInUse(Conflict):
 
 class RunExists(Conflict):
     """The run id is taken by a run that was asked for differently."""
+
+
+class GroupClosed(Conflict):
+    """The group takes no more runs: it is complete, has begun, or has ended."""
 
 
 class NotRunnable(Conflict):

@@ -19,7 +19,8 @@ from boardbench.agent.config import AgentConfig
 from boardbench.agent.errors import InvalidRequest
 from boardbench.agent.plan import Job, check_spec, plan
 from boardbench.agent.probe import Engines, Statuses
-from boardbench.agent.run import Attempt, stage_name
+from boardbench.agent.run import stage_name
+from boardbench.agent.session import Session
 from boardbench.agent.version import version
 from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
 
@@ -46,6 +47,8 @@ async def run(
     Raises InvalidRequest, NotRunnable, StorageError.
     """
     check_spec(spec)
+    if spec.HasField("group"):
+        raise InvalidRequest("a group is of several runs, and here is one: push them to an agent")
     model = _read(model_path, receive.FileKind.MODEL)
     if inputs_path is not None:
         spec.inputs_sha256 = _read(inputs_path, receive.FileKind.INPUTS).sha256
@@ -72,11 +75,16 @@ async def run(
             interpreter=engines.interpreter(settled.spec.runtime),
             scratch=Path(folder),
         )
-        attempt = Attempt(job, config, emit)
-        with _cancelling(attempt):
-            result = await attempt.execute()
-    emit(result)
-    return result
+        results: list[result_pb2.RunResult] = []
+
+        async def ended(result: result_pb2.RunResult) -> None:
+            results.append(result)
+
+        session = Session([job], config, lambda _, event: emit(event), ended)
+        with _cancelling(lambda: session.stop(run_id)):
+            await session.execute()
+    emit(results[0])
+    return results[0]
 
 
 def show_json(event: agent_pb2.RunEvent) -> None:
@@ -190,11 +198,11 @@ def _absolute(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _cancelling(attempt: Attempt) -> Iterator[None]:
+def _cancelling(stop: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and SIGINT end the run inside the context, and not the process."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, attempt.stop)
+        loop.add_signal_handler(number, stop)
     try:
         yield
     finally:

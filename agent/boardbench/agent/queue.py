@@ -1,7 +1,11 @@
-"""Runs in their order, one at a time: taken, followed by any number of watchers, and ended exactly once.
+"""Runs in their order, one or one group at a time: taken, followed by any number of watchers, ended once.
 
 A run lives here and in the journal, not in the call that asked for it: the call may break off at any
 moment. Its result is in the spool before anybody is told about it.
+
+Runs of a group wait until all of them are there, while others go before, and have the place of the last that
+came. A group whose runs don't all come in time fails; so does one that is to be measured at the same time
+when one of its runs is cancelled.
 """
 
 from __future__ import annotations
@@ -10,14 +14,15 @@ import asyncio
 import bisect
 import contextlib
 import errno
-import functools
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent import folder, validity, wire
 from boardbench.agent.config import AgentConfig
@@ -25,6 +30,7 @@ from boardbench.agent.drift import Placements
 from boardbench.agent.errors import (
     AgentError,
     DiskFull,
+    GroupClosed,
     InvalidRequest,
     ModelNotFound,
     NotRunnable,
@@ -38,7 +44,8 @@ from boardbench.agent.journal import Ended, Journal, Order, Unfinished
 from boardbench.agent.plan import RUN_ID, Job, Plan, blank_result, check_spec, plan
 from boardbench.agent.probe import Engines
 from boardbench.agent.receive import FileKind, ModelStore, StoredFile
-from boardbench.agent.run import Attempt, stage_name
+from boardbench.agent.run import stage_name
+from boardbench.agent.session import Session
 from boardbench.agent.spool import Spool
 from boardbench.v1 import agent_pb2, board_pb2, result_pb2
 
@@ -56,12 +63,18 @@ class _Run:
         self.order = order
         self.state: agent_pb2.RunState.ValueType = agent_pb2.RUN_STATE_QUEUED
         self.status: result_pb2.RunStatus.ValueType = result_pb2.RUN_STATUS_UNSPECIFIED
-        self.attempt: Attempt | None = None
+        # Empty when it is measured by itself.
+        self.group = order.spec.group.id
+        # While it is measured.
+        self.session: Session | None = None
         self.leases = contextlib.ExitStack()
         # All but the result, while the run has not ended.
         self.events: list[agent_pb2.RunEvent] = []
         self.last_sequence = last_sequence
-        self.runs_ahead = -1
+        # None where nobody knows: until the others of its group are there.
+        self.runs_ahead: int | None = -1
+        # Why it can't be begun; empty when it can.
+        self.trouble = ""
         self.cancelled = False
         # Of an ended run, until another ends and the journal has this one.
         self.result_event: agent_pb2.RunEvent | None = None
@@ -81,9 +94,19 @@ class _Run:
         self.last_sequence += 1
         self.result_event = wire.to_event(self.order.run_id, self.last_sequence, result)
         self.events.clear()
-        self.state, self.status, self.attempt = agent_pb2.RUN_STATE_ENDED, result.status, None
+        self.state, self.status, self.session = agent_pb2.RUN_STATE_ENDED, result.status, None
         self.leases.close()
         self.wake()
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether it is measured at the same time as the others of its group."""
+        return self.order.spec.group.mode == result_pb2.GROUP_MODE_CONCURRENT
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the others of its group go on without it."""
+        return self.status == result_pb2.RUN_STATUS_CANCELLED and not self.is_concurrent
 
     def wake(self) -> None:
         """Something happened."""
@@ -126,22 +149,27 @@ class Runs:
         self._identify = identify
         self._scratch = scratch
         self._runs: dict[str, _Run] = {}
-        self._waiting: deque[_Run] = deque()
-        self._running: _Run | None = None
+        self._waiting: list[_Run] = []
+        # What is measured in one go.
+        self._running: list[_Run] = []
         self._latest: _Run | None = None
         self._news = asyncio.Event()
         self._admission = asyncio.Lock()
         self._finished = 0
-        self._stopping = False
+        # Why it stops; empty while it does not.
+        self._stopping = ""
+        # Of each group that is not complete, when it is no longer waited for.
+        self._group_ends: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- what is going on
 
     @property
     def running_run_id(self) -> str:
-        """The run that is being measured; empty when idle."""
-        run = self._measured()
-        return run.order.run_id if run is not None else ""
+        """The run that is being measured; of a group, one of them; empty when idle."""
+        for run in self._measured():
+            return (run.session.run_id if run.session is not None else "") or run.order.run_id
+        return ""
 
     @property
     def waiting(self) -> int:
@@ -155,7 +183,6 @@ class Runs:
 
     def summaries(self) -> list[agent_pb2.RunSummary]:
         """Running first, then waiting in their order, then ended, the latest first."""
-        running = [run] if (run := self._measured()) is not None else []
         ended = [run for run in self._runs.values() if run.state == agent_pb2.RUN_STATE_ENDED]
         return [
             agent_pb2.RunSummary(
@@ -163,10 +190,12 @@ class Runs:
                 model=run.order.model,
                 state=run.state,
                 status=run.status,
-                stage=run.attempt.stage if run.attempt is not None else result_pb2.STAGE_UNSPECIFIED,
+                stage=run.session.stage(run.order.run_id)
+                if run.session is not None
+                else result_pb2.STAGE_UNSPECIFIED,
                 created_at=run.order.created_at,
             )
-            for run in [*running, *self._waiting, *reversed(ended)]
+            for run in [*self._measured(), *self._waiting, *reversed(ended)]
         ]
 
     async def watch(self, run_id: str, after: int = 0) -> AsyncIterator[agent_pb2.RunEvent]:
@@ -193,7 +222,8 @@ class Runs:
     async def submit(self, model_sha256: str, spec: result_pb2.BenchmarkSpec, run_id: str = "") -> str:
         """Queues a run, which lasts from then on; its id. The same run again is the same run.
 
-        Raises InvalidRequest, ModelNotFound, NotRunnable, RunExists, QueueFull, DiskFull, Unavailable.
+        Raises InvalidRequest, ModelNotFound, NotRunnable, RunExists, GroupClosed, QueueFull, DiskFull,
+        Unavailable.
         """
         asked = result_pb2.BenchmarkSpec()
         asked.CopyFrom(spec)
@@ -207,15 +237,9 @@ class Runs:
             return False
         run.cancelled = True
         if run in self._waiting:
-            self._waiting.remove(run)
-            self._renumber()
-            result = blank_result(
-                run_id, run.order.model, run.order.spec, self._identify(), run.order.created_at
-            )
-            result.status = result_pb2.RUN_STATUS_CANCELLED
-            await self._to_its_end(self._finish(run, result))
-        elif run.attempt is not None:
-            run.attempt.stop()
+            await self._to_its_end(self._cancel_waiting(run))
+        elif run.session is not None:
+            run.session.stop(run_id)
         await self._until_ended(run)
         return run.status == result_pb2.RUN_STATUS_CANCELLED
 
@@ -226,44 +250,60 @@ class Runs:
         recovered = await asyncio.to_thread(self._journal.recover)
         for ended in recovered.ended:
             self._remember(ended)
+        for run_id, started_at in _begun_together(recovered.unfinished):
+            # It went down while it noted the start of each.
+            await asyncio.to_thread(self._journal.start, run_id, started_at)
         for unfinished in recovered.unfinished:
             await self._take_up(unfinished)
+        for run in list(self._waiting):
+            if run.group and self._is_closed(run.group):
+                self._waiting.remove(run)
+                await self._finish(run, self._without_group(run))
+        for run in self._waiting:
+            self._await_group(run)
         self._renumber()
 
     async def work(self) -> None:
-        """Does one run after the other, until :meth:`stop`."""
+        """Does one run or group after the other, until :meth:`stop`."""
         while not self._stopping:
-            if not self._waiting:
+            due = self._in_order()[:1]
+            if not due:
                 self._news.clear()
                 await self._news.wait()
                 continue
-            run = self._running = self._waiting.popleft()
-            run.state = agent_pb2.RUN_STATE_RUNNING
+            self._running = due[0]
+            for run in self._running:
+                self._waiting.remove(run)
+                run.state = agent_pb2.RUN_STATE_RUNNING
+                self._forget_group_end(run.group)
             self._renumber()
             try:
-                await self._perform(run)
+                await self._perform(self._running)
             finally:
-                self._running = None
+                self._running = []
             self._renumber()
 
     async def stop(self, reason: str) -> None:
-        """Takes no more runs and ends the one that is measured, with that reason. The others stay queued."""
-        self._stopping = True
+        """Takes no more runs and ends what is measured, with that reason. The others stay queued."""
+        self._stopping = reason or "stopped"
         self._engines.close()
         self._news.set()
-        run = self._measured()
-        if run is not None and run.attempt is not None:
-            stage = stage_name(run.attempt.stage)
-            run.attempt.stop(
-                result_pb2.RunError(
-                    code="agent_stopped",
-                    message=f"the agent was stopped ({reason}) in the stage {stage}: run it again",
-                )
-            )
+        for run in self._measured():
+            if run.session is not None:
+                run.session.stop_all(self._stop_error)
+                break
+        for group in list(self._group_ends):
+            self._forget_group_end(group)
         for waiting in self._waiting:
             waiting.wake()
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def _stop_error(self, stage: result_pb2.Stage.ValueType) -> result_pb2.RunError:
+        where = f" in the stage {stage_name(stage)}" if stage else ""
+        return result_pb2.RunError(
+            code="agent_stopped", message=f"the agent was stopped ({self._stopping}){where}: run it again"
+        )
 
     async def _submit(self, model_sha256: str, spec: result_pb2.BenchmarkSpec, run_id: str) -> str:
         if run_id and not RUN_ID.fullmatch(run_id):
@@ -283,6 +323,7 @@ class Runs:
                     )
                 return run_id
             check_spec(spec)
+            self._check_group(spec)
             if len(self._waiting) >= self._config.runs.waiting_limit:
                 raise QueueFull(
                     f"{len(self._waiting)} runs wait already, as many as may: wait for some, or cancel some"
@@ -298,6 +339,7 @@ class Runs:
                 run.leases = leases.pop_all()
         self._runs[order.run_id] = run
         self._waiting.append(run)
+        self._await_group(run)
         self._renumber()
         self._news.set()
         return order.run_id
@@ -333,21 +375,87 @@ class Runs:
                 f"the run can't be written to {where} ({error.strerror}): mend that, ask again"
             ) from error
 
-    async def _perform(self, run: _Run) -> None:
-        order = run.order
-        result: result_pb2.RunResult | None = None
-        try:
-            plan_ = await self._settle(order)
-        except AgentError as error:
-            result = self._failed(order, "not_runnable", str(error))
+    async def _perform(self, runs: Sequence[_Run]) -> None:
+        plans: dict[str, Plan] = {}
+        for run in runs:
+            try:
+                plans[run.order.run_id] = await self._settle(run.order)
+            except AgentError as error:
+                run.trouble = str(error)
         async with self._engines.quiet:
             if self._stopping:
                 # Nothing of it has begun: it waits for the next life.
-                run.state = agent_pb2.RUN_STATE_QUEUED
-                run.wake()
+                for run in runs:
+                    run.state = agent_pb2.RUN_STATE_QUEUED
+                    run.wake()
                 return
-            if result is None:
-                result = await self._measure(run, plan_)
+            for run in runs:
+                if run.trouble:
+                    await self._end(self._failed(run.order, "not_runnable", run.trouble))
+            left = [run for run in runs if not run.trouble]
+            if len(left) < len(runs) and runs[0].is_concurrent:
+                for run in left:
+                    await self._end(self._without_group(run))
+            elif left:
+                await self._measure(left, plans)
+
+    async def _measure(self, runs: Sequence[_Run], plans: Mapping[str, Plan]) -> None:
+        folders = [self._scratch / run.order.run_id for run in runs]
+        failure: tuple[str, str] | None = None
+        try:
+            jobs = [
+                self._job(run.order, plans[run.order.run_id], scratch)
+                for run, scratch in zip(runs, folders, strict=True)
+            ]
+            session = Session(jobs, self._config, self._emit, self._end)
+            for run in runs:
+                await self._on_disk(self._journal.start, run.order.run_id, wire.timestamp(time.time_ns()))
+            # From here on it is stopped by the session, which ends it; before, it would be while it starts.
+            for run in runs:
+                run.session = session
+            if self._stopping:
+                session.stop_all(self._stop_error)
+            for run in runs:
+                if run.cancelled:
+                    session.stop(run.order.run_id)
+            await session.execute()
+        except (AgentError, OSError) as error:
+            failure = "not_started", str(error)
+        except Exception as error:  # a fault of the agent's own must not end the runs that wait
+            _log.exception("run %s", ", ".join(run.order.run_id for run in runs))
+            failure = "internal", f"{type(error).__name__}: {error}: please report this"
+        finally:
+            for scratch in folders:
+                await asyncio.to_thread(folder.remove_tree, scratch)
+        for run in runs:
+            if failure is not None and run.state != agent_pb2.RUN_STATE_ENDED:
+                await self._end(self._failed(run.order, *failure))
+
+    def _job(self, order: Order, plan_: Plan, scratch: Path) -> Job:
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        inputs = order.spec.inputs_sha256
+        return Job(
+            run_id=order.run_id,
+            model=order.model,
+            model_path=self._store.get(order.model.sha256).path,
+            inputs_path=self._store.get(inputs).path if inputs else None,
+            asked=order.spec,
+            plan=plan_,
+            created_at=order.created_at,
+            board=self._identify(),
+            interpreter=self._engines.interpreter(plan_.spec.runtime),
+            scratch=scratch,
+        )
+
+    def _emit(self, run_id: str, event: wire.WorkerNews) -> None:
+        if isinstance(event, agent_pb2.StageEvent):
+            with contextlib.suppress(OSError):
+                self._journal.stage(run_id, event.stage)
+        self._runs[run_id].emit(event)
+
+    async def _end(self, result: result_pb2.RunResult) -> None:
+        """Ends a run that was measured, or was to be now."""
+        run = self._runs[result.run_id]
         drifted = await asyncio.to_thread(self._placements.compare, result)
         if drifted is not None:
             validity.weigh(drifted, self._config.validity.severity)
@@ -356,44 +464,6 @@ class Runs:
             validity.settle(result, self._config.validity.severity)
         await self._finish(run, result)
         await asyncio.to_thread(self._placements.remember, result)
-
-    async def _measure(self, run: _Run, plan_: Plan) -> result_pb2.RunResult:
-        order = run.order
-        scratch = self._scratch / order.run_id
-        inputs = order.spec.inputs_sha256
-        try:
-            scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-            job = Job(
-                run_id=order.run_id,
-                model=order.model,
-                model_path=self._store.get(order.model.sha256).path,
-                inputs_path=self._store.get(inputs).path if inputs else None,
-                asked=order.spec,
-                plan=plan_,
-                created_at=order.created_at,
-                board=self._identify(),
-                interpreter=self._engines.interpreter(plan_.spec.runtime),
-                scratch=scratch,
-            )
-            attempt = Attempt(job, self._config, functools.partial(self._emit, run))
-            run.attempt = attempt
-            if run.cancelled:
-                attempt.stop()
-            await self._on_disk(self._journal.start, order.run_id, wire.timestamp(time.time_ns()))
-            return await attempt.execute()
-        except (AgentError, OSError) as error:
-            return self._failed(order, "not_started", str(error))
-        except Exception as error:  # a fault of the agent's own must not end the runs that wait
-            _log.exception("run %s", order.run_id)
-            return self._failed(order, "internal", f"{type(error).__name__}: {error}: please report this")
-        finally:
-            await asyncio.to_thread(folder.remove_tree, scratch)
-
-    def _emit(self, run: _Run, event: wire.WorkerNews) -> None:
-        if isinstance(event, agent_pb2.StageEvent):
-            with contextlib.suppress(OSError):
-                self._journal.stage(run.order.run_id, event.stage)
-        run.emit(event)
 
     async def _finish(self, run: _Run, result: result_pb2.RunResult) -> None:
         """The result is in the spool; then it is the run's last event; then the journal has it."""
@@ -472,18 +542,125 @@ class Runs:
         result.error.code, result.error.message = code, message
         return result
 
-    def _measured(self) -> _Run | None:
-        """The run that is between its start and its result; its last traces may take a little longer."""
-        run = self._running
-        return run if run is not None and run.state == agent_pb2.RUN_STATE_RUNNING else None
+    def _measured(self) -> list[_Run]:
+        """The runs between their start and their result; their last traces may take a little longer."""
+        return [run for run in self._running if run.state == agent_pb2.RUN_STATE_RUNNING]
+
+    def _in_order(self) -> list[list[_Run]]:
+        """What waits and can be begun, in its order, each with what is measured in one go with it."""
+        there = Counter(run.group for run in self._runs.values())
+        latest = {run.group: run for run in self._waiting}
+        found = []
+        for run in self._waiting:
+            if not run.group:
+                found.append([run])
+            elif latest[run.group] is run and there[run.group] >= run.order.spec.group.size:
+                found.append([member for member in self._waiting if member.group == run.group])
+        return found
 
     def _renumber(self) -> None:
         """Tells those that wait how many are before them, when that has changed."""
-        before = 0 if self._measured() is None else 1
-        for position, run in enumerate(self._waiting, before):
-            if run.runs_ahead != position:
-                run.runs_ahead = position
-                run.emit(agent_pb2.QueuedEvent(runs_ahead=position))
+        ahead: dict[str, int] = {}
+        before = len(self._measured())
+        for runs in self._in_order():
+            ahead.update((run.order.run_id, before) for run in runs)
+            before += len(runs)
+        for run in self._waiting:
+            now = ahead.get(run.order.run_id)
+            if run.runs_ahead != now:
+                run.runs_ahead = now
+                run.emit(agent_pb2.QueuedEvent(runs_ahead=now))
+
+    # --- groups
+
+    def _check_group(self, spec: result_pb2.BenchmarkSpec) -> None:
+        """Raises InvalidRequest and GroupClosed when a run that is asked for so can't be of its group."""
+        group = spec.group
+        members = [run for run in self._runs.values() if run.group and run.group == group.id]
+        for member in members:
+            theirs = member.order.spec
+            for name, one, other in (
+                ("group.size", group.size, theirs.group.size),
+                ("group.mode", group.mode, theirs.group.mode),
+                ("processes", spec.processes, theirs.processes),
+            ):
+                if one != other:
+                    raise InvalidRequest(
+                        f"{name} is {one} here and {other} in run {member.order.run_id} of the same group "
+                        f"{group.id}: all of a group are asked for alike"
+                    )
+        if self._is_closed(group.id):
+            raise GroupClosed(f"the group {group.id} has begun or ended: choose another group.id")
+        if members and len(members) >= group.size:
+            raise GroupClosed(f"the group {group.id} has all its {group.size} runs: choose another group.id")
+
+    def _is_closed(self, group: str) -> bool:
+        """Whether the group can't be begun any more."""
+        return bool(group) and any(
+            run.state != agent_pb2.RUN_STATE_QUEUED and not run.is_left_out
+            for run in self._runs.values()
+            if run.group == group
+        )
+
+    def _await_group(self, run: _Run) -> None:
+        if run.group and run.group not in self._group_ends:
+            self._group_ends[run.group] = asyncio.get_running_loop().call_later(
+                self._config.runs.group_seconds, self._group_is_due, run.group
+            )
+
+    def _forget_group_end(self, group: str) -> None:
+        timer = self._group_ends.pop(group, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _group_is_due(self, group: str) -> None:
+        self._forget_group_end(group)
+        task = asyncio.create_task(self._end_incomplete(group))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    async def _end_incomplete(self, group: str) -> None:
+        """Fails the runs that have waited for others in vain."""
+        # None of them is just being taken.
+        async with self._admission:
+            members = [run for run in self._runs.values() if run.group == group]
+            waiting = [run for run in self._waiting if run.group == group]
+            if self._stopping or not waiting or len(members) >= waiting[0].order.spec.group.size:
+                return
+            size = waiting[0].order.spec.group.size
+            for run in waiting:
+                self._waiting.remove(run)
+            self._renumber()
+            for run in waiting:
+                message = (
+                    f"{size - len(members)} of the {size} runs of the group {group} did not come within "
+                    f"{self._config.runs.group_seconds:g} s (runs.group_seconds in the agent's "
+                    "configuration): ask for all of them again, in a new group"
+                )
+                await self._finish(run, self._failed(run.order, "group_incomplete", message))
+
+    async def _cancel_waiting(self, run: _Run) -> None:
+        others = [other for other in self._waiting if run.group and other.group == run.group]
+        ended = others if run.is_concurrent else [run]
+        for each in ended:
+            self._waiting.remove(each)
+        self._renumber()
+        order = run.order
+        result = blank_result(order.run_id, order.model, order.spec, self._identify(), order.created_at)
+        result.status = result_pb2.RUN_STATUS_CANCELLED
+        await self._finish(run, result)
+        for each in ended:
+            if each is not run:
+                await self._finish(each, self._without_group(each))
+
+    def _without_group(self, run: _Run) -> result_pb2.RunResult:
+        """The result of a run whose group can't be measured."""
+        return self._failed(
+            run.order,
+            "group_ended",
+            f"another run of the group {run.group} has ended, and they were to be measured in one go: ask "
+            "for all of them again, in a new group",
+        )
 
     def _find(self, run_id: str) -> _Run:
         run = self._runs.get(run_id)
@@ -520,3 +697,17 @@ class Runs:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a request ended with %s", task.exception())
+
+
+def _begun_together(unfinished: Sequence[Unfinished]) -> Iterator[tuple[str, Timestamp]]:
+    """Those that were to begin together with one that had begun, and count as begun at the same time now."""
+    begun = {
+        each.order.spec.group.id: each.started_at
+        for each in unfinished
+        if each.order.spec.group.id and each.started_at is not None
+    }
+    for each in unfinished:
+        started_at = begun.get(each.order.spec.group.id)
+        if each.started_at is None and started_at is not None:
+            each.started_at = started_at
+            yield each.order.run_id, started_at

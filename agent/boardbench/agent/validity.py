@@ -183,6 +183,30 @@ RULES = (
         "tell the engine's maker",
     ),
     Rule(
+        "processes_disagree",
+        "the medians of several processes differ by more than ±1 %, and by more than chance explains",
+        "doubtful",
+        "addresses and allocations differ from process to process, and with them what the caches do; the "
+        "figures of one process are then not those of the model",
+        "more --processes, and compare the bounds that hold for all of them",
+    ),
+    Rule(
+        "placement_differs",
+        "ops run elsewhere in one process of several than in the others, or beside other models than by "
+        "themselves",
+        "doubtful",
+        "figures of two placements are figures of neither",
+        "look at the processes one by one, and what else wants the accelerator",
+    ),
+    Rule(
+        "outputs_differ",
+        "processes of one run computed different outputs from equal inputs",
+        "note",
+        "the latency is right; the arithmetic depends on the order in which threads end, or on memory that "
+        "was not set",
+        "compare the outputs before the model is trusted",
+    ),
+    Rule(
         "placement_drifted",
         "ops run elsewhere than in the last run of the same model with the same settings",
         "note",

@@ -1,0 +1,142 @@
+"""How far processes of one model differ, and how one model compares with another over processes of both.
+
+A median of ten thousand inferences has narrow bounds, and they hold for the process that measured it: another
+one has other addresses and other luck. What holds for the model is said by the spread of the medians of
+several processes: of their logarithms, since latencies differ by factors, with Student's t, from three
+processes on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from boardbench.agent.bench import stats
+from boardbench.v1 import latency_pb2
+
+# Medians that are so close are taken to agree, however sure their difference is: the clocks of a board move
+# as much between two processes.
+AGREE_RATIO = 0.01
+# Chance that processes of one distribution are taken to differ.
+_CHANCE = 0.01
+# Fewest whose spread says something about others: Student's t is 4.3 with three of them, and 12.7 with two.
+_LEAST = 3
+# Confidence of bounds that are one standard error away on either side.
+_ONE_SIGMA = math.erf(1 / math.sqrt(2))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the medians of several processes say about each other."""
+
+    medians_seconds: tuple[float, ...]
+    agree: bool
+    # Half of the greatest difference over the median of all.
+    ratio: float
+    # Position of the process whose median is in the middle.
+    middle: int
+    median_seconds: float
+    # Of the median of other processes; None where these are too few.
+    bounds_seconds: tuple[float, float] | None
+    detail: str
+
+
+def spread(latencies: Sequence[latency_pb2.Latency], confidence: float) -> Spread:
+    """How far processes differ, of which there are at least two."""
+    medians = [stats.median(each.samples_nanoseconds) / 1e9 for each in latencies]
+    ordered = sorted(medians)
+    center = statistics.median(medians)
+    ratio = (ordered[-1] - ordered[0]) / 2 / center if center > 0 else 0.0
+    differ = _differ(latencies, medians)
+    agree = ratio <= AGREE_RATIO or not differ
+    limits = of_others(medians, confidence)
+    if agree and not differ:
+        how = "their medians differ no more than by chance"
+    elif agree:
+        how = f"their medians differ by more than chance, and by less than ±{AGREE_RATIO:.0%}"
+    else:
+        how = "their medians differ by more than chance: the latency is that of the process in the middle"
+    if limits is not None:
+        how += f"; bounds for other processes are Student's t over {len(medians)} medians"
+    return Spread(
+        medians_seconds=tuple(medians),
+        agree=agree,
+        ratio=ratio,
+        middle=medians.index(ordered[(len(ordered) - 1) // 2]),
+        median_seconds=center,
+        bounds_seconds=limits,
+        detail=how,
+    )
+
+
+def _differ(latencies: Sequence[latency_pb2.Latency], medians: Sequence[float]) -> bool:
+    """Whether medians differ by more than their own bounds explain (Cochran's Q)."""
+    weights = []
+    for latency in latencies:
+        found = stats.latency(list(latency.samples_nanoseconds), confidence=_ONE_SIGMA, percentiles=("50",))
+        if not found.percentiles:
+            # A handful of samples: nothing can be said against it.
+            return False
+        error = (found.percentiles[0].high_seconds - found.percentiles[0].low_seconds) / 2
+        # A clock with coarse ticks can make all samples the same: half a nanosecond is the least it can hide.
+        weights.append(1 / max(error, 0.5e-9) ** 2)
+    mean = sum(w * m for w, m in zip(weights, medians, strict=True)) / sum(weights)
+    q = sum(w * (m - mean) ** 2 for w, m in zip(weights, medians, strict=True))
+    return q > _chi_square(len(medians) - 1)
+
+
+def _chi_square(freedom: int) -> float:
+    """The value that chi-square exceeds by chance only so often (Wilson & Hilferty, right to a percent)."""
+    z = statistics.NormalDist().inv_cdf(1 - _CHANCE)
+    ninth = 2 / (9 * freedom)
+    return float(freedom * (1 - ninth + z * math.sqrt(ninth)) ** 3)
+
+
+def of_others(values: Sequence[float], confidence: float) -> tuple[float, float] | None:
+    """Bounds of the middle of all such values, of which these are a few; None for too few, or for zeros."""
+    if len(values) < _LEAST or min(values) <= 0:
+        return None
+    logarithms = [math.log(value) for value in values]
+    mean = statistics.fmean(logarithms)
+    half = student(confidence, len(values) - 1) * statistics.stdev(logarithms) / math.sqrt(len(values))
+    return math.exp(mean - half), math.exp(mean + half)
+
+
+def student(confidence: float, freedom: int) -> float:
+    """The quantile of Student's t for two-sided bounds, exact for any number of degrees of freedom."""
+    low, high = 0.0, 1.0
+    while _within(high, freedom) < confidence:
+        high *= 2
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """Probability between -t and t (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2 == 1
+    cosine, total = math.cos(angle), 0.0
+    term = cosine if odd else 1.0
+    for k in range(1 if odd else 0, freedom - 1, 2):
+        total += term
+        term *= (k + 1) / (k + 2) * cosine**2
+    share = math.sin(angle) * total
+    return 2 / math.pi * (angle + share) if odd else share
+
+
+def ratio(
+    ours: Sequence[float], theirs: Sequence[float], confidence: float
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Our medians over theirs, turn by turn, as one factor; and its bounds, None with too few turns.
+
+    Each turn has one process of both, one right after the other: what changes on the board from turn to turn
+    is in both, and not in the factor.
+    """
+    turns = [one / other for one, other in zip(ours, theirs, strict=False) if one > 0 and other > 0]
+    if not turns:
+        return None, None
+    return math.exp(statistics.fmean(math.log(each) for each in turns)), of_others(turns, confidence)
