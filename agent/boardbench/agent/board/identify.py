@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from boardbench.agent.errors import StorageError
@@ -240,13 +240,40 @@ def _processor_name(processor: Mapping[str, str]) -> str:
     return _ARM_PARTS.get(part) or f"ARM implementer {part[0]:#04x} part {part[1]:#05x}"
 
 
-def _cpu_count(root: Path, processors: list[dict[str, str]]) -> int:
-    count = 0
-    for part in _text(root / "sys/devices/system/cpu/online").split(","):
+def core_types(root: Path, numbers: Iterable[int]) -> list[str]:
+    """Kinds of these processors ("Cortex-A76", "P-core"), without repeats; empty where it is not known.
+
+    Intel's hybrids have the files cpu_core and cpu_atom (arch/x86/events/intel/core.c of the Linux kernel).
+    A core without a name is told by what it can do, of 1024: ``cpu_capacity``
+    (Documentation/ABI/testing/sysfs-devices-system-cpu).
+    """
+    blocks = {block.get("processor", ""): block for block in _processors(root)}
+    hybrid = {
+        number: kind
+        for kind, folder in (("P-core", "cpu_core"), ("E-core", "cpu_atom"))
+        for number in _numbers(_text(root / "sys/devices" / folder / "cpus"))
+    }
+    found: list[str] = []
+    for number in numbers:
+        name = hybrid.get(number) or _processor_name(blocks.get(str(number), {}))
+        if not name:
+            capacity = _text(root / f"sys/devices/system/cpu/cpu{number}/cpu_capacity")
+            name = f"capacity {capacity}" if capacity.isdigit() else ""
+        if name and name not in found:
+            found.append(name)
+    return found
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """Of "0-3,6"."""
+    for part in text.split(","):
         first, _, last = part.partition("-")
         if first.isdigit():
-            count += (int(last) if last.isdigit() else int(first)) - int(first) + 1
-    return count or len(processors)
+            yield from range(int(first), (int(last) if last.isdigit() else int(first)) + 1)
+
+
+def _cpu_count(root: Path, processors: list[dict[str, str]]) -> int:
+    return len(list(_numbers(_text(root / "sys/devices/system/cpu/online")))) or len(processors)
 
 
 def _os_name(root: Path) -> str:
