@@ -379,7 +379,8 @@ def _of_benchmark_app(subject: Subject, folder: Path) -> dict[str, object]:
     report = folder / "benchmark_app.json"
     output([
         sys.executable, "-c", BENCHMARK_APP, str(report), "-m", str(subject.model), "-d", "CPU",
-        "-api", "sync", "-hint", "none", "-nthreads", "1", "-niter", str(subject.runs), "-inference_only", "true",
+        "-api", "sync", "-hint", "none", "-nthreads", "1", "-niter", str(subject.runs),
+        "-inference_only", "true",
     ])  # fmt: skip
     return dict(json.loads(report.read_text()))
 
