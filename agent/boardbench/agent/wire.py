@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent.receive import FileKind, StoredFile, StoreStatus
-from boardbench.v1 import agent_pb2, board_pb2, model_pb2, placement_pb2, result_pb2
+from boardbench.v1 import agent_pb2, board_pb2, latency_pb2, model_pb2, placement_pb2, result_pb2
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ _WORKER_FIELDS = frozenset(
     )
 )
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# "p99.9_reached_ratio" is one.
+_FIGURE = re.compile(r"[a-z][a-z0-9_.]{0,63}")
+# More than any warning has; each is kept, sent and stored.
+_MOST_EVIDENCE = 64
 # Longer than any sentence; an engine's own error can be a page.
 _MESSAGE_LIMIT = 8 * 1024
 
@@ -195,31 +199,50 @@ def _parse_result(content: object) -> result_pb2.RunResult:
     if foreign:
         raise MalformedEvent(f"a result with {', '.join(foreign)[:200]}")
     result = result_pb2.RunResult()
-    samples = _take_samples(content)
+    latency = _take_samples(content, "latency")
+    service = _take_samples(content, "scenario", "service")
+    warm_up = _take_samples(content, "warm_up")
+    if not latency:
+        raise MalformedEvent("a result without samples")
     _parse(content, result, "a result")
-    try:
-        result.latency.samples_nanoseconds.extend(samples)
-    except (ValueError, TypeError) as error:
-        raise MalformedEvent(f"a sample that is no count of nanoseconds: {error}") from error
-    if result.latency.count != len(samples):
-        raise MalformedEvent(f"{len(samples)} samples where {result.latency.count} were counted")
+    _give_samples(result.latency, latency)
+    # Reading a message that is not there would not make one.
+    if service:
+        _give_samples(result.scenario.service, service)
+    if warm_up:
+        _give_samples(result.warm_up, warm_up)
+    if result.latency.count != len(latency):
+        raise MalformedEvent(f"{len(latency)} samples where {result.latency.count} were counted")
+    if result.scenario.service.count != len(service):
+        raise MalformedEvent(f"{len(service)} samples where {result.scenario.service.count} were served")
     for warning in result.warnings:
         warning.CopyFrom(_checked_warning(warning))
     return result
 
 
-def _take_samples(content: dict[str, Any]) -> list[int]:
-    """The samples, out of the object: json_format takes a microsecond for each, and there are many."""
-    latency = content.get("latency")
-    samples = latency.pop("samples_nanoseconds", None) if isinstance(latency, dict) else None
-    if not samples or not isinstance(samples, list):
-        raise MalformedEvent("a result without samples")
+def _take_samples(content: dict[str, Any], *path: str) -> list[int]:
+    """The samples, out of the object at the path: json_format takes a microsecond for each of many."""
+    inner: Any = content
+    for name in path:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    samples = inner.pop("samples_nanoseconds", None) if isinstance(inner, dict) else None
+    if samples is None:
+        return []
+    if not isinstance(samples, list):
+        raise MalformedEvent("samples that are no list")
     if not all(type(sample) in (int, str) for sample in samples):
         raise MalformedEvent("samples that are no numbers")
     try:
         return [int(sample) for sample in samples]
     except ValueError as error:
         raise MalformedEvent("a sample that is no number") from error
+
+
+def _give_samples(message: latency_pb2.Latency | result_pb2.WarmUp, samples: list[int]) -> None:
+    try:
+        message.samples_nanoseconds.extend(samples)
+    except (ValueError, TypeError) as error:
+        raise MalformedEvent(f"a sample that is no count of nanoseconds: {error}") from error
 
 
 def _parse(content: object, message: _Message, noun: str) -> _Message:
@@ -238,7 +261,10 @@ def _first_not_finite(message: Message) -> str | None:
     """Name of a field that is NaN or infinite: such a figure is never a measurement."""
     for field, value in message.ListFields():
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            inner = [entry for entry in value.values() if isinstance(entry, Message)]
+            entries = list(value.values())
+            if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
+                return str(field.name)
+            inner = [entry for entry in entries if isinstance(entry, Message)]
         elif field.message_type is not None:
             inner = [value] if isinstance(value, Message) else list(value)
         else:
@@ -257,7 +283,12 @@ def _checked_warning(warning: result_pb2.Warning) -> result_pb2.Warning:
     checked = result_pb2.Warning(
         code=warning.code, message=_clipped(warning.message), severity=warning.severity
     )
-    checked.evidence.update(warning.evidence)
+    if len(warning.evidence) > _MOST_EVIDENCE:
+        raise MalformedEvent(f"a warning with {len(warning.evidence)} figures")
+    for name, value in warning.evidence.items():
+        if not _FIGURE.fullmatch(name):
+            raise MalformedEvent(f"a warning with a figure {name[:80]!r}")
+        checked.evidence[name] = value
     return checked
 
 

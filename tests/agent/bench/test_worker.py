@@ -22,6 +22,7 @@ from boardbench.v1 import placement_pb2, result_pb2
 
 AGENT = Path(__file__).resolve().parents[3] / "agent"
 WORKER = AGENT / "boardbench" / "agent" / "bench" / "__main__.py"
+ENGINES = ", ".join(engine.name for engine in runtimes.offered({"BOARDBENCH_FAKE_RUNTIME": "1"}))
 STAGES = ["IMPORT", "CREATE", "INPUTS", "FIRST_INFERENCE", "WARM_UP", "MEASURE", "REPORT"]
 
 Make = Callable[..., dict[str, Any]]
@@ -69,6 +70,7 @@ def test_the_spec_that_was_run_has_every_default_filled_in(worker: Any, fake_job
         "runtime": "fake", "device": "cpu", "options": {"mode": "plain"}, "threads": 1,
         "shapes": {"x": {"dimensions": [2, 4]}}, "seed": 2**64 - 1, "duration_seconds": 0.0,
         "min_runs": 20, "max_runs": 1_000_000, "warm_up_seconds": 0.0, "warm_up_runs": 2,
+        "confidence": 0.95, "scenario": {"kind": "SCENARIO_KIND_SINGLE_STREAM"},
     }  # fmt: skip
     assert {key: spec[key] for key in expected} == expected
     assert not any(value for key, value in spec.items() if key not in expected)
@@ -154,7 +156,7 @@ def test_output_of_the_engine_is_never_in_the_events(worker: Any, fake_job: Make
         ({"first_inference": [], "inference": [{"raise": "later"}]}, {"warm_up_runs": 0}, "inference_failed",
          "later", 6),
         ({"placement": [{"raise": "profiler"}]}, {}, "inference_failed", "profiler", 7),
-        ({}, {"runtime": "nosuch"}, "runtime_unavailable", "knows tflite, onnxruntime, fake", 1),
+        ({}, {"runtime": "nosuch"}, "runtime_unavailable", f"knows {ENGINES}", 1),
         ({}, {"format": "onnx"}, "model_rejected", "fake runs fake models, and model.fake is onnx", 1),
         ({}, {"format": ""}, "model_rejected", "of no known format", 1),
         ({}, {"model_path": "/no/such/model"}, "model_rejected", "model", 2),

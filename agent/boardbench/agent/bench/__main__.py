@@ -2,7 +2,7 @@
 
 Run as a file it needs nothing but a Python >= 3.9 with one engine: the agent starts it under
 whichever interpreter has that engine, without PYTHONPATH, so that none of the agent's own packages
-can be seen there. See :mod:`boardbench.agent.bench.job` for the job and
+can be seen there. See :mod:`boardbench.agent.bench.jobline` for the job and
 :mod:`boardbench.agent.bench.events` for the events.
 """
 
@@ -31,19 +31,18 @@ import os
 import signal
 import threading
 import traceback
-from typing import Callable, List, NoReturn, Optional
+from typing import BinaryIO, Callable, List, NoReturn, Optional
 
 from boardbench.agent.bench import probe
 from boardbench.agent.bench.events import EventWriter
 from boardbench.agent.bench.job import (
     CpuFallback,
     InferenceFailed,
-    Job,
-    JobRejected,
     execute,
     out_of_memory,
     profile,
 )
+from boardbench.agent.bench.jobline import Job, JobRejected
 from boardbench.agent.bench.runtime import (
     InputsRejected,
     ModelRejected,
@@ -79,12 +78,46 @@ def main(arguments: Optional[List[str]] = None) -> NoReturn:
     line = sys.stdin.buffer.readline()
     if not line:
         _end(1)  # the parent died before it could say what to do
-    _die_with_parent(parent)
+    orders = StdinOrders(sys.stdin.buffer, lambda: _end(1))
+    _die_with_parent(parent, orders)
     _go_first_when_memory_ends()
-    _end(_serve(line, EventWriter(descriptor)))
+    _end(_serve(line, EventWriter(descriptor), orders))
 
 
-def _serve(line: bytes, events: EventWriter) -> int:
+class StdinOrders:
+    """What the agent says on stdin after the job: the lines ``go`` and ``stop``; its end ends the worker."""
+
+    def __init__(self, stream: BinaryIO, on_end: Callable[[], None]) -> None:
+        """Nothing is read before :meth:`listen`."""
+        self._stream = stream
+        self._on_end = on_end
+        self._go, self._stop = threading.Event(), threading.Event()
+        self._listens = False
+
+    def listen(self) -> None:
+        """Reads on, in a thread of its own that sleeps until there is something to read."""
+        if not self._listens:
+            self._listens = True
+            threading.Thread(target=self._read, name="orders", daemon=True).start()
+
+    def _read(self) -> None:
+        for line in iter(self._stream.readline, b""):
+            if line.strip() == b"go":
+                self._go.set()
+            elif line.strip() == b"stop":
+                self._stop.set()
+        self._on_end()
+
+    def wait_for_go(self) -> None:
+        """Returns when told to go."""
+        self._go.wait()
+
+    def stopped(self) -> bool:
+        """Whether told to stop."""
+        return self._stop.is_set()
+
+
+def _serve(line: bytes, events: EventWriter, orders: StdinOrders) -> int:
     """Carries out one job line; the exit code. Every exception ends here."""
     try:
         content = json.loads(line)
@@ -94,7 +127,10 @@ def _serve(line: bytes, events: EventWriter) -> int:
         if kind == "probe":
             events.probe(probe.probe(content.get("runtime")))
         elif kind == "run":
-            execute(Job.parse(content), events)
+            job = Job.parse(content)
+            if job.hold:
+                orders.listen()
+            execute(job, events, orders)
         elif kind == "profile":
             profile(Job.parse(content), events)
         else:
@@ -129,13 +165,13 @@ def _explain(error: Exception) -> "tuple[str, str]":
     )
 
 
-def _die_with_parent(parent: int) -> None:
+def _die_with_parent(parent: int, orders: StdinOrders) -> None:
     """Sees to it that this process never outlives ``parent``."""
     if sys.platform == "linux" and _ask_kernel_to_kill():
         if os.getppid() != parent:  # it died before the kernel was asked
             _end(1)
         return
-    _watch_stdin(lambda: _end(1))
+    orders.listen()
 
 
 def _ask_kernel_to_kill() -> bool:
@@ -144,17 +180,6 @@ def _ask_kernel_to_kill() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) == 0)
-
-
-def _watch_stdin(on_end: Callable[[], None]) -> None:
-    """Calls ``on_end`` when stdin ends. The thread sleeps in read and holds no lock meanwhile."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        on_end()
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _go_first_when_memory_ends() -> None:

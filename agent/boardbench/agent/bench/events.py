@@ -52,6 +52,14 @@ class EventWriter:
         """A doubt; told once, and not again in the result."""
         self._write({"event": "warning", "warning": to_json(warning)})
 
+    def ready(self) -> None:
+        """Warmed up; the worker waits for the line ``go``."""
+        self._write({"event": "ready"})
+
+    def counted(self) -> None:
+        """All that counts is measured; the worker goes on until the line ``stop``."""
+        self._write({"event": "counted"})
+
     def result(self, measurement: Measurement) -> None:
         """The measurement. Nothing but a profile follows."""
         self.ended = True

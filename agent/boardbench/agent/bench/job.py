@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+)
 
-from boardbench.agent.bench import doubts, inputs, measure, probe, profiling, runtimes, stats
+from boardbench.agent.bench import (
+    doubts,
+    findings,
+    inputs,
+    measure,
+    probe,
+    profiling,
+    runtimes,
+    scenarios,
+    warm_up,
+)
 from boardbench.agent.bench import placement as placements
 from boardbench.agent.bench.events import EventWriter
+from boardbench.agent.bench.jobline import Job
+from boardbench.agent.bench.looks import PrecisionLooks
 from boardbench.agent.bench.memory import MemoryMeter
 from boardbench.agent.bench.runtime import (
     InputsRejected,
@@ -24,11 +46,11 @@ from boardbench.agent.bench.runtime import (
     ProfileRequest,
     Runtime,
     RuntimeUnavailable,
+    TellsArena,
 )
-from boardbench.agent.bench.shapes import by_name
+from boardbench.agent.bench.shapes import EVERY, by_name
 from boardbench.agent.domain import (
     BenchmarkSpec,
-    Latency,
     Measurement,
     MemoryPhase,
     Placement,
@@ -37,14 +59,13 @@ from boardbench.agent.domain import (
     Stage,
     TensorInfo,
     Verdict,
+    WarmUp,
+    Warning,
     WorkerEnvironment,
 )
 
 if TYPE_CHECKING:
     from boardbench.agent.bench.runtime import Tensors
-
-MOST_RUNS = 1_000_000
-"""Every sample goes into the result: a million are a line of some 10 MB."""
 
 
 class InferenceFailed(Exception):
@@ -55,89 +76,34 @@ class CpuFallback(Exception):
     """Operations run on the CPU where that was forbidden; lists them."""
 
 
-class JobRejected(Exception):
-    """The job itself makes no sense: a fault of the caller of this process."""
+class Orders(Protocol):
+    """What the agent says while a worker runs that it holds."""
+
+    def wait_for_go(self) -> None:
+        """Returns when the measurement may begin."""
+        ...
+
+    def stopped(self) -> bool:
+        """Whether the worker is to report now."""
+        ...
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the agent asks for; the fields of the job line."""
+class Unheld:
+    """Of a worker that nobody holds."""
 
-    runtime: str
-    model_path: Path
-    format: str
-    device: str = "cpu"
-    threads: Optional[int] = None
-    options: Mapping[str, str] = field(default_factory=dict)
-    shapes: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
-    inputs_path: Optional[Path] = None
-    seed: int = 0
-    duration_seconds: float = 5.0
-    min_runs: int = 10
-    max_runs: int = 1_000_000
-    warm_up_seconds: float = 0.5
-    warm_up_runs: int = 1
-    progress_seconds: float = 0.25
-    sys_root: Path = Path("/")
-    strict: bool = False
-    allow_fallback: bool = False
-    profile_runs: Optional[int] = None
-    avoid: Tuple[str, ...] = ()
-    """For a profile: ways of measuring that are left out, because they ended the process before."""
+    def wait_for_go(self) -> None:
+        """At once."""
 
-    @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> Job:
-        """The job in a decoded JSON object. Raises JobRejected, naming the field."""
-        known = set(cls.__dataclass_fields__)
-        unknown = sorted(set(content) - known - {"kind"})
-        if unknown:
-            raise JobRejected(f"the job has unknown fields: {', '.join(unknown)}")
-        try:
-            job = cls(**{name: content[name] for name in known if name in content})
-            return replace(
-                job,
-                model_path=Path(job.model_path),
-                sys_root=Path(job.sys_root),
-                inputs_path=Path(job.inputs_path) if job.inputs_path else None,
-                shapes={str(name): tuple(int(size) for size in sizes) for name, sizes in job.shapes.items()},
-                options={str(name): str(value) for name, value in job.options.items()},
-                device=job.device or "cpu",
-                avoid=tuple(job.avoid),
-            )._checked()
-        except (TypeError, ValueError, AttributeError) as error:
-            raise JobRejected(f"the job can't be read: {error}") from error
-
-    def _checked(self) -> Job:
-        if not 1 <= self.min_runs <= self.max_runs <= MOST_RUNS:
-            raise OptionRejected(
-                f"min_runs ({self.min_runs}) is at least 1 and at most max_runs ({self.max_runs}), "
-                f"which is at most {MOST_RUNS}"
-            )
-        if self.profile_runs is not None and not 0 <= self.profile_runs <= MOST_RUNS:
-            raise OptionRejected(f"profile_runs is from 0 to {MOST_RUNS}, not {self.profile_runs}")
-        if self.strict and self.allow_fallback:
-            raise OptionRejected("strict forbids what allow_fallback allows: leave one of them out")
-        if self.warm_up_runs < 0:
-            raise OptionRejected(f"warm_up_runs is at least 0, not {self.warm_up_runs}")
-        for name in ("duration_seconds", "warm_up_seconds", "progress_seconds"):
-            seconds = getattr(self, name)
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise OptionRejected(f"{name} is a number of seconds from 0 on, not {seconds}")
-        if self.threads is not None and self.threads < 1:
-            raise OptionRejected(f"threads is at least 1, not {self.threads}")
-        if not 0 <= self.seed < 2**64:
-            raise OptionRejected(f"seed is from 0 to 2^64-1, not {self.seed}")
-        return self
-
-    def line(self) -> Dict[str, object]:
-        """The job as it is in a job line, without its kind."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("model_path", "sys_root", "inputs_path"):
-            found[name] = None if found[name] is None else str(found[name])
-        return found
+    def stopped(self) -> bool:
+        """Always."""
+        return True
 
 
-def execute(job: Job, events: EventWriter) -> None:
+TOGETHER_SECONDS = 0.25
+"""Uncounted, after ``go``: a hundred times longer than it takes to tell all workers of a group."""
+
+
+def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> None:
     """Runs the job, telling stages, progress, doubts and the result.
 
     The result is told before the model is closed: an engine that crashes or hangs then takes nothing
@@ -160,23 +126,8 @@ def execute(job: Job, events: EventWriter) -> None:
     meter.end_phase(MemoryPhase.BASELINE)
 
     events.stage(Stage.CREATE)
-    shapes = _shapes(job)
-    try:
-        model, create_seconds = _timed(
-            lambda: runtime.load(
-                job.model_path,
-                device=job.device,
-                threads=job.threads,
-                options=job.options,
-                shapes=shapes,
-                allow_fallback=job.allow_fallback,
-            )
-        )
-    except InputsRejected as error:
-        if job.inputs_path is None:
-            raise
-        held = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name not in job.shapes)
-        raise InputsRejected(f"{error}; the .npz holds {held or 'no array'}") from error
+    loaded = _load(job, runtime, _Engine(runtime.name, version, import_seconds))
+    model = loaded.model
     wanted = model.wanted
     try:
         meter.end_phase(MemoryPhase.LOADED)
@@ -184,11 +135,10 @@ def execute(job: Job, events: EventWriter) -> None:
             events.warning(doubts.warn("device_fallback", model.device_fallback))
         for warning in model.watch.doubts() if model.watch else ():
             events.warning(warning)
-        known = (runtime.name, version, import_seconds, create_seconds)
-        measurement = _run(job, model, events, meter, known)
+        measurement, inference_seconds = _run(job, loaded, events, meter, orders or Unheld())
         events.result(measurement)
     finally:
-        model.close()
+        loaded.close()
     runs = measurement.effective_spec.profile_runs
     if runs:
         events.profiling()
@@ -197,10 +147,51 @@ def execute(job: Job, events: EventWriter) -> None:
             measurement.placement,
             wanted=wanted,
             runs=runs,
-            latency_seconds=stats.median(measurement.latency.samples_nanoseconds) / 1e9,
-            create_seconds=create_seconds,
+            latency_seconds=inference_seconds,
+            create_seconds=loaded.create_seconds,
         )
         events.profile(found)
+
+
+def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
+    """Every instance of the model that the scenario wants."""
+    shapes = _shapes(job)
+
+    def load() -> LoadedModel:
+        return runtime.load(
+            job.model_path,
+            device=job.device,
+            threads=job.threads,
+            options=job.options,
+            shapes=shapes,
+            allow_fallback=job.allow_fallback,
+        )
+
+    try:
+        model, create_seconds = _timed(load)
+    except InputsRejected as error:
+        if job.inputs_path is None:
+            raise
+        named = {*job.shapes, EVERY}
+        held = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name not in named)
+        raise InputsRejected(f"{error}; the .npz holds {held or 'no array'}") from error
+    loaded = _Loaded(engine, [model], create_seconds)
+    wanted = scenarios.instances(job.scenario)
+    try:
+        while len(loaded.models) < wanted:
+            loaded.models.append(load())
+    except Exception as error:
+        here = len(loaded.models)
+        loaded.close()
+        if out_of_memory(error):
+            raise MemoryError(
+                f"{here} of {wanted} instances fit into memory: ask for fewer streams"
+            ) from error
+        raise ModelRejected(
+            f"{engine.name} loads {here} of the {wanted} instances that were asked for ({error}): "
+            f"ask for {here if here > 1 else 'one'} at most with --streams"
+        ) from error
+    return loaded
 
 
 def profile(job: Job, events: EventWriter) -> None:
@@ -238,21 +229,45 @@ def _imported(job: Job) -> Tuple[Runtime, str, float]:
 
 
 def _shapes(job: Job) -> Dict[str, Tuple[int, ...]]:
-    shapes: Dict[str, Tuple[int, ...]] = dict(job.shapes)
+    shapes = job.loaded_shapes()
     if job.inputs_path is not None:
         # The arrays settle what the caller left open.
         shapes = {**inputs.shapes_in_file(job.inputs_path), **shapes}
     return shapes
 
 
+@dataclass(frozen=True)
+class _Engine:
+    """What is known of an engine once it is imported, and the time that took."""
+
+    name: str
+    version: str
+    import_seconds: float
+
+
+@dataclass
+class _Loaded:
+    """The instances of the model; all but one scenario have one."""
+
+    engine: _Engine
+    models: List[LoadedModel]
+    create_seconds: float
+    """Of the first."""
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.models[0]
+
+    def close(self) -> None:
+        for model in reversed(self.models):
+            model.close()
+
+
 def _run(
-    job: Job,
-    model: LoadedModel,
-    events: EventWriter,
-    meter: MemoryMeter,
-    known: Tuple[str, str, float, float],
-) -> Measurement:
-    name, version, import_seconds, create_seconds = known
+    job: Job, loaded: _Loaded, events: EventWriter, meter: MemoryMeter, orders: Orders
+) -> Tuple[Measurement, float]:
+    """The measurement, and the seconds that one inference takes in the engine."""
+    engine, model = loaded.engine, loaded.model
     events.stage(Stage.INPUTS)
     if job.inputs_path is not None:
         feeds = inputs.from_file(model.inputs, job.inputs_path)
@@ -261,58 +276,67 @@ def _run(
     input_data = inputs.described(feeds, seed=job.seed if job.inputs_path is None else None)
 
     events.stage(Stage.FIRST_INFERENCE)
-    with_engine = _Boundary(name)
-    call = with_engine(lambda: model.bind(feeds))
-    first = with_engine(lambda: _first_inference(call, model, meter))
+    with_engine = _Boundary(engine.name)
+    calls = with_engine(lambda: [each.bind(feeds) for each in loaded.models])
+    first = with_engine(lambda: _first_inference(calls[0], model, meter))
     if job.strict:
         _forbid_fallback(job, model.wanted, with_engine(model.placement))
     if not first.all_finite:
         events.warning(doubts.warn("outputs_not_finite", "an output of the first inference is not finite"))
 
-    clock_read_seconds = measure.clock_read_seconds()
-    events.stage(Stage.WARM_UP)
-    progress = job.progress_seconds
-    bounds = measure.Bounds(seconds=job.warm_up_seconds, least_runs=job.warm_up_runs)
-    with_engine(lambda: measure.warm_up(call, bounds, events.progress, progress_seconds=progress))
-
-    events.stage(Stage.MEASURE)
-    counted = measure.Bounds(seconds=job.duration_seconds, least_runs=job.min_runs, most_runs=job.max_runs)
+    clock = measure.clock_cost()
+    drive = scenarios.create(job.scenario, calls, _terms(job, events), seed=job.seed)
     watch = model.watch
-    if watch is not None:
-        watch.begin()
-    samples, window = with_engine(
-        lambda: measure.measure(call, counted, events.progress, progress_seconds=progress)
-    )
-    if watch is not None:
-        watch.end()
+    with measure.collector_at_rest():
+        warmed = with_engine(lambda: _warm_up(job, calls, drive, events))
+        if job.hold:
+            events.ready()
+            orders.wait_for_go()
+            with_engine(lambda: _begin_together(job, drive))
+        events.stage(Stage.MEASURE)
+        if watch is not None:
+            watch.begin()
+        run: scenarios.Run = with_engine(drive.measure)
+        if watch is not None:
+            watch.end()
+        if job.until_told:
+            events.counted()
+            with_engine(lambda: drive.fill(orders.stopped))
 
     events.stage(Stage.REPORT)
     meter.end_phase(MemoryPhase.STEADY)
-    latency = stats.latency(samples)
-    _doubt(events, model, latency, window, clock_read_seconds, meter)
+    report = findings.of_run(run, job)
+    for warning in (
+        *doubts.of_warm_up(warmed),
+        *report.warnings,
+        *findings.of_surroundings(run, report, clock.median_seconds, job),
+        *_of_process(loaded, meter),
+    ):
+        events.warning(warning)
     placement, accelerator = with_engine(model.placement), None
     if watch is not None:
         outcome = watch.outcome(
             placement,
-            runs=latency.count,
-            cpu_seconds=window.cpu_seconds,
-            wall_seconds=window.wall_seconds,
-            queued_seconds=window.queued_seconds,
+            runs=run.inferences,
+            cpu_seconds=run.engine_cpu_seconds,
+            wall_seconds=run.engine_wall_seconds,
+            queued_seconds=run.usage.queued_seconds,
         )
         placement, accelerator = outcome.placement, outcome.accelerator
         for warning in outcome.warnings:
             events.warning(warning)
     placement = placements.with_report(placement)
-    return Measurement(
+    arena = with_engine(model.arena_bytes) if isinstance(model, TellsArena) else None
+    measurement = Measurement(
         runtime=RuntimeUsed(
-            name=name,
-            version=version,
+            name=engine.name,
+            version=engine.version,
             device=job.device,
             options=model.options,
             interpreter=probe.interpreter(),
         ),
         effective_spec=BenchmarkSpec(
-            runtime=name,
+            runtime=engine.name,
             device=job.device,
             options=model.options,
             threads=model.threads,
@@ -326,20 +350,26 @@ def _run(
             strict=job.strict,
             allow_fallback=job.allow_fallback,
             profile_runs=profiling.wanted_runs(
-                job.profile_runs, profiles=model.profiles, create_seconds=create_seconds
+                job.profile_runs, profiles=model.profiles, create_seconds=loaded.create_seconds
             ),
+            precision=job.precision,
+            precision_seconds=job.precision_seconds if job.precision else None,
+            confidence=job.confidence,
+            scenario=job.scenario,
         ),
-        import_seconds=import_seconds,
-        create_seconds=create_seconds,
+        import_seconds=engine.import_seconds,
+        create_seconds=loaded.create_seconds,
         first_inference_seconds=first.seconds,
-        latency=latency,
-        memory=meter.memory(),
+        latency=report.latency,
+        memory=meter.memory(arena),
         placement=placement,
         environment=WorkerEnvironment(
-            clock_read_seconds=clock_read_seconds,
-            involuntary_context_switches=window.involuntary_context_switches,
-            cpu_seconds=window.cpu_seconds,
-            wall_seconds=window.wall_seconds,
+            clock_read_seconds=clock.median_seconds,
+            clock_read_worst_seconds=clock.worst_seconds,
+            involuntary_context_switches=run.usage.involuntary_context_switches,
+            voluntary_context_switches=run.usage.voluntary_context_switches,
+            cpu_seconds=run.usage.cpu_seconds,
+            wall_seconds=run.usage.wall_seconds,
             page_size_bytes=os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None,
             cpu_affinity=measure.processors(),
         ),
@@ -348,7 +378,60 @@ def _run(
         input_data=input_data,
         output_sha256=first.output_sha256,
         accelerator=accelerator,
+        warm_up=warmed,
+        stopping=report.stopping,
+        scenario=report.scenario,
     )
+    return measurement, run.inference_nanoseconds / 1e9
+
+
+def _terms(job: Job, events: EventWriter) -> scenarios.Terms:
+    targets = job.targets()
+    looks = None
+    if targets:
+        looks = PrecisionLooks(targets, confidence=job.confidence, least_runs=job.min_runs)
+    return scenarios.Terms(
+        bounds=measure.Bounds(
+            seconds=job.duration_seconds,
+            least_runs=job.min_runs,
+            most_runs=job.max_runs,
+            most_seconds=job.precision_seconds if targets else None,
+        ),
+        report=events.progress,
+        progress_seconds=job.progress_seconds,
+        confidence=job.confidence,
+        looks=looks,
+        thresholds=job.thresholds,
+    )
+
+
+def _warm_up(
+    job: Job, calls: Sequence[scenarios.Call], drive: scenarios.Drive, events: EventWriter
+) -> WarmUp:
+    events.stage(Stage.WARM_UP)
+    warmed = warm_up.warm_up(
+        calls[0],
+        job.warm_up_seconds,
+        job.warm_up_runs,
+        events.progress,
+        progress_seconds=job.progress_seconds,
+    )
+    if len(calls) > 1:
+        # Instances beside the first have not run at all yet, nor has any of them beside the others.
+        drive.fill(_after(job.warm_up_seconds))
+    return warmed
+
+
+def _begin_together(job: Job, drive: scenarios.Drive) -> None:
+    """What was warm has cooled down while it waited, and the others begin a moment earlier or later."""
+    seconds = min(job.warm_up_seconds, TOGETHER_SECONDS)
+    if seconds > 0:
+        drive.fill(_after(seconds))
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() >= end
 
 
 MOST_LISTED = 40
@@ -403,31 +486,17 @@ def _given_shapes(
     return {target: Shape(given[name]) for name, target in by_name(model_inputs, given).items()}
 
 
-def _doubt(
-    events: EventWriter,
-    model: LoadedModel,
-    latency: Latency,
-    window: measure.Window,
-    clock_read_seconds: float,
-    meter: MemoryMeter,
-) -> None:
-    for warning in doubts.of_latency(
-        latency,
-        clock_read_seconds=clock_read_seconds,
-        wall_seconds=window.wall_seconds,
-        involuntary_context_switches=window.involuntary_context_switches,
-    ):
-        events.warning(warning)
-    processors = len(measure.processors())
-    if model.threads is not None and processors and model.threads > processors:
-        events.warning(
-            doubts.warn(
-                "threads_exceed_processors",
-                f"{model.threads} threads were asked for and the worker may use {processors} processors",
-            )
+def _of_process(loaded: _Loaded, meter: MemoryMeter) -> Iterator[Warning]:
+    threads, processors = loaded.model.threads, len(measure.processors())
+    if threads is not None and processors and threads * len(loaded.models) > processors:
+        instances = f", in {len(loaded.models)} instances each," if len(loaded.models) > 1 else ""
+        yield doubts.warn(
+            "threads_exceed_processors",
+            f"{threads} threads{instances} were asked for and the worker may use {processors} processors",
+            evidence={"threads": threads * len(loaded.models), "processors": processors},
         )
     if not meter.resettable:
-        events.warning(doubts.warn("peak_not_resettable", "/proc/self/clear_refs could not be written"))
+        yield doubts.warn("peak_not_resettable", "/proc/self/clear_refs could not be written")
 
 
 def _timed(call: Callable[[], Any]) -> Tuple[Any, float]:

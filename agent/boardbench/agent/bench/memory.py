@@ -1,6 +1,6 @@
 """Memory of this process, phase by phase.
 
-Linux: `/proc/self/smaps_rollup` (Rss and Pss, exact, kB), `/proc/self/status` (VmRSS, VmHWM, kB);
+Linux: `/proc/self/smaps_rollup` (Rss and Pss, exact, kB), `/proc/self/status` (VmRSS, VmHWM, VmSwap, kB);
 writing 5 to `/proc/self/clear_refs` sets VmHWM back to what is resident now (man 5 proc). Not
 `ru_maxrss`: a child starts with the peak of the parent it was forked from.
 Elsewhere: the resident set by psutil where it is installed; the peak of the whole life by getrusage.
@@ -28,6 +28,7 @@ class MemoryMeter:
         self._peak_is_of_phase = self._linux
         self._phases: List[PhaseMemory] = []
         self._peak: Optional[int] = None
+        self._swap: Optional[int] = None
 
     @property
     def resettable(self) -> bool:
@@ -36,11 +37,13 @@ class MemoryMeter:
 
     def end_phase(self, phase: MemoryPhase) -> PhaseMemory:
         """Memory at the end of ``phase``; the next phase begins here."""
-        rss, pss, peak = self._read()
+        rss, pss, peak, swap = self._read()
         if peak is not None:
             # The kernel adds up per-thread counters late: the exact sum can be a little higher.
             peak = max(peak, rss or 0)
             self._peak = max(self._peak or 0, peak)
+        if swap is not None:
+            self._swap = max(self._swap or 0, swap)
         memory = PhaseMemory(
             phase=phase,
             rss_bytes=rss,
@@ -52,14 +55,16 @@ class MemoryMeter:
             self._peak_is_of_phase = self._reset_peak()
         return memory
 
-    def memory(self) -> Memory:
-        """All phases so far."""
+    def memory(self, arena_bytes: Optional[int] = None) -> Memory:
+        """All phases so far. What was swapped out is the most at the end of any of them."""
         rss = {phase.phase: phase.rss_bytes for phase in self._phases}
         baseline, steady = rss.get(MemoryPhase.BASELINE), rss.get(MemoryPhase.STEADY)
         return Memory(
             phases=tuple(self._phases),
             peak_rss_bytes=self._peak,
             model_rss_bytes=steady - baseline if steady is not None and baseline is not None else None,
+            peak_swap_bytes=self._swap,
+            arena_bytes=arena_bytes,
         )
 
     def _reset_peak(self) -> bool:
@@ -69,13 +74,14 @@ class MemoryMeter:
             return False
         return True
 
-    def _read(self) -> Tuple[Optional[int], Optional[int], Optional[int]]:
+    def _read(self) -> Tuple[Optional[int], ...]:
+        """Resident set, proportional set, peak of the resident set, swapped out."""
         if not self._linux:
-            return _portable_rss(), None, _portable_peak()
+            return _portable_rss(), None, _portable_peak(), None
         status = _fields(self._process / "status")
         rollup = _fields(self._process / "smaps_rollup")
         rss = rollup.get("Rss", status.get("VmRSS"))
-        return rss, rollup.get("Pss"), status.get("VmHWM")
+        return rss, rollup.get("Pss"), status.get("VmHWM"), status.get("VmSwap")
 
 
 def _fields(file: Path) -> Mapping[str, int]:

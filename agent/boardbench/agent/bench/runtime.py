@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Protocol, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    Mapping,
+    Optional,
+    Protocol,
+    Tuple,
+    runtime_checkable,
+)
 
 from boardbench.agent.domain import AcceleratorUse, Crossings, Placement, TensorInfo, Unit, Warning
 
@@ -133,6 +143,15 @@ class LoadedModel(Protocol):
 
     def close(self) -> None:
         """Frees the engine. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class TellsArena(Protocol):
+    """A loaded model whose engine tells how much memory it has for tensors."""
+
+    def arena_bytes(self) -> Optional[int]:
+        """Bytes of it; None where this version does not tell. Called after the measurement."""
         ...
 
 

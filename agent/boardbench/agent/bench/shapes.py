@@ -10,6 +10,9 @@ from boardbench.agent.bench import memory
 from boardbench.agent.bench.runtime import InputsRejected
 from boardbench.agent.domain import TensorInfo
 
+EVERY = "*"
+"""Stands for every input: what is given by it is the size of their first dimension, the batch."""
+
 LARGEST_DIMENSION = 2**31 - 1
 """TensorFlow Lite keeps sizes in 32 bits; no input of a board is beyond it elsewhere either."""
 
@@ -71,18 +74,21 @@ def settle(
 ) -> Tuple[TensorInfo, ...]:
     """The inputs with every dimension settled; ``given`` may name an input or its position (arr_0).
 
+    ``given[EVERY]`` holds one size, that of the first dimension of every input.
+
     Raises InputsRejected when a shape does not fit its input, when dimensions stay open (with the
     options to give), or when the data could not be held in ``available_bytes`` (the system's own
     figure by default), once here and once in the engine.
     """
-    wanted = {target: tuple(given[name]) for name, target in by_name(inputs, given).items()}
+    named = {name: shape for name, shape in given.items() if name != EVERY}
+    wanted = {target: tuple(named[name]) for name, target in by_name(inputs, named).items()}
     settled: List[TensorInfo] = []
     for tensor in inputs:
         shape = wanted.get(tensor.name)
         if shape is not None:
             _check(tensor, shape)
             tensor = replace(tensor, shape=shape)
-        settled.append(tensor)
+        settled.append(_batched(tensor, given[EVERY][0], shape) if EVERY in given else tensor)
     missing = [(tensor, at) for at, tensor in enumerate(settled) if any(size < 0 for size in tensor.shape)]
     if missing:
         needed = " ".join(f"--shape '{tensor.name}={_example(tensor.shape)}'" for tensor, _ in missing)
@@ -109,6 +115,22 @@ def _check(tensor: TensorInfo, shape: Sequence[int]) -> None:
         raise InputsRejected(
             f"input {tensor.name}: a size in {_dimensions(shape)} is above {LARGEST_DIMENSION}"
         )
+
+
+def _batched(tensor: TensorInfo, batch: int, given: Optional[Sequence[int]]) -> TensorInfo:
+    """The input with the batch for its first dimension, where that is open or has this size anyhow."""
+    if tensor.shape and tensor.shape[0] in (-1, batch):
+        return replace(tensor, shape=(batch, *tensor.shape[1:]))
+    if given is not None:
+        raise InputsRejected(
+            f"input {tensor.name} is given as {_dimensions(given)} and the batch as {batch}: give data or "
+            "shapes of that size, or leave the batch out"
+        )
+    raise InputsRejected(
+        f"a batch of {batch} does not fit input {tensor.name}, {tensor.dtype} {_dimensions(tensor.shape)}: "
+        "its first dimension is settled in the model; export the model with an open one, or leave the batch "
+        "out"
+    )
 
 
 def _example(shape: Sequence[int]) -> str:

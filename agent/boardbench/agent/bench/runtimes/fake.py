@@ -29,6 +29,12 @@ every inference but the first when ``first_inference`` is there. An action is an
     stdout: "text", times: number   writes to stdout (stderr alike)
     at_exit: [ACTION, …]            happens in an exit handler of the interpreter, as engines have them
 
+and, for an action of ``inference``, any of these, inferences being counted from 0, the first one included:
+
+    at: number                      only in that inference: a stall
+    every: number                   only in every so-manieth, the last of each so many
+    from: number, until: number     only from that one on, and before that one: a board that heats up
+
 Faults while the engine is imported: a JSON list of actions in BOARDBENCH_FAKE_IMPORT.
 Options: ``mode=plain|noisy`` (noisy writes to stdout at every inference). Devices: cpu, faketpu.
 """
@@ -38,6 +44,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -185,10 +192,13 @@ class FakeModel:
         first: Optional[Sequence[Mapping[str, Any]]] = self.content.get("first_inference")
         pending = [steady if first is None else first]
 
+        numbers = itertools.count()
+
         def infer() -> object:
             actions = pending.pop() if pending else steady
+            number = next(numbers)
             if actions:
-                _act(actions, self._noise)
+                _act([action for action in actions if _is_due(action, number)], self._noise)
             if self._noisy:
                 sys.stdout.write("the fake engine ran\n")
             return outputs
@@ -286,6 +296,16 @@ def _noise() -> Iterator[float]:
     while True:
         state = (1664525 * state + 1013904223) % 2**32
         yield state / 2**32
+
+
+def _is_due(action: Mapping[str, Any], number: int) -> bool:
+    """Whether an action happens in the inference of this number."""
+    return (
+        action.get("at", number) == number
+        and (number + 1) % action.get("every", 1) == 0
+        and action.get("from", 0) <= number
+        and ("until" not in action or number < action["until"])
+    )
 
 
 def _act(actions: Sequence[Mapping[str, Any]], noise: Optional[Iterator[float]] = None) -> None:

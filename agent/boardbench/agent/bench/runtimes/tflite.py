@@ -31,7 +31,7 @@ from boardbench.agent.bench.runtime import (
     OptionRejected,
     RuntimeUnavailable,
 )
-from boardbench.agent.bench.runtimes import edgetpu, tflite_causes
+from boardbench.agent.bench.runtimes import edgetpu, tflite_arena, tflite_causes
 from boardbench.agent.bench.runtimes.tflite_parts import (
     DELEGATE_NODE,
     Node,
@@ -341,6 +341,10 @@ class TfliteModel:
 
     def _tensor_name(self, index: int) -> str:
         return str(self._interpreter._interpreter.TensorName(index, 0))
+
+    def arena_bytes(self) -> Optional[int]:
+        """What the tensors take that are not in the file."""
+        return tflite_arena.used_bytes(self._interpreter, self._model)
 
     def close(self) -> None:
         """Drops the interpreter, and the delegate with it."""
