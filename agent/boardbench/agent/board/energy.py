@@ -18,6 +18,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median, stdev
 
 from boardbench.agent.board.sampler import Mark, Series
@@ -59,6 +60,9 @@ class Energy:
     samples: int
     """In the stretch; each may be the mean of several."""
 
+    unchanged: bool = False
+    """Whether they are all the same: the meter may be slower than the stretch, and no bounds show it."""
+
     @property
     def watts(self) -> float:
         """Mean power."""
@@ -78,7 +82,8 @@ class Energy:
     def method(self) -> str:
         """What the rail feeds and how energy was got from it."""
         how = "difference of its energy counter" if self.rail.counts else "its power integrated over time"
-        return f"{self.rail.coverage.words}, {how}, {self.samples} samples"
+        alike = ", all the same" if self.unchanged else ""
+        return f"{self.rail.coverage.words}, {how}, {self.samples} samples{alike}"
 
 
 @dataclass(frozen=True)
@@ -239,14 +244,17 @@ class _Edge:
 
 def _usual_gap(times: Sequence[float], first: int, last: int) -> float:
     around = times[max(0, first - 1) : last + 1]
-    gaps = [after - before for before, after in zip(around, around[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(around)]
     return median(gaps) if gaps else 0.0
 
 
 def _integrated(rail: Rail, head: _Edge, tail: _Edge) -> Energy:
     inner = range(head.inside, tail.inside + 1)
     times = [head.at, *(head.times[at] for at in inner), tail.at]
-    watts = [head.value, *(head.values[at] for at in inner), tail.value]
+    # A merged point is the mean of a stretch that ends where the marks are: it holds up to there.
+    merged = rail.series.least is not None
+    ends = [edge.values[edge.inside] if merged else edge.value for edge in (head, tail)]
+    watts = [ends[0], *(head.values[at] for at in inner), ends[1]]
     joules = sum(
         (times[at + 1] - times[at]) * (watts[at + 1] + watts[at]) / 2 for at in range(len(times) - 1)
     )
@@ -256,7 +264,8 @@ def _integrated(rail: Rail, head: _Edge, tail: _Edge) -> Energy:
         # Where the power changed between the two samples is not known.
         step = 0.0 if edge.outside is None else abs(edge.values[edge.outside] - edge.values[edge.inside])
         around += edge.gap * step
-    return Energy(rail, joules, joules - around, joules + around, seconds, len(inner))
+    unchanged = min(watts[1:-1]) == max(watts[1:-1])
+    return Energy(rail, joules, joules - around, joules + around, seconds, len(inner), unchanged)
 
 
 def _counted(rail: Rail, head: _Edge, tail: _Edge) -> Energy:
@@ -269,7 +278,7 @@ def _counted(rail: Rail, head: _Edge, tail: _Edge) -> Energy:
             # Nobody looked there: as fast as inside, or not at all, or twice as fast.
             joules += rate * edge.gap
             high += 2 * rate * edge.gap
-        else:
+        elif edge.gap:
             joules += abs(edge.value - values[edge.inside])
             high += abs(values[edge.outside] - values[edge.inside])
     return Energy(rail, joules, low, high, tail.at - head.at, tail.inside - head.inside + 1)
@@ -291,7 +300,7 @@ def _independence(values: Sequence[float]) -> float:
     """How much one sample is worth, 0 to 1, by how much neighbours resemble each other (AR(1))."""
     mean = fmean(values)
     all_of_it = sum((value - mean) ** 2 for value in values)
-    shared = sum((a - mean) * (b - mean) for a, b in zip(values, values[1:], strict=False))
+    shared = sum((a - mean) * (b - mean) for a, b in pairwise(values))
     # The estimate is too low by about this much (Marriott and Pope, 1954), the more the fewer there are.
     likeness = shared / all_of_it
     likeness = min(0.99, likeness + (1 + 4 * likeness) / len(values))
