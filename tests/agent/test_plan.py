@@ -10,8 +10,8 @@ import pytest
 
 from boardbench.agent.config import SpecConfig
 from boardbench.agent.errors import InvalidRequest, NotRunnable
-from boardbench.agent.plan import check_spec, job_line, plan
-from boardbench.v1 import board_pb2, model_pb2, result_pb2
+from boardbench.agent.plan import Plan, check_spec, counted_seconds, job_line, plan
+from boardbench.v1 import board_pb2, model_pb2, result_pb2, scenario_pb2
 
 FAKE = board_pb2.RuntimeStatus(
     name="fake", available=True, version="boardbench-fake 1", formats=["fake"], devices=["cpu", "faketpu"]
@@ -28,6 +28,18 @@ MODEL = model_pb2.Model(sha256="0" * 64, name="m.fake", format="fake", size_byte
 
 def spec(**fields: Any) -> result_pb2.BenchmarkSpec:
     return result_pb2.BenchmarkSpec(**fields)
+
+
+def target(percentile: float, ratio: float) -> result_pb2.Precision:
+    return result_pb2.Precision(percentile=percentile, ratio=ratio)
+
+
+def scenario(kind: str, **fields: Any) -> scenario_pb2.Scenario:
+    return scenario_pb2.Scenario(kind=scenario_pb2.ScenarioKind.Value(f"SCENARIO_KIND_{kind}"), **fields)
+
+
+def group(**fields: Any) -> result_pb2.RunGroup:
+    return result_pb2.RunGroup(**({"id": "g", "size": 2, "mode": result_pb2.GROUP_MODE_INTERLEAVED} | fields))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,60 @@ def spec(**fields: Any) -> result_pb2.BenchmarkSpec:
         (spec(options={"a": "x" * 40_000}), ["options", "too long"]),
         (spec(strict=True, allow_fallback=True), ["strict", "allow_fallback"]),
         (spec(profile_runs=100_000), ["profile_runs", "10000"]),
+        (spec(precision=[target(0, 0.01)]), ["precision", "above 0"]),
+        (spec(precision=[target(100, 0.01)]), ["precision", "below 100"]),
+        (spec(precision=[target(float("nan"), 0.01)]), ["precision", "nan"]),
+        (spec(precision=[target(50, 0)]), ["p50", "0.0001"]),
+        (spec(precision=[target(50, 1)]), ["p50", "below 1"]),
+        (spec(precision=[target(50, float("nan"))]), ["p50", "nan"]),
+        (spec(precision=[target(50, 0.01), target(50, 0.02)]), ["twice"]),
+        (spec(precision=[target(1 + n, 0.01) for n in range(17)]), ["16"]),
+        (spec(precision_seconds=5), ["precision_seconds", "leave it out"]),
+        (spec(precision=[target(50, 0.01)], precision_seconds=0), ["precision_seconds is 0"]),
+        (
+            spec(precision=[target(50, 0.01)], precision_seconds=5, duration_seconds=6),
+            ["duration_seconds is 6", "precision_seconds 5"],
+        ),
+        (
+            spec(precision=[target(50, 0.01)], timeout_seconds=10),
+            ["timeout_seconds is 10", "60 s"],
+        ),
+        (spec(confidence=0.4), ["confidence", "0.5 to 0.999"]),
+        (spec(confidence=1), ["confidence", "0.5 to 0.999"]),
+        (spec(confidence=float("nan")), ["confidence", "nan"]),
+        (spec(processes=0), ["processes is 0", "100"]),
+        (spec(processes=101), ["processes is 101"]),
+        (spec(processes=5, max_runs=4), ["max_runs is 4", "processes 5"]),
+        (spec(scenario=scenario("PERIODIC")), ["periodic", "rate_hertz"]),
+        (spec(scenario=scenario("POISSON")), ["poisson", "rate_hertz"]),
+        (spec(scenario=scenario("PERIODIC", rate_hertz=0)), ["rate_hertz", "0.001"]),
+        (spec(scenario=scenario("PERIODIC", rate_hertz=float("nan"))), ["rate_hertz", "nan"]),
+        (spec(scenario=scenario("PERIODIC", rate_hertz=30, deadline_seconds=0)), ["deadline_seconds"]),
+        (spec(scenario=scenario("PERIODIC", rate_hertz=30, streams=2)), ["streams", "periodic", "offline"]),
+        (spec(scenario=scenario("UNSPECIFIED", rate_hertz=30)), ["rate_hertz", "single stream"]),
+        (spec(scenario=scenario("OFFLINE", batch=0)), ["batch", "65536"]),
+        (spec(scenario=scenario("OFFLINE", streams=2000)), ["streams", "1024"]),
+        (spec(scenario=scenario("MULTI_STREAM", batch=2)), ["batch", "multi stream", "offline"]),
+        (spec(scenario=scenario("SUSTAINED", window_seconds=0)), ["window_seconds"]),
+        (
+            spec(scenario=scenario("SUSTAINED", window_seconds=20), duration_seconds=10),
+            ["window_seconds is 20", "10 s"],
+        ),
+        (spec(scenario=scenario("SUSTAINED"), processes=2), ["sustained", "one process"]),
+        (spec(scenario=scenario("SUSTAINED"), precision=[target(50, 0.01)]), ["sustained", "precision"]),
+        (spec(scenario=scenario_pb2.Scenario(kind=77)), ["no scenario 77"]),
+        (spec(cool_down_celsius=200), ["cool_down_celsius", "150"]),
+        (spec(cool_down_celsius=float("nan")), ["cool_down_celsius", "nan"]),
+        (spec(cool_down_seconds=10), ["cool_down_celsius"]),
+        (spec(cool_down_celsius=40, cool_down_seconds=9999), ["cool_down_seconds", "3600"]),
+        (spec(idle_seconds=1e4), ["idle_seconds", "600"]),
+        (spec(sample_hertz=1000), ["sample_hertz", "100"]),
+        (spec(sample_hertz=float("nan")), ["sample_hertz", "nan"]),
+        (spec(group=group(id="")), ["group.id", "''"]),
+        (spec(group=group(id="../x")), ["group.id", "'../x'"]),
+        (spec(group=group(size=1)), ["group.size is 1", "2 to 32"]),
+        (spec(group=group(size=33)), ["group.size is 33"]),
+        (spec(group=group(mode=0)), ["group.mode", "GROUP_MODE_INTERLEAVED"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(asked: result_pb2.BenchmarkSpec, words: list[str]) -> None:
@@ -126,3 +192,127 @@ def test_what_was_asked_about_the_placement_is_in_the_job() -> None:
     assert job(allow_fallback=True)["allow_fallback"] is True
     assert job(profile_runs=0)["profile_runs"] == 0
     assert not {"strict", "allow_fallback", "profile_runs"} & set(job()), "the worker's own defaults"
+
+
+def settled(**fields: Any) -> Plan:
+    return plan(MODEL, spec(**fields), (FAKE,), SpecConfig())
+
+
+def test_what_nobody_asked_for_is_not_in_the_job() -> None:
+    job = json.loads(job_line(settled(), "fake", Path("/m"), None))
+    asked_only = {
+        "precision",
+        "precision_seconds",
+        "confidence",
+        "scenario",
+        "thresholds",
+        "hold",
+        "until_told",
+    }
+    assert not asked_only & set(job)
+
+
+def test_what_was_asked_about_the_measurement_is_in_the_job() -> None:
+    found = plan(
+        MODEL,
+        spec(
+            precision=[target(50, 0.01), target(99.9, 0.05)],
+            confidence=0.99,
+            scenario=scenario("PERIODIC", rate_hertz=30),
+        ),
+        (FAKE,),
+        SpecConfig(precision_seconds=20.0, precision_least_seconds=0.5),
+        {"variation_ratio": 0.2},
+    )
+    job = json.loads(job_line(found, "fake", Path("/m"), None))
+    assert job["precision"] == [{"percentile": 50, "ratio": 0.01}, {"percentile": 99.9, "ratio": 0.05}]
+    assert (job["confidence"], job["precision_seconds"], job["duration_seconds"]) == (0.99, 20, 0.5)
+    assert job["scenario"] == {
+        "kind": "SCENARIO_KIND_PERIODIC", "rate_hertz": 30, "deadline_seconds": pytest.approx(1 / 30)
+    }  # fmt: skip
+    assert job["thresholds"] == {"variation_ratio": 0.2}
+    held = json.loads(job_line(found.together(), "fake", Path("/m"), None))
+    assert (held["hold"], held["until_told"]) == (True, True)
+
+
+def test_defaults_of_what_takes_longer() -> None:
+    defaults = SpecConfig()
+    precise = settled(precision=[target(50, 0.01)]).spec
+    assert precise.duration_seconds == defaults.precision_least_seconds
+    assert precise.precision_seconds == defaults.precision_seconds
+    long = settled(precision=[target(50, 0.01)], duration_seconds=100).spec
+    assert long.precision_seconds == 100, "the duration is never cut by a default"
+    brief = settled(precision=[target(50, 0.01)], precision_seconds=0.2).spec
+    assert brief.duration_seconds == 0.2
+    sustained = settled(scenario=scenario("SUSTAINED")).spec
+    assert (sustained.duration_seconds, sustained.scenario.window_seconds) == (defaults.sustained_seconds, 60)
+    assert sustained.timeout_seconds > sustained.duration_seconds
+    short = settled(scenario=scenario("SUSTAINED"), duration_seconds=20).spec
+    assert short.scenario.window_seconds == 2
+    assert settled(scenario=scenario("MULTI_STREAM")).spec.scenario.streams == 8
+    assert settled(scenario=scenario("OFFLINE")).spec.scenario.streams == 1
+    assert settled(group=group()).spec.processes == defaults.interleaved_processes
+    assert settled(group=group(mode=result_pb2.GROUP_MODE_CONCURRENT)).spec.processes == 1
+    assert settled(group=group(), processes=2).spec.processes == 2
+    assert settled(group=group(), max_runs=4).spec.processes == 4
+    assert settled(group=group(), scenario=scenario("SUSTAINED")).spec.processes == 1
+    assert settled().spec.processes == 1
+
+
+def test_time_for_cooling_and_slow_rates_is_in_the_timeout() -> None:
+    plain = settled().spec.timeout_seconds
+    cooled = settled(cool_down_celsius=50, cool_down_seconds=100, processes=3).spec.timeout_seconds
+    assert cooled >= plain + 300
+    slow = settled(scenario=scenario("PERIODIC", rate_hertz=0.1), min_runs=50).spec
+    assert counted_seconds(slow) == 500
+    assert slow.timeout_seconds > plain + 400
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("least", "most"), [(50, 100_000), (1, 100), (101, 101), (100, 250)])
+def test_processes_share_what_one_would_do(processes: int, least: int, most: int) -> None:
+    whole = settled(processes=processes, min_runs=least, max_runs=most, duration_seconds=6)
+    parts = [whole.of_process(position).spec for position in range(processes)]
+    assert sum(part.max_runs for part in parts) == most
+    assert least <= sum(part.min_runs for part in parts) <= max(least, processes)
+    assert all(1 <= part.min_runs <= part.max_runs for part in parts)
+    assert sum(part.duration_seconds for part in parts) == pytest.approx(6)
+    assert {part.warm_up_seconds for part in parts} == {whole.spec.warm_up_seconds}, "each from the beginning"
+    assert whole.spec.max_runs == most, "what is planned stays as it is"
+
+
+def test_one_process_does_what_is_done_once() -> None:
+    whole = settled(processes=3, idle_seconds=2, profile_runs=5)
+    parts = [whole.of_process(position).spec for position in range(3)]
+    assert [part.idle_seconds for part in parts] == [2, 0, 0], "before anything is warm"
+    assert [part.profile_runs for part in parts] == [0, 0, 5], "after everything is measured"
+    default = settled(processes=3)
+    first, _, last = (default.of_process(position).spec for position in range(3))
+    assert not first.HasField("idle_seconds"), "the board's default"
+    assert not last.HasField("profile_runs"), "the engine's default"
+
+
+def test_processes_share_a_precision() -> None:
+    whole = settled(processes=4, precision=[target(50, 0.01), target(99, 0.9)], precision_seconds=8)
+    part = whole.of_process(0).spec
+    assert part.precision_seconds == 2
+    # Four times the samples have bounds half as wide; a little better than that, to be sure.
+    assert 0.015 < part.precision[0].ratio < 0.02
+    assert part.precision[1].ratio < 1
+
+
+def test_alone_and_together() -> None:
+    concurrent = group(mode=result_pb2.GROUP_MODE_CONCURRENT)
+    whole = settled(group=concurrent, duration_seconds=6, min_runs=50, idle_seconds=3, profile_runs=7)
+    alone, together = whole.alone(), whole.together()
+    assert alone.spec.duration_seconds == pytest.approx(2)
+    assert (alone.spec.min_runs, alone.held) == (17, False)
+    assert (alone.spec.idle_seconds, alone.spec.profile_runs) == (3, 7), (
+        "what wants a quiet board is done here"
+    )
+    assert (together.spec.duration_seconds, together.spec.min_runs, together.held) == (6, 50, True)
+    assert (together.spec.idle_seconds, together.spec.profile_runs) == (0, 0)
+    long = settled(group=concurrent, scenario=scenario("SUSTAINED"))
+    assert not long.alone().spec.HasField("scenario")
+    assert long.alone().spec.duration_seconds == 10
+    assert long.together().spec.scenario.kind == scenario_pb2.SCENARIO_KIND_SUSTAINED
