@@ -274,7 +274,8 @@ def _warnings(
 ) -> Iterator[result_pb2.Warning]:
     yield from _of_processes(whole, results)
     thresholds = doubts.Thresholds.of(plan.thresholds)
-    for doubt in doubts.of_count(whole.latency.count, thresholds):
+    counted = sum(result.latency.count for result in results)
+    for doubt in doubts.of_count(counted, thresholds):
         yield _of_the_wire(doubt, result_pb2.Warning())
     missed = _short_of(whole)
     if missed:

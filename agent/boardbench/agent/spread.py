@@ -23,8 +23,6 @@ AGREE_RATIO = 0.01
 _CHANCE = 0.01
 # Fewest whose spread says something about others: Student's t is 4.3 with three of them, and 12.7 with two.
 _LEAST = 3
-# Confidence of bounds that are one standard error away on either side.
-_ONE_SIGMA = math.erf(1 / math.sqrt(2))
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def spread(latencies: Sequence[latency_pb2.Latency], confidence: float) -> Sprea
     ordered = sorted(medians)
     center = statistics.median(medians)
     ratio = (ordered[-1] - ordered[0]) / 2 / center if center > 0 else 0.0
-    differ = _differ(latencies, medians)
+    differ = _differ(latencies)
     agree = ratio <= AGREE_RATIO or not differ
     limits = of_others(medians, confidence)
     if agree and not differ:
@@ -71,20 +69,20 @@ def spread(latencies: Sequence[latency_pb2.Latency], confidence: float) -> Sprea
     )
 
 
-def _differ(latencies: Sequence[latency_pb2.Latency], medians: Sequence[float]) -> bool:
-    """Whether medians differ by more than their own bounds explain (Cochran's Q)."""
-    weights = []
+def _differ(latencies: Sequence[latency_pb2.Latency]) -> bool:
+    """Whether medians differ by more than chance: Mood's test, which asks nothing of the distributions.
+
+    Of one distribution, half of each process's samples lie above the median of all, but for chance. Where
+    neighbours resemble each other, the samples are as many as independent ones that say as much.
+    """
+    center = stats.median([sample for latency in latencies for sample in latency.samples_nanoseconds])
+    total = 0.0
     for latency in latencies:
-        found = stats.latency(list(latency.samples_nanoseconds), confidence=_ONE_SIGMA, percentiles=("50",))
-        if not found.percentiles:
-            # A handful of samples: nothing can be said against it.
-            return False
-        error = (found.percentiles[0].high_seconds - found.percentiles[0].low_seconds) / 2
-        # A clock with coarse ticks can make all samples the same: half a nanosecond is the least it can hide.
-        weights.append(1 / max(error, 0.5e-9) ** 2)
-    mean = sum(w * m for w, m in zip(weights, medians, strict=True)) / sum(weights)
-    q = sum(w * (m - mean) ** 2 for w, m in zip(weights, medians, strict=True))
-    return q > _chi_square(len(medians) - 1)
+        samples = list(latency.samples_nanoseconds)
+        above = sum(1.0 if sample > center else 0.5 for sample in samples if sample >= center)
+        effective = stats.latency(samples, percentiles=("50",)).effective_count or len(samples)
+        total += (above / len(samples) - 0.5) ** 2 * 4 * min(effective, len(samples))
+    return total > _chi_square(len(latencies) - 1)
 
 
 def _chi_square(freedom: int) -> float:
