@@ -346,24 +346,21 @@ def test_a_user_that_may_not_is_told_what_to_type(policied: Path, data: Path) ->
     uid = 65534 if os.geteuid() == 0 else os.geteuid()
     why = f"not allowed for the agent's user (uid {uid})"
     assert failed == [
-        f"turbo: {why}: echo 0 | sudo tee {policied}/{CPU}/cpufreq/boost",
-        f"cpu0-5 governor: {why}: "
-        f"echo performance | sudo tee {policied}/{CPU}/cpufreq/policy[0-9]*/scaling_governor",
-        f"cpu0-3 least frequency: {why}: "
-        f"echo 1800000 | sudo tee {policied}/{CPU}/cpufreq/policy0/scaling_min_freq",
-        f"cpu4-5 least frequency: {why}: "
-        f"echo 2400000 | sudo tee {policied}/{CPU}/cpufreq/policy4/scaling_min_freq",
-        f"2-1 USB autosuspend: {why}: echo on | sudo tee {policied}/sys/bus/usb/devices/2-1/power/control",
+        f"turbo: {why}: echo 0 | sudo tee /{CPU}/cpufreq/boost",
+        f"cpu0-5 governor: {why}: echo performance | sudo tee /{CPU}/cpufreq/policy[0-9]*/scaling_governor",
+        f"cpu0-3 least frequency: {why}: echo 1800000 | sudo tee /{CPU}/cpufreq/policy0/scaling_min_freq",
+        f"cpu4-5 least frequency: {why}: echo 2400000 | sudo tee /{CPU}/cpufreq/policy4/scaling_min_freq",
+        f"2-1 USB autosuspend: {why}: echo on | sudo tee /sys/bus/usb/devices/2-1/power/control",
     ]
     assert contents(policied) == before
     assert not (data / "tuning/journal.json").exists()
 
 
 def test_commands_can_be_pasted(policied: Path) -> None:
-    """A shell makes of each what is meant; sudo and tee are the shell's own here."""
+    """A shell makes of each what is meant, in a copy of the board and without sudo."""
     governors = [f"{policy.path}/scaling_governor" for policy in policies(policied)]
     for paths in (governors, governors[:1], [f"{CPU}/cpufreq/boost"]):
-        line = command(policied, paths, "powersave").replace("sudo ", "")
+        line = command(policied, paths, "powersave").replace("sudo ", "").replace(" /sys", f" {policied}/sys")
         subprocess.run(["sh", "-c", line], check=True, stdout=subprocess.DEVNULL)
         assert {text(policied, path) for path in paths} == {"powersave"}
     assert settable(policied, governors[0]) and not settable(policied, "nothing")
@@ -487,7 +484,7 @@ def test_what_can_not_be_put_back_is_kept_for_the_next_time(pi: Path, data: Path
         writable=[data, data / "tuning"],
     )
     uid = 65534 if os.geteuid() == 0 else os.geteuid()
-    pattern = f"{pi}/{CPU}/cpu[0-9]*/cpufreq/scaling_governor"
+    pattern = f"/{CPU}/cpu[0-9]*/cpufreq/scaling_governor"
     assert failed == [
         f"cpu0-3 governor: not put back, not allowed for the agent's user (uid {uid}): "
         f"echo ondemand | sudo tee {pattern}"

@@ -1,4 +1,4 @@
-"""boardbench-agent: serve | probe | run. Parsed by argparse, since click would stay in a board's memory.
+"""boardbench-agent: serve | probe | run | doctor. By argparse, since click would stay in a board's memory.
 
 Exit codes: 0 done, 1 the run failed or the agent could not go on, 2 wrong usage or configuration.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PROGRAM = "boardbench-agent"
 
 _DONE, _FAILED, _USAGE = 0, 1, 2
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 # What boardbench[agent] brings, by the name that it is imported as.
 _EXTRA = ("grpc_health", "grpc_reflection", "psutil", "tomli")
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run")
+    commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run | doctor")
 
     serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
     serve.add_argument("--listen", metavar="HOST:PORT", help="where to listen (127.0.0.1:7341); port 0: any")
@@ -93,6 +94,16 @@ def parser() -> argparse.ArgumentParser:
         help="jsonl: a RunEvent a line, the last the result",
     )
     _add_spec(run)
+
+    doctor = _command(commands.add_parser, "doctor", _doctor, "say whether this board is fit to measure on")
+    doctor.add_argument("--fix", action="store_true", help="set what can be set, for as long as this runs")
+    doctor.add_argument(
+        "--for", dest="hold", metavar="TIME", help="how long --fix holds: 90s, 30m, 1h (an hour)"
+    )
+    doctor.add_argument(
+        "--restore", action="store_true", help="put back what an agent had set that was killed"
+    )
+    doctor.add_argument("--format", choices=("text", "json"), default="text", help="json: an ExamineResponse")
     return top
 
 
@@ -251,6 +262,33 @@ def _run_here(options: argparse.Namespace, config: AgentConfig) -> int:
     show = here.show_json if options.format == "jsonl" else here.show_text
     result = asyncio.run(here.run(config, options.model, options.inputs, _spec(options), show))
     return _DONE if result.status == result_pb2.RUN_STATUS_SUCCEEDED else _FAILED
+
+
+def _doctor(options: argparse.Namespace, config: AgentConfig) -> int:
+    import asyncio
+
+    from boardbench.agent import doctor, wire
+    from boardbench.agent.errors import InvalidRequest
+    from boardbench.v1 import agent_pb2
+
+    if options.hold is not None and not options.fix:
+        raise InvalidRequest("--for says how long --fix holds: give that too")
+    seconds = None if options.hold is None else _seconds("--for", options.hold)
+    request = agent_pb2.ExamineRequest(fix=options.fix, restore=options.restore, hold_seconds=seconds)
+    told = wire.to_json if options.format == "json" else doctor.page
+    fit = asyncio.run(doctor.doctor(config, request, lambda examined: _say(told(examined))))
+    return _DONE if fit else _FAILED
+
+
+def _seconds(flag: str, text: str) -> float:
+    """Seconds of "90s", "30m" or "1h"; a number alone is in seconds. Raises InvalidRequest."""
+    from boardbench.agent.errors import InvalidRequest
+
+    number = text.strip().lower().rstrip("smh")
+    unit = text.strip().lower()[len(number) :]
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+        raise InvalidRequest(f"{flag}: {text!r} is not a length of time: give 90s, 30m or 1h")
+    return float(number) * _UNITS[unit]
 
 
 def _spec(options: argparse.Namespace) -> result_pb2.BenchmarkSpec:

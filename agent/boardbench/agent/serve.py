@@ -19,11 +19,13 @@ from grpc_health.v1._async import HealthServicer
 
 from boardbench.agent import folder, footprint, wire
 from boardbench.agent.board.identify import derive_device_id, identify
+from boardbench.agent.board.tune import Tuner
 from boardbench.agent.config import AgentConfig, parse_address
 from boardbench.agent.drift import Placements
 from boardbench.agent.errors import ConfigurationError, StorageError
+from boardbench.agent.examine import Examiner
 from boardbench.agent.journal import Journal
-from boardbench.agent.probe import Engines
+from boardbench.agent.probe import Engines, Statuses
 from boardbench.agent.queue import Runs
 from boardbench.agent.receive import CHUNK_LIMIT_BYTES, ModelStore
 from boardbench.agent.service import SERVICE_NAME, AgentService
@@ -163,6 +165,13 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         def describe_board() -> board_pb2.Board:
             return identify(config.sys_root, device_id=device_id, labels=config.labels)
 
+        # Before anything is measured again: what a life that was killed had set is put back.
+        tuner = Tuner(config.sys_root, data_dir)
+        for line in await asyncio.to_thread(tuner.recover):
+            _log.warning("put back, after the last agent was killed: %s", line)
+        for line in tuner.failed:
+            _log.warning("%s", line)
+
         scratch = data_dir / "scratch"
         await asyncio.to_thread(folder.remove_tree, scratch)
         engines = Engines(config, scratch)
@@ -174,6 +183,15 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         except OSError as error:
             raise StorageError(f"{data_dir / 'runs'}: can't be read: {error}; check the disk") from error
 
+        examiner = Examiner(
+            config,
+            tuner,
+            identify=describe_board,
+            # While a run is measured nothing is probed: then what is known must do.
+            statuses=lambda: engines.statuses() if not runs.running_run_id else _known(engines),
+            running=lambda: runs.running_run_id,
+        )
+        stack.push_async_callback(examiner.close)
         link: CollectorLink | None = None
         server = grpc.aio.server(
             options=(
@@ -196,6 +214,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
             spool=spool,
             runs=runs,
             engines=engines,
+            examiner=examiner,
             identify=describe_board,
             link=lambda: link.status() if link is not None else None,
             started_at=wire.timestamp(time.time_ns()),
@@ -227,6 +246,10 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         agent = _Agent(config, port, health, store, runs, engines, link)
         stack.push_async_callback(agent.close)
         yield agent
+
+
+async def _known(engines: Engines) -> Statuses:
+    return engines.known
 
 
 class _Reflection(grpc.GenericRpcHandler):

@@ -26,6 +26,7 @@ from boardbench.agent.errors import (
     Superseded,
     Unavailable,
 )
+from boardbench.agent.examine import Examiner
 from boardbench.agent.probe import Engines
 from boardbench.agent.queue import Runs
 from boardbench.agent.receive import ModelStore
@@ -89,6 +90,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         spool: Spool,
         runs: Runs,
         engines: Engines,
+        examiner: Examiner,
         identify: Callable[[], board_pb2.Board],
         link: Callable[[], LinkStatus | None],
         started_at: Timestamp,
@@ -98,6 +100,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         self._spool = spool
         self._runs = runs
         self._engines = engines
+        self._examiner = examiner
         self._identify = identify
         self._link = link
         self._started_at = started_at
@@ -218,13 +221,13 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     async def Examine(
         self,
-        request: agent_pb2.ExamineRequest,  # noqa: ARG002 - gRPC's signature
+        request: agent_pb2.ExamineRequest,
         context: _Context,
     ) -> agent_pb2.ExamineResponse:
-        """Looks whether the board is fit to measure on."""
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "this agent can't examine its board yet: update it"
-        )
+        """Looks whether the board is fit to measure on, after setting or putting back what is asked for."""
+        async with _answering(context):
+            return await self._examiner.answer(request)
+        raise AssertionError("abort() raises")
 
 
 def _digest(field: str, text: str) -> str:

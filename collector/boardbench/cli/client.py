@@ -32,6 +32,7 @@ from boardbench.v1 import (
 
 CONNECT_SECONDS = 10  # a board on a busy Wi-Fi answers in 1 or 2 s; gRPC's own 20 s look like a hang
 CALL_SECONDS = 30.0  # a question that moves no files; a Pi Zero under load needs several seconds
+EXAMINE_SECONDS = 300.0  # a Jetson's own programs set its clocks, and engines may be asked for the first time
 STALL_SECONDS = 120.0  # the fsync of a 1 GB model on a slow SD card (10 MB/s) takes 100 s
 RETRY_SECONDS = 60.0  # long enough for a board to restart its agent, or to come back to its Wi-Fi
 CORRUPT_TRIES = 3  # a chunk that arrives broken more often than this is no accident of the network
@@ -96,20 +97,22 @@ class Client:
         """Closes it."""
         self.close()
 
-    def _ask(self, method: _Unary[_Request, _Response], request: _Request) -> _Response:
+    def _ask(
+        self, method: _Unary[_Request, _Response], request: _Request, seconds: float = CALL_SECONDS
+    ) -> _Response:
         try:
-            return method(request, timeout=CALL_SECONDS)
+            return method(request, timeout=seconds)
         except grpc.RpcError as error:
-            raise self._told(error) from error
+            raise self._told(error, seconds) from error
 
-    def _told(self, error: grpc.RpcError) -> CliError:
+    def _told(self, error: grpc.RpcError, seconds: float = CALL_SECONDS) -> CliError:
         """What a person should know about ``error``."""
         code, details = _code(error), _details(error)
         if code == grpc.StatusCode.UNAVAILABLE:
             return Unreachable(self._unavailable(details))
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return Unreachable(
-                f"{self.address} took the connection and gave no answer within {CALL_SECONDS:.0f} s: "
+                f"{self.address} took the connection and gave no answer within {seconds:.0f} s: "
                 f"is it overloaded, or is something else than {self.program} listening there?"
             )
         if code == grpc.StatusCode.UNIMPLEMENTED or _is_other_protocol(details):
@@ -193,6 +196,10 @@ class AgentClient(Client):
     def describe(self) -> agent_pb2.DescribeResponse:
         """What the board is and what it can run."""
         return self._ask(self._stub.Describe, agent_pb2.DescribeRequest())
+
+    def examine(self, request: agent_pb2.ExamineRequest) -> agent_pb2.ExamineResponse:
+        """Whether the board is fit to measure on, after setting or putting back what is asked for."""
+        return self._ask(self._stub.Examine, request, EXAMINE_SECONDS)
 
     def list_models(self) -> list[agent_pb2.StoredModel]:
         """The files that the board keeps, the one used last first."""

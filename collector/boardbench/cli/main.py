@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "results": Command("boardbench.cli.results", "results", "List the results that the collector keeps."),
     "show": Command("boardbench.cli.results", "show", "Show one result of the collector, whole."),
     "devices": Command("boardbench.cli.devices", "devices", "List boards and what they can run."),
+    "doctor": Command("boardbench.cli.doctor", "doctor", "Say whether a board is fit to measure on."),
     "models": Command("boardbench.cli.models", "models", "List or delete the files that a board keeps."),
     "runs": Command("boardbench.cli.runs", "runs", "List the runs of a board."),
     "watch": Command("boardbench.cli.runs", "watch", "Follow a run on a board to its result."),

@@ -58,10 +58,11 @@ class Output:
         """Whether somebody watches: stderr is a terminal, and --quiet was not given."""
         return not self.quiet and sys.stderr.isatty()
 
-    def show(self, *parts: RenderableType, table: bool = False) -> None:
+    def show(self, *parts: RenderableType, table: bool = False, uncut: bool = False) -> None:
         """Writes renderable parts to stdout, one after the other.
 
-        The rows of a ``table`` stay on one line each where a program reads them.
+        The rows of a ``table`` stay on one line each where a program reads them. What is ``uncut`` has folded
+        its lines itself: one that is longer than the terminal is wide is left to the terminal.
         """
         console = console_for(sys.stdout)
         if table and not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
@@ -69,7 +70,9 @@ class Output:
         console.width = max(console.width, LEAST_WIDTH)
         with console.capture() as captured:
             for part in parts:
-                console.print(part)
+                console.print(
+                    part, crop=not uncut, no_wrap=uncut or None, overflow="ignore" if uncut else None
+                )
         # Rich fills lines up with spaces, which nobody wants in a file or a mail.
         sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
         sys.stdout.flush()

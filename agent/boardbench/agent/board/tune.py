@@ -48,6 +48,9 @@ _CLOCKS = "usr/bin/jetson_clocks"
 # It waits for systemd to stop and start the fan's service.
 _COMMAND_SECONDS = 60.0
 
+# Between looks whether a measurement is over that keeps the board from being put back.
+_BUSY_SECONDS = 0.5
+
 _ON_OFF = {"1": "on", "0": "off"}
 _OFF_ON = {"1": "off", "0": "on"}
 
@@ -158,7 +161,7 @@ def settable(root: Path, path: str) -> bool:
 
 
 def command(root: Path, paths: Sequence[str], value: str) -> str:
-    """What a person pastes to write the value into files below the root."""
+    """What a person pastes on the board to write the value into files below the root."""
     return f"echo {shlex.quote(value)} | sudo tee {_globbed(root, paths)}"
 
 
@@ -490,8 +493,9 @@ class Tuner:
 class TimedHold:
     """One holder of a board whose time runs out. Used from one event loop; a cancelled call is still done."""
 
-    def __init__(self, tuner: Tuner, owner: str) -> None:
-        """``owner`` is its name among the holders."""
+    def __init__(self, tuner: Tuner, owner: str, busy: Callable[[], bool] = lambda: False) -> None:
+        """``owner`` is its name among the holders. While ``busy``, the time does not run out."""
+        self._busy = busy
         self._tuner = tuner
         self._owner = owner
         self._turn = asyncio.Lock()
@@ -539,6 +543,10 @@ class TimedHold:
         self._timer = self._until = None
 
     def _expire(self) -> None:
+        if self._busy():
+            # What is being measured now is not to be measured under two settings.
+            self._timer = asyncio.get_running_loop().call_later(_BUSY_SECONDS, self._expire)
+            return
         self._start(self._let_go(self._tuner.release, self._owner))
 
     def _start(self, work: Coroutine[Any, Any, list[str]]) -> asyncio.Task[list[str]]:
@@ -647,8 +655,8 @@ def _globbed(root: Path, paths: Sequence[str]) -> str:
     if len(paths) > 1 and len(patterns) == 1:
         pattern = patterns.pop()
         if {path.relative_to(root).as_posix() for path in root.glob(pattern)} == set(paths):
-            return shlex.quote(str(root)).rstrip("/") + "/" + pattern
-    return " ".join(shlex.quote(str(root / path)) for path in paths)
+            return "/" + pattern
+    return " ".join(shlex.quote("/" + path) for path in paths)
 
 
 def _what(change: _Change) -> str:
