@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import stat
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,37 @@ def until() -> Callable[..., Awaitable[Any]]:
         return found
 
     return wait
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A folder that every user gets down to; pytest's own are for their owner."""
+    with tempfile.TemporaryDirectory(prefix="boardbench-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[..., Any]:
+    """Runs a program of the test's own as a user without rights; what it printed, as JSON.
+
+    Where the tests run as root, that is the user 65534: root may write everything. What it is to reach must
+    be in ``public_path``.
+    """
+    drop = "import os\nif os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+
+    def run(program: str, *arguments: object, writable: Sequence[Path] = ()) -> Any:
+        for folder in writable:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.geteuid() == 0:
+                os.chown(folder, 65534, 65534)
+        imports, _, rest = textwrap.dedent(program).partition("\n\n")
+        # Imported before: nobody may not read all that root may.
+        head = f"import json, sys\nfrom pathlib import Path\n{imports}\n"
+        done = subprocess.run(
+            [sys.executable, "-c", head + drop + rest, *map(str, arguments)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

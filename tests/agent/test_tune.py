@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -301,39 +300,18 @@ def test_two_processes_do_not_undo_each_other(pi: Path, data: Path) -> None:
 # --- what can't be set
 
 
-def as_nobody(program: str, *arguments: object, writable: Sequence[Path] = ()) -> Any:
-    """What a program of ours says, as JSON, run by a user that may write nothing but these."""
-    for folder in writable:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.geteuid() == 0:
-            os.chown(folder, 65534, 65534)
-    drop = "import os\nif os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-    # Imported before: nobody may not read everything that root may.
-    head = "import json, sys\nfrom pathlib import Path\nfrom boardbench.agent.board.tune import Tuner\n"
-    done = subprocess.run(
-        [sys.executable, "-c", head + drop + textwrap.dedent(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def reachable(path: Path) -> None:
-    """Lets other users down to it: pytest's folders are for their owner only."""
-    for each in [path, *path.parents]:
-        if each.stat().st_uid == os.geteuid() and each != Path(each.anchor):
-            each.chmod(each.stat().st_mode | 0o055)
-
-
-def test_a_user_that_may_not_is_told_what_to_type(policied: Path, data: Path) -> None:
+def test_a_user_that_may_not_is_told_what_to_type(
+    policied: Path, public_path: Path, as_nobody: Callable[..., Any]
+) -> None:
+    policied, data = shutil.copytree(policied, public_path / "board", symlinks=True), public_path / "data"
     before = contents(policied)
     for path in policied.rglob("*"):
         if path.is_file():
             path.chmod(0o444)
-    reachable(policied)
     told = as_nobody(
         """
+        from boardbench.agent.board.tune import Tuner
+
         tuner = Tuner(Path(sys.argv[1]), Path(sys.argv[2]))
         print(json.dumps([tuner.acquire("test"), tuner.failed, tuner.release("test")]))
         """,
@@ -465,16 +443,20 @@ def test_after_another_boot_nothing_is_put_back(pi: Path, data: Path) -> None:
     assert not (data / "tuning/journal.json").exists()
 
 
-def test_what_can_not_be_put_back_is_kept_for_the_next_time(pi: Path, data: Path) -> None:
+def test_what_can_not_be_put_back_is_kept_for_the_next_time(
+    pi: Path, public_path: Path, as_nobody: Callable[..., Any]
+) -> None:
+    pi, data = shutil.copytree(pi, public_path / "board", symlinks=True), public_path / "data"
     before = contents(pi)
     crash(pi, data)
     for path in (pi / CPU).rglob("scaling_governor"):
         path.chmod(0o444)
-    reachable(pi)
     for path in data.rglob("*"):
         path.chmod(0o777)
     failed = as_nobody(
         """
+        from boardbench.agent.board.tune import Tuner
+
         tuner = Tuner(Path(sys.argv[1]), Path(sys.argv[2]))
         tuner.recover()
         print(json.dumps(tuner.failed))
