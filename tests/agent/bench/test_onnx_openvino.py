@@ -159,6 +159,37 @@ def test_all_on_the_cpu_because_nothing_is_taken(run: Callable[..., Any]) -> Non
     assert "device_fallback" in [event["warning"]["code"] for event in outcome.of("warning")]
 
 
+I915 = "drm-driver:\ti915\ndrm-client-id:\t7\ndrm-pdev:\t0000:00:02.0\ndrm-engine-compute:\t5 ns\n"
+
+
+def test_a_gpu_that_stood_still_while_the_processor_was_busy_contradicts(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """AUTO chooses by itself where it runs, here the CPU; a GPU's counters say that it was not that."""
+    options = {"provider.device_type": "AUTO:CPU"}
+    busy = {"duration_seconds": 0.5, "options": options}
+    plain = run(models.onnx_partly(), sys_root=str(tmp_path / "nowhere"), **busy).result
+    assert plain["placement"]["verdict"] == "PLACEMENT_VERDICT_PARTLY"
+    assert plain["accelerator"]["library"] == OPENVINO
+    kinds = [report["evidence"] for report in plain["placement"]["evidence_reports"]]
+    assert "EVIDENCE_HOST_CPU" in kinds
+    assert "EVIDENCE_COUNTERS" not in kinds
+    (tmp_path / "still/proc/self/fdinfo").mkdir(parents=True)
+    (tmp_path / "still/proc/self/fdinfo/9").write_text(I915)
+    outcome = run(models.onnx_partly(), sys_root=str(tmp_path / "still"), **busy)
+    placement = outcome.result["placement"]
+    assert placement["verdict"] == "PLACEMENT_VERDICT_CONTRADICTED", placement["evidence_reports"]
+    (told,) = [r for r in placement["evidence_reports"] if r["evidence"] == "EVIDENCE_COUNTERS"]
+    assert told["counters"] == [
+        {"name": "/proc/self/fdinfo i915 0000:00:02.0 compute (ns)", "before": 5, "after": 5}
+    ]
+    assert "placement_contradicted" in [event["warning"]["code"] for event in outcome.of("warning")]
+
+
+def test_on_the_processor_nobody_watches_a_gpu(run: Callable[..., Any]) -> None:
+    assert "accelerator" not in run(models.onnx_affine()).result
+
+
 def test_the_real_provider_is_in_the_environment(python: str) -> None:
     script = "import onnxruntime, json; print(json.dumps(onnxruntime.get_available_providers()))"
     said = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout

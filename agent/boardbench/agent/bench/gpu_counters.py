@@ -86,6 +86,9 @@ class Busy:
     complete: bool = False
     """With ``own``: whether no work of the process is left out."""
 
+    place: str = ""
+    """The device, where that can be told: "/sys/class/drm/card0", "0000:00:02.0", "NVML GPU 0"."""
+
 
 def busy(root: Path, nvml: Optional[Nvml] = None) -> Tuple[Busy, ...]:
     """Everything that the board below ``root`` says now of how busy its accelerators are; never raises."""
@@ -197,6 +200,7 @@ def _own_engines(root: Path) -> Iterator[Busy]:
             of=sums.get((driver_name, place, "total-cycles", engine)) if what == "cycles" else None,
             own=True,
             complete=driver_name in _WHOLE_STREAM,
+            place=place,
         )
 
 
@@ -218,6 +222,7 @@ def _queues(root: Path) -> Iterator[Busy]:
                 value=runtime,
                 seconds=1e-9,
                 of=clock,
+                place=_told(path, root),
             )
 
 
@@ -226,7 +231,15 @@ def _npus(root: Path) -> Iterator[Busy]:
         file = path / "device/npu_busy_time_us"
         value = _number(file)
         if value is not None:
-            yield Busy(_told(file, root), "intel_vpu", "npu", Meaning.WORK, value, seconds=1e-6)
+            yield Busy(
+                _told(file, root),
+                "intel_vpu",
+                "npu",
+                Meaning.WORK,
+                value,
+                seconds=1e-6,
+                place=_told(path, root),
+            )
 
 
 def rockchip_loads(content: str) -> Dict[str, int]:
@@ -250,7 +263,8 @@ def _amdgpu(root: Path) -> Iterator[Busy]:
         file = path / "device/gpu_busy_percent"
         value = _number(file)
         if value is not None and value <= 100:
-            yield Busy(_told(file, root), driver or "amdgpu", "gpu", Meaning.LOAD, value * 10)
+            name, place = _told(file, root), _told(path, root)
+            yield Busy(name, driver or "amdgpu", "gpu", Meaning.LOAD, value * 10, place=place)
 
 
 def _tegra(root: Path) -> Iterator[Busy]:
@@ -262,7 +276,8 @@ def _tegra(root: Path) -> Iterator[Busy]:
     for path in folders:
         value = _number(path / "load")
         if value is not None and value <= 1000:
-            yield Busy(_told(path / "load", root), "tegra", "gpu", Meaning.LOAD, value)
+            name, place = _told(path / "load", root), _told(path, root)
+            yield Busy(name, "tegra", "gpu", Meaning.LOAD, value, place=place)
             return
 
 
@@ -286,7 +301,8 @@ def _devfreq(root: Path) -> Iterator[Busy]:
     for path in devfreqs(root):
         value = devfreq_load(text(path / "load"))
         if value is not None:
-            yield Busy(_told(path / "load", root), "devfreq", "gpu", Meaning.LOAD, value * 10)
+            name, place = _told(path / "load", root), _told(path, root)
+            yield Busy(name, "devfreq", "gpu", Meaning.LOAD, value * 10, place=place)
 
 
 def sleepers(card: Path) -> Iterator[Tuple[Path, str]]:
@@ -308,7 +324,8 @@ def _asleep(root: Path) -> Iterator[Busy]:
         for file, driver in sleepers(path):
             value = _number(file)
             if value is not None:
-                yield Busy(_told(file, root), driver, "gpu", Meaning.SLEEP, value, seconds=1e-3)
+                name, place = _told(file, root), _told(path, root)
+                yield Busy(name, driver, "gpu", Meaning.SLEEP, value, seconds=1e-3, place=place)
 
 
 # NVML
@@ -386,6 +403,7 @@ class Nvml:
                 value=round(self._busy_micros.get(name, 0.0)),
                 seconds=1e-6,
                 of=self._covered_micros.get(name, 0),
+                place=name,
             )
 
     def close(self) -> None:

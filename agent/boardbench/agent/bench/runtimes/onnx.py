@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from boardbench.agent.bench import placement, shapes
+from boardbench.agent.bench.gpu_watch import GpuWatch
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
     InputsRejected,
@@ -60,6 +61,17 @@ UNITS: Mapping[str, Unit] = {
     "CANN": Unit.NPU,
 }
 """Providers with one kind of hardware behind them; every other one is UNIT_DELEGATE, see `unit_of`."""
+
+DRIVERS: Mapping[str, Tuple[str, ...]] = {
+    "CUDA": ("nvidia", "tegra"),
+    "Tensorrt": ("nvidia", "tegra"),
+    "NvTensorRTRTX": ("nvidia",),
+    "ROCM": ("amdgpu",),
+    "MIGraphX": ("amdgpu",),
+    "OpenVINO": ("i915", "xe", "intel_vpu"),
+    "Rknpu": ("rknpu",),
+}
+"""Drivers that can be behind a provider, as `gpu_counters` names them: another GPU's counters say nothing."""
 
 TYPES: Mapping[str, str] = {
     "tensor(float)": "float32",
@@ -170,6 +182,7 @@ class OnnxRuntime:
             threads=threads,
             options=in_force,
             given=shapes,
+            sys_root=self.sys_root,
         )
 
     def assignment(
@@ -228,7 +241,6 @@ class Assigned:
 class OnnxModel:
     """A model in a session."""
 
-    watch = None
     profiles = True
 
     def __init__(
@@ -244,6 +256,7 @@ class OnnxModel:
         threads: Optional[int],
         options: Mapping[str, str],
         given: Mapping[str, Tuple[int, ...]],
+        sys_root: Path = Path("/"),
     ) -> None:
         """Creates the session."""
         self._ort = ort
@@ -267,6 +280,7 @@ class OnnxModel:
                 "to measure the fallback, allow it (--allow-fallback)"
             )
         self.device_fallback = f"all runs on the CPU: the provider {wanted} {fault}" if fault else ""
+        self.watch = None if fault or not wanted else watch_of(wanted, self.providers, sys_root)
 
     def _create(self, settings: Any) -> Any:
         try:
@@ -410,6 +424,17 @@ def node_name(event: Mapping[str, Any]) -> str:
 
 
 _KERNEL_SUFFIX = "_kernel_time"
+
+
+def watch_of(
+    wanted: str, providers: Iterable[Tuple[str, Mapping[str, str]]], sys_root: Path
+) -> Optional[GpuWatch]:
+    """Who looks at the hardware behind a provider; None where that is the processor."""
+    unit = unit_of(wanted, dict(providers).get(wanted, {}))
+    if unit in placement.ON_CPU:
+        return None
+    name = wanted[: -len(SUFFIX)] if wanted.endswith(SUFFIX) else wanted
+    return GpuWatch(wanted, unit, DRIVERS.get(name), sys_root=sys_root)
 
 
 def unit_of(provider: str, options: Mapping[str, str]) -> Unit:
