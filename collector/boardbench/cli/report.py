@@ -160,9 +160,6 @@ def _headline(result: result_pb2.RunResult) -> Text:
         text.append(": ").append("FAILED", BAD).append(_where_failed(result.error))
     elif result.status == result_pb2.RUN_STATUS_UNSPECIFIED:
         text.append(": ").append("it is not known how it ended", BAD)
-    worth = validity_line(result)
-    if worth is not None:
-        text.append("\n  ").append_text(worth)
     return text
 
 
@@ -188,6 +185,9 @@ def _while(stage: int) -> str:
 
 def _banners(result: result_pb2.RunResult) -> list[RenderableType]:
     banners: list[RenderableType] = []
+    worth = validity_line(result)
+    if worth is not None:
+        banners.append(Padding(worth, (0, 0, 0, 2)))
     names = {*result.standins, result.board.emulator} - {""}
     emulators = sorted(names & EMULATORS)
     standins = sorted(set(result.standins) - EMULATORS)
