@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence, Tuple
 
 from boardbench.agent.bench import series, stats
 from boardbench.agent.bench.dependence import Dependence
@@ -131,7 +131,7 @@ DOUBTS = (
         DOUBTFUL,
         "the measurement ended before the bounds of every percentile were as narrow as was asked for",
         "more inferences make bounds narrower with the square root of their number",
-        "more time with --precision-seconds, a quieter board, or a wider precision",
+        "more time with --max-duration, a quieter board, or a wider precision",
     ),
     Doubt(
         "drifting",
@@ -521,3 +521,9 @@ def of_series(
                 "neighbours_correlation_ratio": dependence.neighbours,
             },
         )
+
+
+def thresholds() -> Iterator[Tuple[str, float, str]]:
+    """Name, default and meaning of every threshold: for the documentation and for a configuration's check."""
+    for each in fields(Thresholds):
+        yield each.name, getattr(DEFAULT, each.name), each.metadata["meaning"]
