@@ -80,11 +80,14 @@ PERIOD_RATIO = 1.05
 PERIOD_SLOTS = 8
 """Fewest places in the run where the slow inference is due."""
 
+PERIOD_SAMPLES = 131_072
+"""From the first on that are looked at: periods up to 16,384 in a second of a board's time."""
+
 _PERIOD_HITS = 0.5  # share of these places at which it must be slow
 _PERIOD_CHANCE = 1e-3  # of one false alarm, all periods and phases that were tried taken together
-_PERIOD_EVENTS = 20_000  # slow inferences that are looked through for candidates; all confirm one
-_PERIOD_REACH = 6  # later slow inferences to which each one's distance is taken
-_PERIOD_CANDIDATES = 6  # distances that are looked at closer, for each share of slow inferences
+_PERIOD_REACH = (6, 64)  # later slow inferences, at least and at most, to which each one's distance is taken
+_PERIOD_PAIRS = 100_000  # of slow inferences whose distances are taken: some 10 ms on a laptop
+_PERIOD_CANDIDATES = 24  # distances that are looked at closer, for each share of slow inferences
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def describe(samples: Sequence[int]) -> Series:
         drift=drift(samples, ordered),
         modes=modes(samples, ordered),
         outliers=outliers(samples, ordered),
-        period=period(samples, ordered),
+        period=period(samples),
     )
 
 
@@ -521,22 +524,28 @@ def _log_deviation(ordered: Sequence[int], median: int) -> float:
 # Period
 
 
-def period(samples: Sequence[int], ordered: Sequence[int]) -> Optional[Period]:
+def period(samples: Sequence[int]) -> Optional[Period]:
     """The period with which slow inferences come; None where they come without one.
 
-    Slow is what belongs to the slowest half, quarter, eighth, … of the samples: a period of k shows in the
-    smallest of these shares that holds one in k. Distances between slow inferences that occur most give the
-    candidates; of each the phase that is slow most often is held against the chance of so many hits there.
+    Slow is what takes longer than the two before it and the two after it: bursts and waves, in which all of
+    them are, do not hide it. The half, the quarter, the eighth, … of the samples that stick out most are
+    taken in turn: a period of k shows in the smallest share that holds one in k. Distances among them that occur
+    most give the candidates; of each the phase that is slow most often is held against the chance of it.
     """
+    samples = samples[:PERIOD_SAMPLES]
     count = len(samples)
+    if count < 2 * PERIOD_SLOTS:
+        return None
+    heights = _heights(samples)
+    ordered = sorted(heights)
     best: Optional[Tuple[float, int, int, int, int]] = None
     share = 0.5
-    levels = max(1, int(math.log2(max(2, count // PERIOD_SLOTS))))
+    levels = max(1, int(math.log2(count / PERIOD_SLOTS)))
     while count * share >= PERIOD_SLOTS * 0.75:
         threshold = ordered[count - math.ceil(count * share)]
-        events = [place for place, sample in enumerate(samples) if sample >= threshold]
+        events = [place for place, height in enumerate(heights) if height >= threshold]
         if len(events) > 1.5 * share * count:  # ties: a coarse clock
-            events = [place for place, sample in enumerate(samples) if sample > threshold]
+            events = [place for place, height in enumerate(heights) if height > threshold]
         share /= 2.0
         if len(events) < PERIOD_SLOTS * 0.75:
             continue
@@ -556,9 +565,9 @@ def period(samples: Sequence[int], ordered: Sequence[int]) -> Optional[Period]:
     if best is None:
         return None
     _, every, phase, hits, slots = best
-    due = samples[phase::every]
-    # Half of the places at least are hits: the median of their slower half is that of hits.
-    slow = stats.median(sorted(due)[len(due) - hits :])
+    due = sorted(samples[phase::every])
+    # Half of the places at least are hits: the median of the slower ones is that of hits.
+    slow = stats.median(due[len(due) - hits :])
     rest = list(samples)
     del rest[phase::every]
     usual = stats.median(rest)
@@ -566,6 +575,15 @@ def period(samples: Sequence[int], ordered: Sequence[int]) -> Optional[Period]:
         return None
     ratio = slow / usual
     return Period(every, phase, hits, slots, ratio, _period_words(every, phase, hits, slots, ratio))
+
+
+def _heights(samples: Sequence[int]) -> List[int]:
+    """Twice what each sample is above the middle of its four neighbours."""
+    padded = [samples[2], samples[1], *samples, samples[-2], samples[-3]]
+    return [
+        2 * sample - sum(sorted(four)[1:3])
+        for sample, *four in zip(samples, padded, padded[1:], padded[3:], padded[4:])
+    ]
 
 
 def _period_words(every: int, phase: int, hits: int, slots: int, ratio: float) -> str:
@@ -581,10 +599,11 @@ def _ordinal(number: int) -> str:
 
 def _candidates(events: Sequence[int], most: int) -> List[int]:
     """Distances between events that occur most often; 2 at least, ``most`` at most."""
-    some = events[:_PERIOD_EVENTS]
     distances: Counter[int] = Counter()
-    for reach in range(1, _PERIOD_REACH + 1):
-        distances.update(map(int.__sub__, some[reach:], some))
+    # The more events, the nearer the next one of the period.
+    reach = max(_PERIOD_REACH[0], min(_PERIOD_REACH[1], _PERIOD_PAIRS // len(events)))
+    for step in range(1, min(reach, len(events) - 1) + 1):
+        distances.update(map(int.__sub__, events[step:], events))
     usual = [(times, every) for every, times in distances.items() if 2 <= every <= most and times >= 3]
     return [every for _, every in sorted(usual, key=lambda each: (-each[0], each[1]))[:_PERIOD_CANDIDATES]]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 from boardbench.agent.bench import dependence
 from boardbench.agent.domain import Latency, Percentile
@@ -141,6 +141,35 @@ def _binomial(count: int, probability: float) -> Tuple[int, List[float]]:
     return mode - len(downward), [weight / whole for weight in weights]
 
 
+def student(confidence: float, freedom: Optional[int] = None) -> float:
+    """The quantile of Student's t that bounds the confidence on both sides; of the normal without freedom."""
+    low, high = 0.0, 2.0
+    while _within(high, freedom) < confidence:
+        high *= 2.0
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2.0
+        if _within(middle, freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _within(t: float, freedom: Optional[int]) -> float:
+    """Probability between -t and t (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+    if freedom is None:
+        return math.erf(t / math.sqrt(2.0))
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2 == 1
+    cosine, total = math.cos(angle), 0.0
+    term = cosine if odd else 1.0
+    for k in range(1 if odd else 0, freedom - 1, 2):
+        total += term
+        term *= (k + 1) / (k + 2) * cosine * cosine
+    share = math.sin(angle) * total
+    return 2.0 / math.pi * (angle + share) if odd else share
+
+
 def depends(
     samples: Sequence[int],
     ordered: Sequence[int],
@@ -158,20 +187,26 @@ def latency(
     *,
     confidence: float = CONFIDENCE,
     percentiles: Sequence[str] = PERCENTILES,
+    effective_counts: Optional[Mapping[str, float]] = None,
 ) -> Latency:
-    """The distribution of the samples, which are in the order they ran; at least one."""
+    """The distribution of the samples, which are in the order they ran; at least one.
+
+    ``effective_counts``, by percentile and the 50th among them, takes the place of what their order says.
+    """
     count = len(samples_nanoseconds)
     if count == 0:
         raise ValueError("a latency needs at least one sample")
     ordered = sorted(samples_nanoseconds)
     total = sum(ordered)
     told = sorted({*percentiles}, key=Fraction)
-    # The middle is needed for the effective number, supported or not.
     supported = [each for each in told if bounds(each, count, confidence) is not None]
-    found = depends(samples_nanoseconds, ordered, sorted({"50", *supported}, key=Fraction))
+    if effective_counts is None:
+        # The middle is needed for the effective number, supported or not.
+        found = depends(samples_nanoseconds, ordered, sorted({"50", *supported}, key=Fraction))
+        effective_counts = {each: found.effective_count(each) for each in found.factors}
     figures = []
     for percentile in supported:
-        positions = bounds(percentile, count, confidence, effective_count=found.effective_count(percentile))
+        positions = bounds(percentile, count, confidence, effective_count=effective_counts[percentile])
         if positions is None:
             continue
         low, high = positions
@@ -194,7 +229,7 @@ def latency(
         percentiles=tuple(figures),
         samples_nanoseconds=tuple(samples_nanoseconds),
         confidence=confidence,
-        effective_count=found.effective_count("50") if count >= dependence.LEAST_SAMPLES else None,
+        effective_count=effective_counts["50"] if count >= dependence.LEAST_SAMPLES else None,
     )
 
 

@@ -110,7 +110,7 @@ def target(percentile: float, ratio: float) -> Target:
         raise ValueError(f"p{percentile:g} is no percentile; it must be above 0 and below 100")
     if not LEAST_RATIO <= ratio < 1.0:
         raise ValueError(
-            f"p{percentile:g} to ±{ratio * 100:g} % can't be; it must be {LEAST_RATIO:.2%} at least, and below 100 %"
+            f"p{percentile:g}={ratio * 100:g}% can't be; it must be {LEAST_RATIO:.2%} at least and below 100%"
         )
     return Target(stats.text(percentile), ratio)
 
