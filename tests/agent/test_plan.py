@@ -296,9 +296,13 @@ def test_processes_share_a_precision() -> None:
     whole = settled(processes=4, precision=[target(50, 0.01), target(99, 0.9)], precision_seconds=8)
     part = whole.of_process(0).spec
     assert part.precision_seconds == 2
-    # Four times the samples have bounds half as wide; a little better than that, to be sure.
-    assert 0.015 < part.precision[0].ratio < 0.02
+    # Four times the samples have bounds half as wide, but four processes wider ones by Student's t at three
+    # degrees of freedom: 3.182 over 1.960 at 95 %.
+    assert part.precision[0].ratio == pytest.approx(0.01 * 2 / (3.182 / 1.960) * 0.75, rel=1e-3)
     assert part.precision[1].ratio < 1
+    few, many = (settled(processes=n, precision=[target(50, 0.01)]).of_process(0).spec for n in (2, 100))
+    assert few.precision[0].ratio < 0.002
+    assert 0.07 < many.precision[0].ratio < 0.08
 
 
 def test_alone_and_together() -> None:

@@ -78,9 +78,9 @@ _WINDOWS = 10
 # same bounds.
 _LEAST_RATIO = 0.0001
 _MOST_RATIO = 0.99
-# Of several processes each is to be so much more precise than an even share of the precision: pooled they
-# then nearly always reach what was asked for, for a fifth more time.
-_PRECISION_MARGIN = 0.9
+# Of several processes each is to be so much more precise than its share of the precision: how far a few are
+# apart varies by chance, and six of one kind then reach what was asked for nine times of ten.
+_PRECISION_MARGIN = 0.75
 # Of a model by itself, before it runs at the same time as others: its share of the time, and at most this.
 _ALONE_SHARE = 1 / 3
 _MOST_ALONE_SECONDS = 10.0
@@ -267,8 +267,7 @@ class Plan:
         if spec.precision:
             spec.precision_seconds /= count
             for target in spec.precision:
-                # The bounds of what is pooled are narrower by the root of the number.
-                target.ratio = min(_MOST_RATIO, target.ratio * math.sqrt(count) * _PRECISION_MARGIN)
+                target.ratio = min(_MOST_RATIO, target.ratio * _wider(count, spec.confidence))
         if position > 0:
             spec.idle_seconds = 0.0
         # The last one, after which nothing is measured any more.
@@ -299,6 +298,16 @@ class Plan:
         spec.CopyFrom(self.spec)
         spec.idle_seconds, spec.profile_runs = 0.0, 0
         return replace(self, spec=spec, held=True)
+
+
+def _wider(count: int, confidence: float) -> float:
+    """How much wider the bounds of each of so many processes may be than those of all of them are to be."""
+    # Few runs have several processes, and an agent that waits needs no statistics.
+    from boardbench.agent.bench import stats
+
+    # Of all of them they are narrower by the root of the number, and wider by Student's t for being few.
+    few = stats.student(confidence, count - 1) / stats.student(confidence)
+    return math.sqrt(count) / few * _PRECISION_MARGIN
 
 
 def _share(whole: int, position: int, count: int) -> int:

@@ -1,14 +1,15 @@
 """One result of several processes of a run, and what several runs of a group say about each other.
 
 Latency differs from process to process by the luck of addresses and allocations, so that the bounds of one
-process hold for that process only. The samples of processes that agree are pooled; where they still differ
-measurably, the bounds of the pooled samples are wider for it, since neighbours then resemble each other. Of
-processes that do not agree, the latency is that of the one in the middle, and the bounds of its percentiles
-are those of other processes: see :mod:`boardbench.agent.spread`; with two processes, what encloses both.
+process hold for that process only. The samples of processes that agree are pooled, with bounds that hold for
+processes not yet started: see :mod:`boardbench.agent.bench.processes`. Of processes that do not agree, the
+latency is that of the one in the middle, and the bounds of its percentiles are those of the same ones of
+others: see :mod:`boardbench.agent.spread`; with two processes, what encloses both.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -17,12 +18,12 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from boardbench.agent import merge, validity
-from boardbench.agent.bench import doubts, events, stats
+from boardbench.agent.bench import comparison, doubts, events, processes, stats
 from boardbench.agent.domain import Warning
 from boardbench.agent.drift import difference
 from boardbench.agent.plan import Plan
 from boardbench.agent.session import OF_SAMPLES
-from boardbench.agent.spread import Spread, of_others, ratio, spread
+from boardbench.agent.spread import Spread, of_others, spread
 from boardbench.v1 import latency_pb2, result_pb2, scenario_pb2
 
 # What the others of a group do by being measured at the same time: it is what the figures are to show.
@@ -97,15 +98,11 @@ def set_against(
     interference = whole.interference
     interference.run_ids.extend(others)
     interference.alone.CopyFrom(_latency([each.latency for each in alone], plan))
-    # Both hold at once with the confidence if each misses by chance half as often.
-    confidence = (1 + plan.spec.confidence) / 2
-    beside, by_itself = _median(whole.latency, confidence), _median(interference.alone, confidence)
-    if by_itself.seconds <= 0:
-        return
-    interference.slowdown_ratio = beside.seconds / by_itself.seconds
-    if beside.high_seconds and by_itself.low_seconds:
-        interference.slowdown_low_ratio = beside.low_seconds / by_itself.high_seconds
-        interference.slowdown_high_ratio = beside.high_seconds / by_itself.low_seconds
+    beside, by_itself = _median(whole.latency), _median(interference.alone)
+    slowdown = comparison.by_samples(beside, by_itself) if beside and by_itself else None
+    if slowdown is not None:
+        interference.slowdown_ratio = slowdown.ratio
+        interference.slowdown_low_ratio, interference.slowdown_high_ratio = slowdown.low, slowdown.high
 
 
 def compare(results: Sequence[result_pb2.RunResult]) -> None:
@@ -116,25 +113,26 @@ def compare(results: Sequence[result_pb2.RunResult]) -> None:
                 _compare(result.comparisons.add(), result, other)
 
 
-def _compare(
-    comparison: result_pb2.Comparison, ours: result_pb2.RunResult, theirs: result_pb2.RunResult
-) -> None:
-    comparison.run_id, comparison.model_name = theirs.run_id, theirs.model.name
+def _compare(entry: result_pb2.Comparison, ours: result_pb2.RunResult, theirs: result_pb2.RunResult) -> None:
+    entry.run_id, entry.model_name = theirs.run_id, theirs.model.name
     confidence = ours.effective_spec.confidence
-    factor, limits = ratio(_medians(ours), _medians(theirs), confidence)
-    turns = min(len(_medians(ours)), len(_medians(theirs)))
-    if factor is None:
-        comparison.detail = "a median of zero has no ratio to another"
-        return
-    comparison.ratio = factor
-    if limits is None:
-        comparison.detail = f"ratio of medians, of too few turns ({turns}) to say what others would give"
-        return
-    comparison.low_ratio, comparison.high_ratio = limits
-    comparison.differs = not limits[0] <= 1 <= limits[1]
-    comparison.detail = (
-        f"geometric mean of the ratios of {turns} turns, each a process of both; bounds: Student's t"
-    )
+    one, other = _medians(ours), _medians(theirs)
+    found = comparison.by_turns(one, other, confidence)
+    if found is not None:
+        entry.ratio, entry.low_ratio, entry.high_ratio = found.ratio, found.low, found.high
+        entry.differs = found.differs
+        entry.detail = (
+            f"the middle of the ratios of {min(len(one), len(other))} turns, each a process of both; bounds "
+            "by signed ranks"
+        )
+    elif statistics.median(other) > 0:
+        entry.ratio = statistics.median(one) / statistics.median(other)
+        entry.detail = (
+            "ratio of the medians; what other processes would give, only "
+            f"{comparison.least_turns(confidence)} turns and more say"
+        )
+    else:
+        entry.detail = "a median of zero has no ratio to another"
 
 
 def _medians(result: result_pb2.RunResult) -> list[float]:
@@ -147,32 +145,27 @@ def _medians(result: result_pb2.RunResult) -> list[float]:
 
 
 def _latency(parts: Sequence[latency_pb2.Latency], plan: Plan) -> latency_pb2.Latency:
-    """The distribution of all samples, process after process."""
+    """The distribution of all samples, process after process, with bounds that hold for others, too."""
     if len(parts) == 1:
         return parts[0]
-    samples = [sample for part in parts for sample in part.samples_nanoseconds]
     asked = {stats.text(target.percentile) for target in plan.spec.precision}
-    found = stats.latency(
-        samples, confidence=plan.spec.confidence, percentiles=tuple({*stats.PERCENTILES, *asked})
+    found = processes.latency(
+        [list(part.samples_nanoseconds) for part in parts],
+        confidence=plan.spec.confidence,
+        percentiles=tuple({*stats.PERCENTILES, *asked}),
     )
     whole = _of_the_wire(replace(found, samples_nanoseconds=()), latency_pb2.Latency())
     # By themselves: they are many, and JSON is slow.
-    whole.samples_nanoseconds.extend(samples)
+    whole.samples_nanoseconds.extend(found.samples_nanoseconds)
     return whole
 
 
-def _median(latency: latency_pb2.Latency, confidence: float) -> latency_pb2.Percentile:
-    """The median with bounds of that confidence, if there are enough samples for them."""
-    samples = list(latency.samples_nanoseconds)
-    found = latency_pb2.Percentile(percentile=50, seconds=stats.median(samples) / 1e9)
-    for percentile in stats.latency(samples, confidence=confidence, percentiles=("50",)).percentiles:
-        found.low_seconds, found.high_seconds = percentile.low_seconds, percentile.high_seconds
-    # Bounds that are wider already, for other processes' sake.
-    for told in latency.percentiles:
-        if told.percentile == found.percentile and found.high_seconds:
-            found.low_seconds = min(found.low_seconds, told.low_seconds)
-            found.high_seconds = max(found.high_seconds, told.high_seconds)
-    return found
+def _median(latency: latency_pb2.Latency) -> comparison.Bounds | None:
+    """The median between its bounds; None with too few samples for any."""
+    for each in latency.percentiles:
+        if each.percentile == 50:
+            return each.low_seconds, each.seconds, each.high_seconds
+    return None
 
 
 def _widen(
@@ -216,13 +209,13 @@ def _scenario(used: Sequence[result_pb2.RunResult], plan: Plan) -> scenario_pb2.
 def _take_processes(
     whole: result_pb2.RunResult, results: Sequence[result_pb2.RunResult], seen: Spread
 ) -> None:
-    processes = whole.processes
-    processes.agree, processes.spread_ratio, processes.detail = seen.agree, seen.ratio, seen.detail
-    processes.median_seconds = seen.median_seconds
+    told = whole.processes
+    told.agree, told.spread_ratio, told.detail = seen.agree, seen.ratio, seen.detail
+    told.median_seconds = seen.median_seconds
     if seen.bounds_seconds is not None:
-        processes.median_low_seconds, processes.median_high_seconds = seen.bounds_seconds
+        told.median_low_seconds, told.median_high_seconds = seen.bounds_seconds
     for position, (result, median) in enumerate(zip(results, seen.medians_seconds, strict=True)):
-        entry = processes.processes.add(
+        entry = told.processes.add(
             count=result.latency.count,
             median_seconds=median,
             pooled=seen.agree or position == seen.middle,

@@ -98,43 +98,5 @@ def of_others(values: Sequence[float], confidence: float) -> tuple[float, float]
         return None
     logarithms = [math.log(value) for value in values]
     mean = statistics.fmean(logarithms)
-    half = student(confidence, len(values) - 1) * statistics.stdev(logarithms) / math.sqrt(len(values))
+    half = stats.student(confidence, len(values) - 1) * statistics.stdev(logarithms) / math.sqrt(len(values))
     return math.exp(mean - half), math.exp(mean + half)
-
-
-def student(confidence: float, freedom: int) -> float:
-    """The quantile of Student's t for two-sided bounds, exact for any number of degrees of freedom."""
-    low, high = 0.0, 1.0
-    while _within(high, freedom) < confidence:
-        high *= 2
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """Probability between -t and t (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2 == 1
-    cosine, total = math.cos(angle), 0.0
-    term = cosine if odd else 1.0
-    for k in range(1 if odd else 0, freedom - 1, 2):
-        total += term
-        term *= (k + 1) / (k + 2) * cosine**2
-    share = math.sin(angle) * total
-    return 2 / math.pi * (angle + share) if odd else share
-
-
-def ratio(
-    ours: Sequence[float], theirs: Sequence[float], confidence: float
-) -> tuple[float | None, tuple[float, float] | None]:
-    """Our medians over theirs, turn by turn, as one factor; and its bounds, None with too few turns.
-
-    Each turn has one process of both, one right after the other: what changes on the board from turn to turn
-    is in both, and not in the factor.
-    """
-    turns = [one / other for one, other in zip(ours, theirs, strict=False) if one > 0 and other > 0]
-    if not turns:
-        return None, None
-    return math.exp(statistics.fmean(math.log(each) for each in turns)), of_others(turns, confidence)
