@@ -55,6 +55,9 @@ ENUMS = {
     domain.Verdict: placement_pb2.PlacementVerdict,
     domain.Stage: result_pb2.Stage,
     domain.MemoryPhase: result_pb2.MemoryPhase,
+    domain.Severity: result_pb2.Severity,
+    domain.StopReason: result_pb2.StopReason,
+    domain.ScenarioKind: scenario_pb2.ScenarioKind,
 }
 
 
@@ -112,10 +115,13 @@ def test_events_are_lines_and_arrive_whole() -> None:
     events = EventWriter(writing)
     events.stage(domain.Stage.IMPORT)
     events.warning(domain.Warning("code", "two\nlines and a lone surrogate \udc80"))
+    events.ready()
+    events.counted()
     events.error("internal", "why")
     os.close(writing)
     with open(reading, "rb") as stream:
-        stage, warning, error = (json.loads(line) for line in stream)
+        stage, warning, ready, counted, error = (json.loads(line) for line in stream)
+    assert (ready, counted) == ({"event": "ready"}, {"event": "counted"})
     assert stage == {"event": "stage", "stage": "STAGE_IMPORT"}
     assert warning["warning"]["message"] == "two\nlines and a lone surrogate \udc80"
     assert error == {"event": "error", "error": {"code": "internal", "message": "why"}}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from boardbench.agent.bench import measure
 from boardbench.agent.bench.measure import Bounds
-from boardbench.agent.domain import Progress, Stage
+from boardbench.agent.domain import Progress, Stage, StopReason
 
 MILLISECOND = 1_000_000
 
@@ -31,13 +32,22 @@ class Time:
         self.runs += 1
 
 
-def measured(time: Time, bounds: Bounds, progress_seconds: float = 0.25) -> tuple[list[int], list[Progress]]:
+def measured(
+    time: Time, bounds: Bounds, progress_seconds: float = 0.25, looks: measure.Looks | None = None
+) -> tuple[list[int], list[Progress]]:
+    samples, reports, _ = ended(time, bounds, progress_seconds, looks)
+    return samples, reports
+
+
+def ended(
+    time: Time, bounds: Bounds, progress_seconds: float = 0.25, looks: measure.Looks | None = None
+) -> tuple[list[int], list[Progress], StopReason]:
     reports: list[Progress] = []
-    samples, _ = measure.measure(
-        time.call, bounds, reports.append, progress_seconds=progress_seconds, clock=time.clock
+    counted = measure.measure(
+        time.call, bounds, reports.append, progress_seconds=progress_seconds, clock=time.clock, looks=looks
     )
-    assert len(samples) == time.runs  # every inference is counted, none is lost between batches
-    return samples.tolist(), reports
+    assert len(counted.samples) == time.runs  # every inference is counted, none is lost between batches
+    return counted.samples.tolist(), reports, counted.reason
 
 
 def test_samples_are_the_inferences_themselves_in_their_order() -> None:
@@ -94,8 +104,8 @@ def test_telling_progress_is_not_in_the_samples() -> None:
     def slow_report(_: Progress) -> None:
         time.now += 50 * MILLISECOND
 
-    samples, _ = measure.measure(time.call, bounds, slow_report, progress_seconds=0.25, clock=time.clock)
-    assert set(samples) == {MILLISECOND + 1}
+    counted = measure.measure(time.call, bounds, slow_report, progress_seconds=0.25, clock=time.clock)
+    assert set(counted.samples) == {MILLISECOND + 1}
 
 
 def test_an_interim_median_looks_at_a_bounded_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,21 +115,107 @@ def test_an_interim_median_looks_at_a_bounded_number_of_samples(monkeypatch: pyt
     assert looked_at and max(looked_at) < 2 * measure.INTERIM_SAMPLES
 
 
-def warmed(time: Time, bounds: Bounds) -> list[Progress]:
-    reports: list[Progress] = []
-    measure.warm_up(time.call, bounds, reports.append, progress_seconds=0.25, clock=time.clock)
-    return reports
+# -- what ends it ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("seconds", "runs", "expected"), [(0.0, 0, 0), (0.0, 7, 7), (0.1, 0, 100), (0.1, 200, 200), (0.5, 3, 500)]
+    ("bounds", "reason"),
+    [
+        (Bounds(seconds=1.0, least_runs=10), StopReason.DURATION),
+        (Bounds(seconds=1.0, least_runs=10, most_runs=2000), StopReason.DURATION),
+        (Bounds(seconds=1.0, least_runs=10, most_runs=999), StopReason.RUNS),
+        (Bounds(seconds=0.0, least_runs=10), StopReason.RUNS),
+        (Bounds(seconds=0.1, least_runs=200), StopReason.RUNS),
+        (Bounds(seconds=0.1, least_runs=200, most_runs=200), StopReason.RUNS),
+    ],
 )
-def test_a_warm_up_reaches_both_bounds(seconds: float, runs: int, expected: int) -> None:
+def test_it_says_whether_time_or_number_ended_it(bounds: Bounds, reason: StopReason) -> None:
+    assert ended(Time(), bounds)[2] is reason
+
+
+class Looks:
+    """Is content at its n-th look; looks at every hundredth inference, and takes its time."""
+
+    def __init__(self, time: Time, content_at: int, least: int = 100) -> None:
+        self.time = time
+        self.content_at = content_at
+        self.next_look = least
+        self.seen: list[int] = []
+
+    def look(self, samples: Any) -> bool:
+        self.seen.append(len(samples))
+        self.next_look = len(samples) + 100
+        self.time.now += 7 * MILLISECOND
+        return len(self.seen) >= self.content_at
+
+    def fraction(self, runs: int) -> float | None:
+        return runs / (100 * self.content_at) if self.seen else None
+
+
+def test_a_precision_ends_it_at_the_first_look_that_is_content() -> None:
     time = Time()
-    reports = warmed(time, Bounds(seconds=seconds, least_runs=runs))
-    assert time.runs == expected
-    assert all(report.stage is Stage.WARM_UP for report in reports)
-    assert (reports[-1].fraction if reports else 1.0) == 1.0
+    looks = Looks(time, content_at=4)
+    bounds = Bounds(seconds=0.0, least_runs=1, most_seconds=60.0)
+    samples, reports, reason = ended(time, bounds, looks=looks)
+    assert looks.seen == [100, 200, 300, 400]
+    assert (len(samples), reason) == (400, StopReason.PRECISION)
+    assert set(samples) == {MILLISECOND + 1}  # no look is in a sample
+    assert reports[-1].fraction == 1.0
+
+
+def test_nobody_looks_before_the_least_time_and_number() -> None:
+    time = Time()
+    looks = Looks(time, content_at=1)
+    samples, _, reason = ended(time, Bounds(seconds=0.35, least_runs=1, most_seconds=60.0), looks=looks)
+    assert looks.seen == [350]
+    assert reason is StopReason.PRECISION
+    time = Time()
+    looks = Looks(time, content_at=1)
+    samples, _, _ = ended(time, Bounds(seconds=0.0, least_runs=777, most_seconds=60.0), looks=looks)
+    assert looks.seen == [777] == [len(samples)]
+
+
+def test_a_precision_that_is_not_reached_ends_with_the_time_or_the_number() -> None:
+    time = Time()
+    bounds = Bounds(seconds=0.1, least_runs=10, most_seconds=1.0)
+    samples, _, reason = ended(time, bounds, looks=Looks(time, content_at=99))
+    # Looks take time, too.
+    assert reason is StopReason.DURATION
+    assert 900 < len(samples) < 1000
+    time = Time()
+    bounds = Bounds(seconds=0.1, least_runs=10, most_runs=450, most_seconds=1.0)
+    samples, _, reason = ended(time, bounds, looks=Looks(time, content_at=99))
+    assert (reason, len(samples)) == (StopReason.RUNS, 450)
+
+
+def test_the_most_seconds_bound_nothing_but_a_precision() -> None:
+    samples, _ = measured(Time(), Bounds(seconds=1.0, least_runs=10, most_seconds=9.0))
+    assert len(samples) == 1000
+
+
+def test_the_fraction_follows_the_precision() -> None:
+    time = Time()
+    looks = Looks(time, content_at=20)
+    bounds = Bounds(seconds=0.0, least_runs=1, most_seconds=600.0)
+    _, reports = measured(time, bounds, progress_seconds=0.2, looks=looks)
+    fractions = [report.fraction for report in reports]
+    assert fractions == sorted(fractions, key=float)  # type: ignore[arg-type]
+    middle = reports[len(reports) // 2]
+    assert middle.fraction == pytest.approx(middle.runs / 2000, abs=0.01)
+
+
+def test_a_loop_goes_on_until_it_is_told_and_keeps_nothing() -> None:
+    time = Time()
+    samples = measure.loop(
+        Stage.MEASURE,
+        time.call,
+        measure.UntilTold(lambda: time.runs >= 250),
+        lambda progress: None,
+        progress_seconds=0.01,
+        clock=time.clock,
+    )
+    assert time.runs == 250
+    assert len(samples) == 0
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -137,7 +233,8 @@ def test_the_collector_rests_while_it_is_timed_and_is_as_before_after(enabled: b
         gc.enable() if enabled else gc.disable()
         frozen = gc.get_freeze_count()
         try:
-            measure.measure(call, Bounds(seconds=0, least_runs=3), lambda _: None, progress_seconds=1)
+            with measure.collector_at_rest():
+                measure.measure(call, Bounds(seconds=0, least_runs=3), lambda _: None, progress_seconds=1)
         except ValueError:
             assert failing
         assert gc.isenabled() is enabled
@@ -149,14 +246,21 @@ def test_the_collector_rests_while_it_is_timed_and_is_as_before_after(enabled: b
 
 def test_the_window_is_that_of_the_measurement() -> None:
     time = Time()
-    _, window = measure.measure(
+    usage = measure.measure(
         time.call, Bounds(seconds=1.0, least_runs=1), lambda _: None, progress_seconds=1.0, clock=time.clock
-    )
-    assert window.wall_seconds == pytest.approx(1.0, rel=1e-3)
-    assert window.cpu_seconds >= 0
+    ).usage
+    assert usage.wall_seconds == pytest.approx(1.0, rel=1e-3)
+    assert usage.cpu_seconds >= 0
     if sys.platform == "linux":
-        assert window.involuntary_context_switches is not None
-        assert window.involuntary_context_switches >= 0
+        assert usage.involuntary_context_switches is not None
+        assert usage.involuntary_context_switches >= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux counts")
+def test_giving_up_the_processor_is_counted_apart_from_losing_it() -> None:
+    _, usage = measure.observed(lambda: [threading.Event().wait(0.001) for _ in range(20)])
+    assert usage.voluntary_context_switches is not None
+    assert usage.voluntary_context_switches >= 20
 
 
 def test_the_cost_of_the_clock_is_its_median_step() -> None:
@@ -168,7 +272,9 @@ def test_the_cost_of_the_clock_is_its_median_step() -> None:
         now += next(steps)
         return now
 
-    assert measure.clock_read_seconds(clock) == pytest.approx(5e-9)
+    cost = measure.clock_cost(clock)
+    assert cost.median_seconds == pytest.approx(5e-9)
+    assert cost.worst_seconds == pytest.approx(100e-9)
 
 
 def test_a_clock_that_stands_costs_its_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,11 +282,12 @@ def test_a_clock_that_stands_costs_its_resolution(monkeypatch: pytest.MonkeyPatc
         resolution = 1e-7
 
     monkeypatch.setattr(measure.time, "get_clock_info", lambda name: Info())
-    assert measure.clock_read_seconds(lambda: 1) == 1e-7
+    assert measure.clock_cost(lambda: 1) == measure.ClockCost(1e-7, 1e-7)
 
 
 def test_the_real_clock_can_be_read() -> None:
-    assert 0 < measure.clock_read_seconds() < 0.01
+    cost = measure.clock_cost()
+    assert 0 < cost.median_seconds <= cost.worst_seconds
 
 
 def test_processors_are_those_of_this_process() -> None:

@@ -15,9 +15,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 KIB = 1024
 
 
-def process(folder: Path, *, rss: int, peak: int, pss: int | None) -> Path:
+def process(folder: Path, *, rss: int, peak: int, pss: int | None, swap: int | None = None) -> Path:
     """A folder like /proc/self."""
-    (folder / "status").write_text(f"Name:\tpython\nVmHWM:\t{peak} kB\nVmRSS:\t{rss} kB\nThreads:\t1\n")
+    swapped = "" if swap is None else f"VmSwap:\t{swap} kB\n"
+    (folder / "status").write_text(
+        f"Name:\tpython\nVmHWM:\t{peak} kB\nVmRSS:\t{rss} kB\n{swapped}Threads:\t1\n"
+    )
     if pss is not None:
         (folder / "smaps_rollup").write_text(
             f"55d0-7ffc ---p 00000000 00:00 0    [rollup]\nRss:  {rss} kB\nPss:  {pss} kB\nPss_Dirty: 7 kB\n"
@@ -40,6 +43,28 @@ def test_phases_are_read_and_the_peak_is_set_back(tmp_path: Path) -> None:
     assert whole.peak_rss_bytes == 900 * KIB
     assert whole.model_rss_bytes == 200 * KIB
     assert meter.resettable
+
+
+def test_the_most_that_was_swapped_out_at_the_end_of_a_phase_is_told(tmp_path: Path) -> None:
+    meter = MemoryMeter(process(tmp_path, rss=100, peak=150, pss=80, swap=0))
+    meter.end_phase(MemoryPhase.BASELINE)
+    process(tmp_path, rss=100, peak=150, pss=80, swap=300)
+    meter.end_phase(MemoryPhase.FIRST_INFERENCE)
+    process(tmp_path, rss=100, peak=150, pss=80, swap=200)
+    meter.end_phase(MemoryPhase.STEADY)
+    assert meter.memory().peak_swap_bytes == 300 * KIB
+
+
+def test_a_kernel_without_swap_tells_nothing_of_it(tmp_path: Path) -> None:
+    meter = MemoryMeter(process(tmp_path, rss=100, peak=150, pss=80))
+    meter.end_phase(MemoryPhase.BASELINE)
+    assert meter.memory().peak_swap_bytes is None
+
+
+def test_the_engine_s_own_arena_is_taken_as_it_is_told(tmp_path: Path) -> None:
+    meter = MemoryMeter(process(tmp_path, rss=100, peak=150, pss=80))
+    assert meter.memory().arena_bytes is None
+    assert meter.memory(4096).arena_bytes == 4096
 
 
 def test_a_peak_below_the_exact_sum_is_lifted_to_it(tmp_path: Path) -> None:

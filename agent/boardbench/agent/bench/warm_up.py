@@ -27,6 +27,8 @@ WINDOWS = 3
 LEAST_WINDOW = 6
 """Inferences in a window; below six a median has no bounds at 95 %."""
 
+LEAST_RUNS = WINDOWS * LEAST_WINDOW
+
 EQUAL_RATIO = 0.01
 AGREE_RATIO = 0.10
 
@@ -39,10 +41,9 @@ _STRETCHES = 4  # checks in the time that was asked for
 def steady(samples: Sequence[int]) -> Optional[bool]:
     """Whether the last half of the samples is steady; None when they are too few to tell."""
     count = len(samples)
-    least = WINDOWS * LEAST_WINDOW
-    if count < least:
+    if count < LEAST_RUNS:
         return None
-    size = max(least, count // 2) // WINDOWS
+    size = max(LEAST_RUNS, count // 2) // WINDOWS
     windows = [samples[count - (place + 1) * size : count - place * size] for place in range(WINDOWS)]
     found = [(stats.median(window), stats.median_bounds(window)) for window in windows]
     return all(_agree(one, other) for place, one in enumerate(found) for other in found[place + 1 :])
@@ -78,21 +79,23 @@ class Warming:
         """Until the next check."""
         if runs < self._runs:
             return self._runs - runs, measure.FOREVER
+        if self._next == self._limit and runs < LEAST_RUNS:
+            return LEAST_RUNS - runs, self._limit
         return measure.FOREVER, self._next
 
     def over(self, samples: array[int], elapsed: int) -> bool:
         """Checks, when it is time to."""
         runs = len(samples)
-        if runs < self._runs or elapsed < self._next:
+        enough = elapsed >= self._next or (self._next == self._limit and runs == LEAST_RUNS)
+        if runs < self._runs or not enough:
             return False
         self.steady = steady(samples)
         if self.steady or elapsed >= self._limit:
             return True
         if self.steady is None:
-            # To tell, it takes as long as that; where it would take too long there is no use in beginning.
-            needed = elapsed * WINDOWS * LEAST_WINDOW // runs
-            self._next = needed
-            return needed > self._limit
+            # Where there would be too few at the limit as well, there is no use in going on.
+            self._next = self._limit
+            return elapsed * LEAST_RUNS // runs > self._limit
         self._next = min(elapsed + self._stretch, self._limit)
         return False
 

@@ -82,11 +82,11 @@ class OpenLoop:
         intended, reason = self._plan()
         served, usage = measure.observed(lambda: self._serve(intended), terms.clock)
         working = sum(served.services) / 1e9
-        result, warnings = self._judge(intended, served)
         if served.precise:
             reason = StopReason.PRECISION
         elif len(served.latencies) < len(intended):
             reason = StopReason.DURATION
+        result, warnings = self._judge(intended, served)
         return Run(
             samples=served.latencies,
             # Waiting for a processor was mostly waiting to be woken up.
@@ -137,7 +137,8 @@ class OpenLoop:
         call, clock = self._call, self._terms.clock
         served = _Served(array("Q"), array("Q"))
         latencies, services = served.latencies, served.services
-        patience = min(PATIENCE * self._terms.bounds.seconds, MOST_PATIENCE_SECONDS) * 1e9
+        length = intended[-1] / 1e9 if isinstance(intended, array) else 0.0
+        patience = min(PATIENCE * max(length, self._terms.bounds.seconds), MOST_PATIENCE_SECONDS) * 1e9
         least = self._terms.bounds.least_runs
         begin = clock() + LEAD_NANOSECONDS
         planned = len(intended) if isinstance(intended, array) else 0
@@ -157,10 +158,10 @@ class OpenLoop:
             end = clock()
             latencies.append(end - due)
             services.append(end - start)
-            if start - due > patience and counted and len(latencies) >= least:
-                break
             if not counted:
                 del latencies[:], services[:]
+            elif start - due > patience and len(latencies) >= least:
+                break
         if counted:
             between.tell(clock(), over=True)
         return served
@@ -180,7 +181,9 @@ class OpenLoop:
         latencies, services, deadline = served.latencies, served.services, int(self._deadline * 1e9)
         misses = sum(latency > deadline for latency in latencies)
         delays = _delays(intended, latencies, services)
-        ended = intended[len(latencies) - 1] + latencies[-1]
+        # To the last end, and to the time at which the next one would have been due: without that a hundred
+        # at 100 Hz would take 0.99 s.
+        ended = max(intended[len(latencies) - 1] + latencies[-1], round(len(latencies) * 1e9 / self._rate))
         result = ScenarioResult(
             kind=self._kind,
             throughput_hertz=len(latencies) / (ended / 1e9),

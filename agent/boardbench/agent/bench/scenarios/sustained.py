@@ -47,7 +47,7 @@ class Sustained:
         _, usage = measure.observed(lambda: self._count(windows), terms.clock)
         parts = windows.parts
         medians = [part.window.median_seconds for part in parts if part.window.median_seconds is not None]
-        steady = steady_end(parts, terms.thresholds, terms.confidence)
+        steady = steady_end(parts, terms.thresholds)
         result = ScenarioResult(
             kind=ScenarioKind.SUSTAINED,
             throughput_hertz=windows.total / parts[-1].window.end_seconds,
@@ -189,16 +189,17 @@ class _Windows:
         self.total += len(samples)
         if self._last():
             self._current.extend(samples)
-            self._close(max(self._elapsed, self._end))
+        else:
+            # An inference belongs to the window in which it ended: that of the last one is a later one.
+            late = samples.pop()
+            self._current.extend(samples)
+            place = min(self._elapsed // self._length, self._count - 1)
+            while len(self.parts) < place:
+                self._close((len(self.parts) + 1) * self._length)
+            self._current.append(late)
+        if self._last() and self._elapsed >= self._end and self.total >= self._terms.bounds.least_runs:
+            self._close(self._elapsed)
             self.ended = True
-            return
-        # An inference belongs to the window in which it ended: that of the last one is a later one.
-        late = samples.pop()
-        self._current.extend(samples)
-        place = min(self._elapsed // self._length, self._count - 1)
-        while len(self.parts) < place:
-            self._close((len(self.parts) + 1) * self._length)
-        self._current.append(late)
 
     def _last(self) -> bool:
         return len(self.parts) == self._count - 1
@@ -239,34 +240,34 @@ class Steady:
     median_seconds: float
 
 
-def steady_end(parts: Sequence[Part], thresholds: Thresholds, confidence: float) -> Optional[Steady]:
-    """The windows at the end that agree with the last three of them; None where these differ, or are too few.
+def steady_end(parts: Sequence[Part], thresholds: Thresholds) -> Optional[Steady]:
+    """The windows at the end that agree; None where the last three do not, or too few do.
 
-    A window agrees when its median is within the threshold of theirs, or their bounds overlap.
+    They agree with the middle one of the last three medians: their own is within the threshold of it, or it
+    is within their bounds.
     """
-    places = [place for place, part in enumerate(parts) if part.window.count > 0]
+    places = [place for place, part in enumerate(parts) if part.window.median_seconds is not None]
     if len(places) < LEAST_STEADY:
         return None
-    pooled = sorted(sample for place in places[-LEAST_STEADY:] for sample in parts[place].kept)
-    if not pooled:
-        return None
-    middle = stats.median(pooled) / 1e9
-    bounds = stats.median_bounds(pooled, confidence)
+    middle = sorted(_median(parts[place]) for place in places[-LEAST_STEADY:])[LEAST_STEADY // 2]
 
-    def agrees(window: Window) -> bool:
-        assert window.median_seconds is not None
-        if abs(window.median_seconds - middle) <= thresholds.steady_ratio * middle:
+    def agrees(part: Part) -> bool:
+        if abs(_median(part) - middle) <= thresholds.steady_ratio * middle:
             return True
-        if bounds is None or window.median_low_seconds is None or window.median_high_seconds is None:
-            return False
-        return window.median_low_seconds <= bounds[1] / 1e9 and bounds[0] / 1e9 <= window.median_high_seconds
+        low, high = part.window.median_low_seconds, part.window.median_high_seconds
+        return low is not None and high is not None and low <= middle <= high
 
     steady: List[int] = []
     for place in reversed(places):
-        if not agrees(parts[place].window):
+        if not agrees(parts[place]):
             break
         steady.append(place)
     if len(steady) < max(LEAST_STEADY, STEADY_SHARE * len(places)):
         return None
-    samples = [sample for place in steady for sample in parts[place].kept]
-    return Steady(steady[-1], stats.median(samples) / 1e9)
+    kept = [sample for place in steady for sample in parts[place].kept]
+    return Steady(steady[-1], stats.median(kept) / 1e9 if kept else middle)
+
+
+def _median(part: Part) -> float:
+    assert part.window.median_seconds is not None
+    return part.window.median_seconds
