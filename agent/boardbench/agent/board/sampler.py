@@ -166,10 +166,15 @@ class _Points:
             begins = True
             self._settle()
         self.last_seconds, self.last_value = seconds, value
-        self._waiting.add(seconds, value)
-        # The first of a counter stays by itself: what it rose by begins there.
-        if self._waiting.count >= self._samples_each or (begins and self._cumulative):
-            self._settle()
+        if self._samples_each == 1:
+            # Most runs are over before anything is thinned.
+            self._times.append(seconds)
+            self._values.append(value)
+        else:
+            self._waiting.add(seconds, value)
+            # The first of a counter stays by itself: what it rose by begins there.
+            if self._waiting.count >= self._samples_each or (begins and self._cumulative):
+                self._settle()
         if len(self._times) >= self._limit:
             self._thin([mark.seconds for mark in marks])
 

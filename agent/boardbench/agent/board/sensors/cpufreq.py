@@ -8,17 +8,10 @@ the thermal framework. Source: Documentation/admin-guide/pm/cpufreq.rst of the L
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from boardbench.agent.board import sysfs
 from boardbench.agent.board.sensor import Reading, Sensor
-
-_FILES = (
-    ("frequency_hertz", "scaling_cur_freq"),
-    ("frequency_limit_hertz", "scaling_max_freq"),
-    ("frequency_maximum_hertz", "cpuinfo_max_freq"),
-)
 
 # What drivers write that can't ask the hardware (drivers/cpufreq/cpufreq.c).
 _UNKNOWN = b"<unknown>"
@@ -26,19 +19,34 @@ _UNKNOWN = b"<unknown>"
 _MOST_KILOHERTZ = 10**9
 
 
-@dataclass(frozen=True)
 class ProcessorFrequency:
     """Frequency of one logical processor."""
 
-    name: str
-    path: Path
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self._files = (
+            ("frequency_hertz", path / "scaling_cur_freq"),
+            ("frequency_limit_hertz", path / "scaling_max_freq"),
+        )
+        self._most = path / "cpuinfo_max_freq"
+        # The hardware's own, once read: it does not change.
+        self._maximum: Reading | None = None
 
     def read(self) -> Iterable[Reading]:
         """The frequency now, the limit in force, and the most the hardware can."""
-        return sysfs.each(
-            lambda quantity=quantity, file=file: self._read(quantity, self.path / file)  # type: ignore[misc]
-            for quantity, file in _FILES
-        )
+        return sysfs.each((self._now, self._limit, self._hardware))
+
+    def _now(self) -> Iterable[Reading]:
+        return self._read(*self._files[0])
+
+    def _limit(self) -> Iterable[Reading]:
+        return self._read(*self._files[1])
+
+    def _hardware(self) -> Iterable[Reading]:
+        if self._maximum is None:
+            for reading in self._read("frequency_maximum_hertz", self._most):
+                self._maximum = reading
+        return () if self._maximum is None else (self._maximum,)
 
     def _read(self, quantity: str, file: Path) -> Iterable[Reading]:
         try:
@@ -46,15 +54,14 @@ class ProcessorFrequency:
         except OSError as error:
             # An idle or offline core answers EBUSY, or has lost its files.
             if sysfs.nothing_now(error):
-                return
+                return ()
             raise
         if content.strip() == _UNKNOWN:
-            return
+            return ()
         kilohertz = sysfs.parsed(content, file, least=0)
         if kilohertz > _MOST_KILOHERTZ:
             raise sysfs.fault(file, f"{kilohertz} kHz")
-        if kilohertz:
-            yield Reading(quantity, self.name, kilohertz * 1000.0)
+        return (Reading(quantity, self.name, kilohertz * 1000.0),) if kilohertz else ()
 
 
 def find(root: Path) -> list[Sensor]:

@@ -38,7 +38,7 @@ class ThermalZone:
     def read(self) -> Iterable[Reading]:
         """The temperature; nothing while the unit that the zone watches is switched off."""
         try:
-            celsius = sysfs.number(self.path / "temp") / 1000
+            celsius = sysfs.number(self.path) / 1000
         except OSError as error:
             if error.errno in _SWITCHED_OFF:
                 return []
@@ -46,7 +46,7 @@ class ThermalZone:
         if celsius < _LEAST_CELSIUS:
             return []
         if celsius > _MOST_CELSIUS:
-            raise sysfs.fault(self.path / "temp", f"{celsius:g} °C")
+            raise sysfs.fault(self.path, f"{celsius:g} °C")
         return [Reading("temperature_celsius", self.name, celsius)]
 
 
@@ -59,7 +59,7 @@ class ProcessorCooling:
 
     def read(self) -> Iterable[Reading]:
         """The step; 0: not at all."""
-        step = sysfs.number(self.path / "cur_state", least=0)
+        step = sysfs.number(self.path, least=0)
         return [Reading("cooling_steps", self.name, float(step))]
 
 
@@ -71,8 +71,11 @@ def find(root: Path) -> list[Sensor]:
     zone_names: set[str] = set()
     cooling_names: set[str] = set()
     return [
-        *(ThermalZone(sysfs.distinct(_type(path), path.name, zone_names), path) for path in zones),
-        *(ProcessorCooling(sysfs.distinct(_type(path), path.name, cooling_names), path) for path in coolings),
+        *(ThermalZone(sysfs.distinct(_type(path), path.name, zone_names), path / "temp") for path in zones),
+        *(
+            ProcessorCooling(sysfs.distinct(_type(path), path.name, cooling_names), path / "cur_state")
+            for path in coolings
+        ),
     ]
 
 
