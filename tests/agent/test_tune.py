@@ -698,6 +698,27 @@ async def test_a_run_goes_on_when_the_time_is_over(
     assert contents(pi) == before
 
 
+async def test_it_does_not_run_out_in_the_middle_of_a_measurement(
+    pi: Path, data: Path, until: Callable[..., Awaitable[Any]]
+) -> None:
+    before = contents(pi)
+    asked: list[bool] = []
+    busy = True
+
+    def is_busy() -> bool:
+        asked.append(busy)
+        return busy
+
+    hold = TimedHold(Tuner(pi, data), "doctor", is_busy)
+    await hold.hold(0.01)
+    await until(lambda: len(asked) > 1, "it has been asked twice whether it may be put back")
+    assert contents(pi) != before and hold.until is not None
+    busy = False
+    await until(lambda: hold.until is None, "the measurement is over")
+    await hold.close()
+    assert contents(pi) == before
+
+
 async def test_it_is_let_go_and_closed(pi: Path, data: Path) -> None:
     before = contents(pi)
     tuner = Tuner(pi, data)

@@ -36,13 +36,16 @@ class _Count:
 
 
 def watch(
-    root: Path, seconds: float = WATCH_SECONDS, pause: Callable[[float], None] = time.sleep
+    root: Path,
+    seconds: float = WATCH_SECONDS,
+    pause: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Work | None:
     """What other programs did for so long; None where the kernel does not tell. Blocks."""
     own = os.getpid()
-    before, processes = moment(root, [own]), _processes(root)
+    before, processes = moment(root, [own], clock), _processes(root)
     pause(seconds)
-    after = moment(root, [own])
+    after = moment(root, [own], clock)
     return _work(root, before, after, processes, own)
 
 

@@ -196,7 +196,8 @@ def _heat(view: View) -> agent_pb2.Finding:
             continue
         try:
             zones += [
-                _Zone(sensor.name, reading.value, _limit(view, sensor.path)) for reading in sensor.read()
+                _Zone(sensor.name, reading.value, _limit(view, sensor.path.parent))
+                for reading in sensor.read()
             ]
         except OSError as error:
             faults.append(told(error))
