@@ -204,7 +204,7 @@ async def test_every_process_is_a_fresh_one_and_their_samples_are_one_result(
     assert result.warm_up.runs >= 3
     done = result.effective_spec
     assert (done.processes, done.min_runs, done.duration_seconds) == (3, 32, pytest.approx(0.3))
-    assert result.environment.wall_seconds == pytest.approx(0.3, rel=0.5)
+    assert result.environment.wall_seconds >= 0.3
     assert harness.left() == []
 
 
@@ -226,7 +226,7 @@ async def test_watchers_see_one_run(harness: Harness, fake_model: Callable[..., 
         assert values == sorted(values), name
     assert progress[0].fraction < 1 / 3 + 1e-9
     assert progress[-1].fraction == pytest.approx(1.0)
-    assert progress[-1].elapsed_seconds == pytest.approx(0.9, rel=0.5)
+    assert progress[-1].elapsed_seconds >= 0.9
 
 
 async def test_process_that_fails_is_named_and_the_last(
@@ -308,8 +308,8 @@ async def test_time_is_that_of_all_processes(harness: Harness, fake_model: Calla
     code, message = error((await harness.execute())["a"])
     assert code == "deadline"
     assert message.startswith("the whole run was not over after 5 s (timeout_seconds)")
-    assert 5 <= time.monotonic() - began < 15
-    assert 2 <= harness.stages("a").count("START") < 6
+    assert time.monotonic() - began >= 5
+    assert 1 <= harness.stages("a").count("START") < 6
 
 
 async def test_processes_that_disagree_are_not_pooled(
@@ -317,7 +317,7 @@ async def test_processes_that_disagree_are_not_pooled(
 ) -> None:
     program = counting_program("""
         middle = {1: 1_000_000, 2: 1_200_000, 3: 1_050_000}[turn]
-        result([middle + 100 * n for n in range(99)], create_seconds=turn)
+        result([middle + 100 * (n * 37 % 99) for n in range(99)], create_seconds=turn)
         """)
     harness.add("a", "none", spec(processes=3), program)
     result = (await harness.execute())["a"]
@@ -325,7 +325,7 @@ async def test_processes_that_disagree_are_not_pooled(
     assert not processes.agree
     assert [process.pooled for process in processes.processes] == [False, False, True]
     assert result.latency.count == 99
-    assert result.latency.samples_nanoseconds[0] == 1_050_000
+    assert min(result.latency.samples_nanoseconds) == 1_050_000
     assert processes.median_seconds == pytest.approx(1.0549e-3)
     assert processes.spread_ratio == pytest.approx(0.095, abs=0.001)
     (median,) = (each for each in result.latency.percentiles if each.percentile == 50)
@@ -371,7 +371,7 @@ async def test_processes_that_are_placed_otherwise_are_told(
 ) -> None:
     program = counting_program("""
         unit = "UNIT_TPU" if turn < 3 else "UNIT_CPU"
-        placement = {"evidence": "EVIDENCE_RUNTIME", "ops": [{"index": 0, "type": "CONV_2D", "unit": unit}]}
+        placement = {"evidence": "EVIDENCE_PARTITION", "ops": [{"index": 0, "type": "CONV_2D", "unit": unit}]}
         result([1_000_000] * 40, placement=placement, output_sha256={"y": str(min(turn, 2))})
         """)
     harness.add("a", "none", spec(processes=3), program)
@@ -440,7 +440,7 @@ def test_turns_are_balanced_and_the_same_for_one_seed() -> None:
 async def test_interleaved_runs_take_turns_and_are_compared(
     harness: Harness, fake_model: Callable[..., Path]
 ) -> None:
-    asked = group(INTERLEAVED, processes=4, duration_seconds=0.4, min_runs=4)
+    asked = group(INTERLEAVED, processes=6, duration_seconds=0.6, min_runs=6)
     harness.add("slow", fake_model(inference=[{"sleep_seconds": 0.006}]), asked)
     harness.add("fast", fake_model(inference=[{"sleep_seconds": 0.002}]), asked)
     results = await harness.execute()
@@ -449,12 +449,12 @@ async def test_interleaved_runs_take_turns_and_are_compared(
         for run_id, event in harness.events
         if isinstance(event, agent_pb2.StageEvent) and event.stage == result_pb2.STAGE_START
     ]
-    assert [sorted(starts[at : at + 2]) for at in range(0, 8, 2)] == [["fast", "slow"]] * 4
+    assert [sorted(starts[at : at + 2]) for at in range(0, 12, 2)] == [["fast", "slow"]] * 6
     assert starts[:2] == starts[2:4][::-1]
     for run_id, other in (("slow", "fast"), ("fast", "slow")):
         result = results[run_id]
         assert result.status == result_pb2.RUN_STATUS_SUCCEEDED, result.error
-        assert len(result.processes.processes) == 4
+        assert len(result.processes.processes) == 6
         assert result.effective_spec.group == asked.group
         (comparison,) = result.comparisons
         assert (comparison.run_id, comparison.model_name) == (other, f"{other}.fake")
@@ -513,7 +513,7 @@ async def test_interleaved_run_is_cancelled_by_itself(
 
 HELD = """
         assert job.get("hold") is job.get("until_told")
-        name = os.path.basename(job["model_path"])
+        name = job["model_path"].rpartition(".")[2]
         stage("IMPORT"); stage("WARM_UP")
         if not job.get("hold"):
             log("alone", name)
@@ -540,7 +540,7 @@ async def test_all_are_let_go_when_all_are_ready_and_end_when_all_have_counted(
     asked = group(CONCURRENT)
     asked.group.size = 3
     for name in ("a", "b", "c"):
-        harness.add(name, f"/{name}", asked, program)
+        harness.add(name, f"/stored.{name}", asked, program)
     results = await harness.execute()
     steps = [line.split()[0] for line in logged(tmp_path)]
     assert steps == ["alone"] * 3 + ["loads"] * 3 + ["goes"] * 3 + ["stops"] * 3
@@ -567,8 +567,9 @@ async def test_concurrent_runs_of_the_real_worker(harness: Harness, fake_model: 
         result = results[name]
         assert result.status == result_pb2.RUN_STATUS_SUCCEEDED, result.error
         assert list(result.interference.run_ids) == [other]
-        # Both only sleep: they are not in each other's way.
-        assert 0.5 < result.interference.slowdown_ratio < 2
+        interference = result.interference
+        assert interference.slowdown_low_ratio <= interference.slowdown_ratio
+        assert interference.slowdown_ratio <= interference.slowdown_high_ratio
         assert result.interference.alone.count >= 5
         assert result.latency.count >= 5
         assert result.effective_spec.duration_seconds == pytest.approx(0.6)
@@ -583,7 +584,7 @@ async def test_rounds_of_concurrent_runs(
 ) -> None:
     program = counting_program(HELD)
     for name in ("a", "b"):
-        harness.add(name, f"/{name}", group(CONCURRENT, processes=2), program)
+        harness.add(name, f"/stored.{name}", group(CONCURRENT, processes=2), program)
     results = await harness.execute()
     steps = [line.split()[0] for line in logged(tmp_path)]
     assert steps == (["alone"] * 2 + ["loads"] * 2 + ["goes"] * 2 + ["stops"] * 2) * 2
@@ -601,7 +602,7 @@ async def test_what_is_measured_at_the_same_time_ends_together(
     program = counting_program(
         f"""
         STEP, ALONE = {step!r}, {alone!r}
-        name = os.path.basename(job["model_path"])
+        name = job["model_path"].rpartition(".")[2]
         def die(here):
             if name == "bad" and here == STEP and ALONE == ("hold" not in job):
                 sys.exit(3)
@@ -623,7 +624,7 @@ async def test_what_is_measured_at_the_same_time_ends_together(
         )
     )
     for name in ("good", "bad"):
-        harness.add(name, f"/{name}", group(CONCURRENT), program)
+        harness.add(name, f"/stored.{name}", group(CONCURRENT), program)
     results = await harness.execute()
     code, message = error(results["good"])
     assert code == "group_ended"
@@ -657,7 +658,7 @@ async def test_cancel_of_one_ends_all_that_are_measured_at_the_same_time(
         time.sleep(600)
         """)
     for name in ("a", "b"):
-        harness.add(name, f"/{name}", group(CONCURRENT), program)
+        harness.add(name, f"/stored.{name}", group(CONCURRENT), program)
     session = harness.session()
 
     def cancel(_: str, event: Any) -> None:
@@ -702,7 +703,7 @@ async def test_worker_that_does_not_wait_is_ended(
         result([1_000_000 + n for n in range(50)])
         """)
     for name in ("a", "b"):
-        harness.add(name, f"/{name}", group(CONCURRENT), program)
+        harness.add(name, f"/stored.{name}", group(CONCURRENT), program)
     results = await harness.execute()
     assert sorted(error(result)[0] for result in results.values()) == ["group_ended", "protocol_error"]
 
@@ -734,7 +735,7 @@ async def test_session_that_is_given_up_leaves_no_worker(
         time.sleep(600)
         """)
     for name in ("a", "b"):
-        harness.add(name, f"/{name}", group(CONCURRENT), program)
+        harness.add(name, f"/stored.{name}", group(CONCURRENT), program)
     task = asyncio.create_task(harness.session().execute())
     await until(lambda: (tmp_path / "log").exists() and len(logged(tmp_path)) == 2, "both go")
     task.cancel()

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -48,6 +48,10 @@ from boardbench.agent.run import stage_name
 from boardbench.agent.session import Session
 from boardbench.agent.spool import Spool
 from boardbench.v1 import agent_pb2, board_pb2, result_pb2
+
+if TYPE_CHECKING:
+    # Loaded when a board is set up: few runs ask for it.
+    from boardbench.agent.board.tune import Tuner
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -138,8 +142,12 @@ class Runs:
         engines: Engines,
         identify: Callable[[], board_pb2.Board],
         scratch: Path,
+        tuner: Tuner | None = None,
     ) -> None:
-        """``identify`` says what the board is now; ``scratch`` is a folder for what workers leave."""
+        """``identify`` says what the board is now; ``scratch`` is a folder for what workers leave.
+
+        ``tuner`` is the one of this board, if there is one already.
+        """
         self._config = config
         self._store = store
         self._spool = spool
@@ -148,6 +156,7 @@ class Runs:
         self._engines = engines
         self._identify = identify
         self._scratch = scratch
+        self._tuner = tuner
         self._runs: dict[str, _Run] = {}
         self._waiting: list[_Run] = []
         # What is measured in one go.
@@ -407,7 +416,7 @@ class Runs:
                 self._job(run.order, plans[run.order.run_id], scratch)
                 for run, scratch in zip(runs, folders, strict=True)
             ]
-            session = Session(jobs, self._config, self._emit, self._end)
+            session = Session(jobs, self._config, self._emit, self._end, self._tuner)
             for run in runs:
                 await self._on_disk(self._journal.start, run.order.run_id, wire.timestamp(time.time_ns()))
             # From here on it is stopped by the session, which ends it; before, it would be while it starts.
@@ -583,6 +592,8 @@ class Runs:
                 ("group.size", group.size, theirs.group.size),
                 ("group.mode", group.mode, theirs.group.mode),
                 ("processes", spec.processes, theirs.processes),
+                # It is set for the board, and so for all of them.
+                ("tune", spec.tune, theirs.tune),
             ):
                 if one != other:
                     raise InvalidRequest(

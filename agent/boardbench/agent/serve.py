@@ -178,7 +178,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         try:
             journal = Journal(data_dir / "runs", config.runs.kept_limit, config.runs.kept_bytes)
             placements = Placements(data_dir / "placements")
-            runs = Runs(config, store, spool, journal, placements, engines, describe_board, scratch)
+            runs = Runs(config, store, spool, journal, placements, engines, describe_board, scratch, tuner)
             await runs.recover()
         except OSError as error:
             raise StorageError(f"{data_dir / 'runs'}: can't be read: {error}; check the disk") from error

@@ -13,13 +13,17 @@ import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from boardbench.agent import folder, validity, wire
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.plan import Job, Plan, blank_result
 from boardbench.agent.run import Attempt
 from boardbench.v1 import agent_pb2, result_pb2
+
+if TYPE_CHECKING:
+    # Loaded when a board is set up: few runs ask for it.
+    from boardbench.agent.board.tune import Tuner
 
 # Why a run of a group failed, when the group did.
 ERRORS = {
@@ -57,16 +61,17 @@ class Session:
         config: AgentConfig,
         emit: Callable[[str, wire.WorkerNews], None],
         ended: Callable[[result_pb2.RunResult], Awaitable[None]],
+        tuner: Tuner | None = None,
     ) -> None:
         """``emit`` is called with a run's id and every event of it but the result.
 
         ``ended`` is called with the result of each member, once, as soon as it is settled; what is measured
-        next waits for it.
+        next waits for it. ``tuner`` is the one of this board, if there is one already.
         """
         self._config = config
         self._emit = emit
         self._ended = ended
-        self._members = {job.run_id: _Member(job, config, emit) for job in jobs}
+        self._members = {job.run_id: _Member(job, config, emit, tuner) for job in jobs}
         # Jobs of one session are of one group, or there is only one.
         self._group = jobs[0].asked.group
         self._at_the_same_time = self._group.mode == result_pb2.GROUP_MODE_CONCURRENT
@@ -171,7 +176,9 @@ class Session:
             for member in members:
                 if member.is_out:
                     break
-                tasks[member] = member.start(member.plan.of_process(position).together(), position)
+                others = [other for other in members if other is not member]
+                plan = member.plan.of_process(position).together()
+                tasks[member] = member.start(plan, position, others)
                 if not await _before_any_ends(tasks, [member.attempt_now.ready]):
                     break
             else:
@@ -276,9 +283,16 @@ async def _before_any_ends(
 class _Member:
     """One run of a session."""
 
-    def __init__(self, job: Job, config: AgentConfig, emit: Callable[[str, wire.WorkerNews], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        config: AgentConfig,
+        emit: Callable[[str, wire.WorkerNews], None],
+        tuner: Tuner | None,
+    ) -> None:
         self.job = job
         self.plan = job.plan
+        self._tuner = tuner
         self.attempt: Attempt | None = None
         # What each process has measured, and what each has by itself before all measured together.
         self.results: list[result_pb2.RunResult] = []
@@ -317,13 +331,21 @@ class _Member:
         assert self.attempt is not None
         return self.attempt
 
-    def start(self, plan: Plan, position: int) -> asyncio.Task[result_pb2.RunResult]:
-        """Starts one process, the one at this position from 0; what it comes to."""
+    def start(
+        self, plan: Plan, position: int, others: Sequence[_Member] = ()
+    ) -> asyncio.Task[result_pb2.RunResult]:
+        """Starts one process, the one at this position from 0, beside those of others; what it comes to."""
+
+        def peers() -> Iterator[int]:
+            for other in others:
+                if other.attempt is not None and other.attempt.pid is not None:
+                    yield other.attempt.pid
+
         self._position = position
         scratch = self.job.scratch / str(position)
         scratch.mkdir(mode=0o700)
         job = replace(self.job, plan=plan, scratch=scratch)
-        self.attempt = Attempt(job, self._config, self._heard)
+        self.attempt = Attempt(job, self._config, self._heard, tuner=self._tuner, peers=peers)
         if not self.quiet:
             self._began.append(asyncio.get_running_loop().time())
         return asyncio.create_task(self._execute(self.attempt, scratch))
