@@ -175,3 +175,79 @@ def test_json_is_one_line_with_the_names_of_the_proto() -> None:
     text = wire.to_json(agent_pb2.RunEvent(run_id="a\nb", queued=agent_pb2.QueuedEvent(runs_ahead=2)))
     assert json.loads(text) == {"run_id": "a\nb", "queued": {"runs_ahead": 2}}
     assert "\n" not in text
+
+
+def measured(**fields: object) -> result_pb2.RunResult:
+    event = wire.parse_event(line({"event": "result", "result": {**RESULT, **fields}}))
+    assert isinstance(event, result_pb2.RunResult)
+    return event
+
+
+def test_what_a_measurement_adds_is_taken_with_all_of_its_samples() -> None:
+    service = {"count": 2, "mean_seconds": 1e-6, "samples_nanoseconds": [900, "1100"]}
+    result = measured(
+        warm_up={"runs": 5, "seconds": 0.5, "steady": False, "samples_nanoseconds": [7, 8]},
+        stopping={
+            "reason": "STOP_REASON_DURATION",
+            "targets": [{"percentile": 50, "asked_ratio": 0.01, "reached_ratio": 0.02}],
+        },
+        scenario={
+            "kind": "SCENARIO_KIND_PERIODIC", "deadline_misses": 0, "service": service,
+            "windows": [{"begin_seconds": 0, "end_seconds": 1, "count": 3}],
+        },
+    )  # fmt: skip
+    assert list(result.warm_up.samples_nanoseconds) == [7, 8]
+    assert result.warm_up.HasField("steady") and not result.warm_up.steady
+    assert list(result.scenario.service.samples_nanoseconds) == [900, 1100]
+    assert result.scenario.HasField("deadline_misses")
+    assert result.stopping.targets[0].reached_ratio == 0.02
+
+
+def test_what_is_not_told_is_not_there() -> None:
+    result = measured()
+    for name in ("warm_up", "stopping", "scenario"):
+        assert not result.HasField(name)
+    assert not measured(scenario={"kind": "SCENARIO_KIND_OFFLINE"}).scenario.HasField("service")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"warm_up": {"samples_nanoseconds": [-1]}},
+        {"warm_up": {"samples_nanoseconds": [1.5]}},
+        {"warm_up": {"samples_nanoseconds": 7}},
+        {"warm_up": [1]},
+        {"scenario": {"service": {"count": 3, "samples_nanoseconds": [1, 2]}}},
+        {"scenario": {"service": {"count": 1}}},
+        {"scenario": {"service": {"count": 1, "samples_nanoseconds": ["x"]}}},
+        {"scenario": {"service": 7}},
+        {"scenario": {"kind": "SCENARIO_KIND_LUNCH"}},
+        {"scenario": {"throughput_hertz": "Infinity"}},
+        {"stopping": {"reason": "STOP_REASON_BORED"}},
+        {"warnings": [{"code": "few_samples", "severity": "SEVERITY_AWFUL"}]},
+        {"warnings": [{"code": "few_samples", "evidence": {"a_ratio": "NaN"}}]},
+        {"warnings": [{"code": "few_samples", "evidence": {"A RATIO": 1}}]},
+        {"warnings": [{"code": "few_samples", "evidence": {f"a{at}": 1 for at in range(65)}}]},
+    ],
+)
+def test_a_measurement_that_does_not_hold_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(wire.MalformedEvent):
+        measured(**fields)
+
+
+def test_a_warning_keeps_its_weight_and_its_figures() -> None:
+    content = {
+        "code": "few_samples", "message": "only 3", "severity": "SEVERITY_INVALID",
+        "evidence": {"inferences": 3, "p99.9_asked_ratio": 0.05},
+    }  # fmt: skip
+    event = wire.parse_event(line({"event": "warning", "warning": content}))
+    assert isinstance(event, result_pb2.Warning)
+    assert event.severity == result_pb2.SEVERITY_INVALID
+    assert event.evidence == {"inferences": 3.0, "p99.9_asked_ratio": 0.05}
+    with pytest.raises(wire.MalformedEvent):
+        wire.parse_event(b'{"event":"warning","warning":{"code":"x","evidence":{"a":"Infinity"}}}')
+
+
+def test_a_worker_that_waits_says_so() -> None:
+    assert wire.parse_event(b'{"event":"ready"}') == wire.Ready()
+    assert wire.parse_event(b'{"event":"counted"}') == wire.Counted()

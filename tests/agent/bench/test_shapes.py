@@ -82,3 +82,25 @@ def test_a_size_beyond_32_bits_is_refused() -> None:
 )  # fmt: skip
 def test_element_sizes(dtype: str, size: int) -> None:
     assert shapes.item_bytes(dtype) == size
+
+
+def test_a_batch_is_the_first_size_of_every_input() -> None:
+    batch = {shapes.EVERY: (8,)}
+    open_batch = TensorInfo("x", "float32", (-1, 3))
+    assert settle(open_batch, MASK, **batch) == [(8, 3), (8,)]
+    assert settle(TensorInfo("x", "float32", (8, 3)), **batch) == [(8, 3)]
+    # Other sizes that are open are given as always.
+    assert settle(IMAGE, image=(8, 3, 4, 4), **batch) == [(8, 3, 4, 4)]
+    with pytest.raises(InputsRejected, match=r"open in image float32 \[8, 3, \?, \?\]"):
+        settle(IMAGE, **batch)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), ()])
+def test_a_batch_that_the_model_has_not_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputsRejected, match=r"a batch of 8 does not fit input x.*export"):
+        settle(TensorInfo("x", "float32", shape), **{shapes.EVERY: (8,)})
+
+
+def test_a_batch_that_contradicts_the_data_is_refused() -> None:
+    with pytest.raises(InputsRejected, match=r"x is given as \[4, 3\] and the batch as 8"):
+        settle(TensorInfo("x", "float32", (-1, 3)), x=(4, 3), **{shapes.EVERY: (8,)})

@@ -26,6 +26,7 @@ every inference but the first when ``first_inference`` is there. An action is an
     memory_error: true              raises MemoryError
     raise: "message"                raises an error that is no error of boardbench
     reject: "message"               refuses the model
+    exclusive: "path"               refuses the model while another instance has this path: a device
     stdout: "text", times: number   writes to stdout (stderr alike)
     at_exit: [ACTION, …]            happens in an exit handler of the interpreter, as engines have them
 
@@ -62,6 +63,7 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
+    Set,
     Tuple,
 )
 
@@ -90,6 +92,7 @@ LARGEST_ALLOCATION = 4 << 30
 
 _BLOCK = 16 << 20
 _kept: List[bytearray] = []
+_taken: Set[str] = set()
 
 
 class FakeRuntime:
@@ -169,6 +172,7 @@ class FakeModel:
         self._noisy = noisy
         self._noise = _noise()
         self._closed = False
+        self._device = ""
         self.wanted = wanted
         self.profiles = "profile" in content
         self.options = options
@@ -182,7 +186,12 @@ class FakeModel:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelRejected(f"the model of the fake engine is malformed: {error!r}") from error
-        _act(content.get("create", ()))
+        actions = content.get("create", ())
+        self._device = next((action["exclusive"] for action in actions if "exclusive" in action), "")
+        if self._device in _taken:
+            raise ModelRejected(f"{self._device} is in use by another instance")
+        _act([action for action in actions if "exclusive" not in action])
+        _taken.update({self._device} - {""})
         self.inputs = shapes.settle(declared, given)
 
     def bind(self, feeds: Tensors) -> Callable[[], object]:
@@ -245,6 +254,7 @@ class FakeModel:
         """Carries out the ``close`` actions, once."""
         if not self._closed:
             self._closed = True
+            _taken.discard(self._device)
             _act(self.content.get("close", ()))
 
 
