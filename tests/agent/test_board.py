@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -11,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from boardbench.agent.board import identify as identify_module
-from boardbench.agent.board.identify import derive_device_id, identify
-from boardbench.agent.board.sensor import Reading, Sensor
+from boardbench.agent.board.identify import core_types, derive_device_id, identify
+from boardbench.agent.board.sensor import Sensor
 from boardbench.agent.board.sensors import cpufreq, find_all, thermal
-from boardbench.agent.board.surroundings import Surroundings
 from boardbench.agent.errors import StorageError
 from boardbench.v1 import board_pb2
 
@@ -64,6 +62,22 @@ def test_two_kinds_of_cores_are_both_named() -> None:
     found = board("rock_5b")
     assert found.cpu_model == "4 × Cortex-A55 + 4 × Cortex-A76"
     assert [each.kind for each in found.accelerators] == ["npu"]
+
+
+def test_kinds_of_the_cores_that_are_used(tmp_path: Path) -> None:
+    assert core_types(BOARDS / "rock_5b", [0, 4, 5]) == ["Cortex-A55", "Cortex-A76"]
+    assert core_types(BOARDS / "rock_5b", [4]) == ["Cortex-A76"]
+    assert core_types(BOARDS / "nuc", [0, 1]) == ["Intel(R) Core(TM) i3-8109U CPU @ 3.00GHz"]
+    assert core_types(BOARDS / "rock_5b", []) == []
+    for number, capacity in (0, 446), (1, 446), (2, 1024):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{number}"
+        folder.mkdir(parents=True)
+        (folder / "cpu_capacity").write_text(f"{capacity}\n")
+    assert core_types(tmp_path, [0, 1, 2, 3]) == ["capacity 446", "capacity 1024"]
+    for kind, numbers in ("cpu_core", "2-3"), ("cpu_atom", "0-1"):
+        (tmp_path / "sys/devices" / kind).mkdir()
+        (tmp_path / "sys/devices" / kind / "cpus").write_text(f"{numbers}\n")
+    assert core_types(tmp_path, [0, 1, 2, 3]) == ["E-core", "P-core"]
 
 
 def test_pc_is_told_by_its_dmi_without_what_its_maker_left_blank() -> None:
@@ -224,119 +238,3 @@ def test_zone_that_is_no_number_is_an_error_and_not_a_zero(tmp_path: Path) -> No
     (zone, _) = thermal.find(root)
     with pytest.raises(OSError, match="thermal_zone0"):
         list(zone.read())
-
-
-# --- surroundings
-
-
-class Failing:
-    """A sensor that breaks."""
-
-    name = "broken"
-
-    def read(self) -> Iterable[Reading]:
-        raise OSError(errno.EIO, "broken")
-
-
-def processor_time(root: Path, *, busy: int, stolen: int, worker: int) -> None:
-    """Hundredths of a second since boot, as /proc/stat and /proc/77/stat have them."""
-    (root / "proc/77").mkdir(parents=True, exist_ok=True)
-    (root / "proc/stat").write_text(f"cpu  {busy} 0 0 1000 5 0 0 {stolen} 0 0\ncpu0 0 0\n")
-    # The name may hold spaces and parentheses.
-    (root / "proc/77/stat").write_text(f"77 (a) b) S 1 77 77 0 -1 0 0 0 0 0 {worker} 0 0 0\n")
-
-
-def surroundings(root: Path, clock: list[float] | None = None) -> Surroundings:
-    ticks = iter(clock or [])
-    found = identify(root, device_id="it", labels={}, architecture="aarch64")
-    return Surroundings(root, found, clock=lambda: next(ticks))
-
-
-def codes(warnings: Iterable[object]) -> list[str]:
-    return [warning.code for warning in warnings]  # type: ignore[attr-defined]
-
-
-def test_environment_of_a_calm_board(tmp_path: Path) -> None:
-    root = copied("raspberry_pi_5", tmp_path)
-    around = surroundings(root, [0.0, 2.0])
-    processor_time(root, busy=1000, stolen=0, worker=100)
-    around.measurement_begins(77)
-    (root / "proc/meminfo").write_text("MemAvailable: 1000 kB\n")
-    around.sample()
-    (root / "proc/meminfo").write_text("MemAvailable: 5000 kB\n")
-    processor_time(root, busy=1210, stolen=1, worker=300)
-    around.measurement_ends(77)
-    (root / "sys/class/thermal/thermal_zone0/temp").write_text("60100\n")
-    (root / "proc/loadavg").write_text("1.02 0.31 0.20 1/180 2345\n")
-    environment, warnings = around.end()
-    assert environment == board_pb2.Environment(
-        load_average_before=0.42,
-        load_average_after=1.02,
-        cpu_governor="ondemand",
-        cpu_frequency_hertz=1.5e9,
-        temperature_before_celsius=52.35,
-        temperature_after_celsius=60.1,
-        memory_available_before_bytes=7340032 * 1024,
-        memory_available_least_bytes=1000 * 1024,
-    )
-    assert codes(warnings) == []
-
-
-def test_other_work_and_a_greedy_host_are_told(tmp_path: Path) -> None:
-    root = copied("raspberry_pi_5", tmp_path)
-    around = surroundings(root, [0.0, 2.0])
-    processor_time(root, busy=1000, stolen=0, worker=100)
-    around.measurement_begins(77)
-    processor_time(root, busy=1400, stolen=40, worker=300)
-    around.measurement_ends(77)
-    _, warnings = around.end()
-    assert codes(warnings) == ["high_load", "cpu_steal"]
-    assert "1.00 of 4 processors" in warnings[0].message
-    assert "5.0%" in warnings[1].message
-
-
-def test_too_short_a_measurement_is_not_judged(tmp_path: Path) -> None:
-    root = copied("raspberry_pi_5", tmp_path)
-    around = surroundings(root, [0.0, 0.1])
-    processor_time(root, busy=1000, stolen=0, worker=100)
-    around.measurement_begins(77)
-    processor_time(root, busy=1400, stolen=40, worker=100)
-    around.measurement_ends(77)
-    assert codes(around.end()[1]) == []
-
-
-def test_throttling_in_between_is_told_though_it_is_over(tmp_path: Path) -> None:
-    root = copied("raspberry_pi_5", tmp_path)
-    around = surroundings(root)
-    cooling = root / "sys/class/thermal/cooling_device1/cur_state"
-    cooling.write_text("2\n")
-    around.sample()
-    cooling.write_text("0\n")
-    _, warnings = around.end()
-    assert codes(warnings) == ["throttled"]
-    assert "2 steps" in warnings[0].message
-
-
-def test_cap_on_the_frequency_is_told(tmp_path: Path) -> None:
-    root = copied("jetson_orin_nano", tmp_path)
-    around = surroundings(root)
-    around.measurement_ends(77)
-    _, warnings = around.end()
-    assert "frequency_capped" in codes(warnings)
-    assert "1344 of 1728 MHz" in warnings[0].message
-
-
-def test_emulator_is_told() -> None:
-    around = surroundings(BOARDS / "qemu_user")
-    assert codes(around.end()[1]) == ["emulated"]
-
-
-def test_broken_sensor_ends_no_run(tmp_path: Path) -> None:
-    found = identify(tmp_path, device_id="it", labels={}, architecture="aarch64")
-    around = Surroundings(tmp_path, found, sensors=[Failing()])
-    around.sample()
-    around.measurement_begins(77)
-    around.measurement_ends(77)
-    environment, warnings = around.end()
-    assert environment == board_pb2.Environment()
-    assert codes(warnings) == []

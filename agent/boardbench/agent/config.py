@@ -134,6 +134,9 @@ class SensorsConfig:
     without: str = ""
     # Rail or meter that energy is taken from, as the telemetry names it; empty: the one that covers most.
     rail: str = ""
+    # Share of one processor that reading them may take: beyond it the dearest are read less often. A hundredth
+    # can't be seen in the median of a model that uses all processors. 0: whatever it takes.
+    cost_share: float = 0.01
 
     def __post_init__(self) -> None:
         if self.without:
@@ -186,7 +189,8 @@ class ValidityConfig:
     frequency_cap_note: float = 0.01
     # Degrees below the temperature at which the board throttles. Within them the next run may be throttled.
     temperature_margin_celsius: float = 5.0
-    # Share of one processor that reading the sensors took. Beyond it they are a part of what is measured.
+    # Share of one processor that reading the sensors took, though it was bounded (sensors.cost_share): one
+    # that is dear at its first read, or a program. Beyond it they are a part of what is measured.
     sensors_doubtful: float = 0.05
     # Share of all processors that was busy while the idle board's power was measured.
     idle_load_note: float = 0.05

@@ -9,18 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent import validity, wire, worker
-from boardbench.agent.board.surroundings import Surroundings
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.plan import Job, blank_result, counted_seconds, job_line, samples_a_run
-from boardbench.v1 import agent_pb2, board_pb2, placement_pb2, result_pb2
+from boardbench.v1 import agent_pb2, placement_pb2, result_pb2
+
+if TYPE_CHECKING:
+    # Loaded when a run begins: an agent that waits needs no sensors.
+    from boardbench.agent.board.surroundings import Seen, Surroundings
+    from boardbench.agent.board.tune import Tuner
+
+_log = logging.getLogger(__name__)
 
 # Why a run failed, when the agent says so; the worker's own codes are in bench/__main__.py.
 ERRORS = {
@@ -41,8 +49,8 @@ ERRORS = {
 # Progress is for eyes.
 _LEAST_PROGRESS_SECONDS = 0.05
 _MOST_WARNINGS = 64
-# Looks at memory and heat: often enough for a peak, too seldom to be felt.
-_SAMPLE_SECONDS = 0.25
+# A board cools by some tenths of a degree in that time.
+_COOL_DOWN_LOOK_SECONDS = 0.5
 # An inference may take this many times as long as the first, which already includes lazy work.
 _SLOWER_THAN_FIRST = 3.0
 # A profiled inference may take this many times as long as the median, and a model is loaded again for it.
@@ -58,6 +66,14 @@ _STAGE_KEYS = {
     result_pb2.STAGE_MEASURE: "measure_seconds",
     result_pb2.STAGE_REPORT: "report_seconds",
 }
+# What sensors say about a worker that ended like this is not worth keeping: nothing ran.
+_WITHOUT_TELEMETRY = (
+    "inputs_rejected",
+    "model_rejected",
+    "option_rejected",
+    "runtime_unavailable",
+    "worker_not_started",
+)
 
 
 def stage_name(stage: int) -> str:
@@ -74,17 +90,29 @@ class Attempt:
         job: Job,
         config: AgentConfig,
         emit: Callable[[wire.WorkerNews], None],
+        *,
+        tuner: Tuner | None = None,
+        peers: Callable[[], Iterable[int]] = tuple,
     ) -> None:
-        """``emit`` is called with every event but the result, in order."""
+        """``emit`` is called with every event but the result, in order.
+
+        ``tuner`` is the one of this board, if there is one already. ``peers`` are the processes of workers
+        that are measured at the same time on purpose.
+        """
         self._job = job
         self._config = config
         self._deadlines = config.deadlines
         self._emit = emit
         self._sys_root = config.sys_root
+        self._tuner = tuner
+        self._peers = peers
         self._loop = asyncio.get_running_loop()
         self._worker: worker.Worker | None = None
         self._surroundings: Surroundings | None = None
-        self._environment = board_pb2.Environment()
+        # Ends the watching as soon as the worker has reported.
+        self._looking_back: asyncio.Task[None] | None = None
+        self._seen: Seen | None = None
+        self._idle_seconds = 0.0
         self._stage: result_pb2.Stage.ValueType = result_pb2.STAGE_UNSPECIFIED
         self._stage_began = 0.0
         self._first_inference_seconds = 0.0
@@ -99,6 +127,7 @@ class Attempt:
         self._error: result_pb2.RunError | None = None
         # Why the agent ended it; a cancelled run has no error.
         self._stopped = False
+        self._stop_asked = asyncio.Event()
         # Of a worker that is held: set when it waits for go(), and when it waits for enough().
         self.ready = asyncio.Event()
         self.counted = asyncio.Event()
@@ -107,6 +136,11 @@ class Attempt:
     def stage(self) -> result_pb2.Stage.ValueType:
         """The stage that it is in."""
         return self._stage
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process; None before it is started."""
+        return None if self._worker is None else self._worker.pid
 
     def go(self) -> None:
         """Lets a worker that is ready measure."""
@@ -132,21 +166,39 @@ class Attempt:
             return
         self._stopped = True
         self._error = error
+        self._stop_asked.set()
         if self._worker is not None:
             self._worker.kill()
 
     async def execute(self) -> result_pb2.RunResult:
         """Runs it to its end, whatever that is."""
-        started_at = wire.timestamp(time.time_ns())
         if self._is_over():
             return self._conclude(None, "", started_at=None)
         oom = _OomCounter(self._sys_root)
-        self._surroundings = Surroundings(self._sys_root, self._job.board)
-        self._enter(result_pb2.STAGE_START)
         timeout = self._job.plan.spec.timeout_seconds
         too_long = f"the whole run was not over after {timeout:g} s (timeout_seconds)"
         whole = self._loop.call_later(timeout, self._out_of_time, too_long)
-        watching: asyncio.Task[None] | None = None
+        started_at: Timestamp | None = None
+        end: worker.WorkerEnd | None = None
+        try:
+            await self._look_around()
+            async with self._set_up():
+                await self._cool_down()
+                await self._idle()
+                if not self._is_over():
+                    started_at = wire.timestamp(time.time_ns())
+                    end = await self._work()
+                await self._look_back()
+        finally:
+            whole.cancel()
+        if not self._is_over():
+            assert end is not None
+            self._error = self._explain(end, oom)
+        return self._conclude(end, self._worker.output_tail if self._worker is not None else "", started_at)
+
+    async def _work(self) -> worker.WorkerEnd | None:
+        """How the worker ended; None when it could not be started."""
+        self._enter(result_pb2.STAGE_START)
         try:
             self._worker = await worker.start(
                 self._job.interpreter,
@@ -161,37 +213,128 @@ class Attempt:
                 self._heard,
                 self._garbled,
             )
+            if self._surroundings is not None:
+                self._surroundings.worker_started(self._worker.pid)
             if self._is_over():
                 self._worker.kill()
-            watching = asyncio.create_task(self._watch())
-            end = await self._worker.ended()
+            return await self._worker.ended()
         except OSError as error:
             self._error = result_pb2.RunError(
                 code="worker_not_started",
                 message=f"{self._job.interpreter} can't be started: {error.strerror}; "
                 "see [runtimes] in the agent's configuration",
             )
-            return self._conclude(None, "", started_at)
+            return None
         finally:
-            whole.cancel()
             if self._stage_deadline is not None:
                 self._stage_deadline.cancel()
             if self._worker is not None:
                 self._worker.kill()
                 await self._worker.ended()
-            if watching is not None:
-                watching.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watching
-        if not self._is_over():
-            self._error = self._explain(end, oom)
-        return self._conclude(end, self._worker.output_tail, started_at)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(_SAMPLE_SECONDS)
+    # --- before the worker
+
+    async def _look_around(self) -> None:
+        """Begins to watch what surrounds the run."""
+
+        def begin() -> Surroundings:
+            from boardbench.agent.board.surroundings import Surroundings
+
+            job = self._job
+            return Surroundings(self._config, job.board, job.plan.spec, peers=self._peers)
+
+        try:
+            self._surroundings = await asyncio.to_thread(begin)
+        except Exception:  # what surrounds a run must not end it
+            _log.exception("run %s: what surrounds it can't be watched", self._job.run_id)
+
+    @contextlib.asynccontextmanager
+    async def _set_up(self) -> AsyncIterator[None]:
+        """Inside, the board is set up for measuring, when that was asked for."""
+        if not self._job.plan.spec.tune or self._is_over():
+            yield
+            return
+        from boardbench.agent.board.tune import Tuner
+
+        tuner = self._tuner or Tuner(self._sys_root, self._config.data_dir)
+        owner = f"run {self._job.run_id}"
+        try:
+            changes = await asyncio.to_thread(tuner.acquire, owner)
             if self._surroundings is not None:
-                self._surroundings.sample()
+                self._surroundings.tuned(changes)
+            self._tell_untuned(tuner.failed)
+            yield
+        finally:
+            # Also when this task is cancelled: it is put back all the same.
+            failed = await asyncio.shield(asyncio.to_thread(tuner.release, owner))
+            self._tell_untuned([f"not put back: {line}" for line in failed])
+
+    def _tell_untuned(self, failed: Iterable[str]) -> None:
+        if told := "; ".join(failed):
+            self._doubt(validity.warn("not_tuned", told, validity.NOTE, time=wire.timestamp(time.time_ns())))
+
+    async def _cool_down(self) -> None:
+        """Waits until the board is as cool as was asked for, or the time for it is over."""
+        spec, around = self._job.plan.spec, self._surroundings
+        if not spec.HasField("cool_down_celsius") or around is None or self._is_over():
+            return
+        self._enter(result_pb2.STAGE_COOL_DOWN)
+        wanted, most = spec.cool_down_celsius, self._cool_down_seconds
+        begin, first = self._loop.time(), around.hottest_celsius
+        while True:
+            now, waited = around.hottest_celsius, self._loop.time() - begin
+            if now is None or first is None or (now > wanted and waited >= most):
+                self._doubt(around.not_cooled(wanted, waited))
+                break
+            if now <= wanted:
+                break
+            self._emit(
+                agent_pb2.ProgressEvent(
+                    stage=self._stage,
+                    elapsed_seconds=waited,
+                    fraction=min(1.0, max(0.0, (first - now) / (first - wanted))),
+                )
+            )
+            if await self._stopped_within(min(_COOL_DOWN_LOOK_SECONDS, most - waited)):
+                return
+            await asyncio.to_thread(around.look)
+
+    @property
+    def _cool_down_seconds(self) -> float:
+        spec = self._job.plan.spec
+        if spec.HasField("cool_down_seconds"):
+            return spec.cool_down_seconds
+        return self._config.spec.cool_down_seconds
+
+    async def _idle(self) -> None:
+        """Begins to sample; measures the idle board's power first, where there is a rail to measure it at."""
+        spec, around = self._job.plan.spec, self._surroundings
+        if around is None or self._is_over():
+            return
+        await asyncio.to_thread(around.run_begins)
+        around.sample()
+        asked = spec.HasField("idle_seconds")
+        seconds = spec.idle_seconds if asked else self._config.spec.idle_seconds
+        if seconds <= 0 or not around.has_rail:
+            return
+        self._enter(result_pb2.STAGE_IDLE)
+        around.idle_begins()
+        begin = self._loop.time()
+        while (passed := self._loop.time() - begin) < seconds:
+            self._emit(
+                agent_pb2.ProgressEvent(stage=self._stage, elapsed_seconds=passed, fraction=passed / seconds)
+            )
+            if await self._stopped_within(min(_COOL_DOWN_LOOK_SECONDS, seconds - passed)):
+                return
+        if (disturbed := around.idle_ends()) is not None:
+            self._doubt(disturbed)
+        self._idle_seconds = seconds
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        """Waits so long; whether the run was ended meanwhile."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stop_asked.wait(), seconds)
+        return self._is_over()
 
     # --- what the worker says
 
@@ -244,7 +387,7 @@ class Attempt:
 
     def _take(self, event: wire.WorkerEvent) -> None:
         if isinstance(event, agent_pb2.StageEvent):
-            if event.stage <= self._stage:
+            if event.stage <= self._stage or event.stage not in _STAGE_KEYS:
                 order = f"{stage_name(event.stage)} after {stage_name(self._stage)}"
                 raise wire.MalformedEvent(f"the stage {order}")
             self._enter(event.stage)
@@ -262,7 +405,8 @@ class Attempt:
             if self._job.plan.held and not self.counted.is_set():
                 raise wire.MalformedEvent("a result of a measurement that was to go on")
             self._report = event
-            self._look_back()
+            # A profile that follows is not part of what was measured.
+            self._looking_back = asyncio.create_task(self._end_of_watch())
             self._limit(self._deadlines.exit_seconds)
         elif isinstance(event, result_pb2.RunError):
             self._error = event
@@ -280,15 +424,32 @@ class Attempt:
             raise wire.MalformedEvent(f"a wait in the stage {stage_name(self._stage)} that nobody asked for")
         if self._stage_deadline is not None:
             self._stage_deadline.cancel()
+        if not ready:
+            self._measured()
         now.set()
 
-    def _look_back(self) -> None:
-        """Takes what surrounded the run up to now; a profile that follows is not part of it."""
-        if self._surroundings is None:
+    def _measured(self) -> None:
+        """All that counts is measured."""
+        if self._worker is not None and self._surroundings is not None:
+            self._surroundings.measurement_ends(self._worker.pid)
+
+    async def _look_back(self) -> None:
+        """Takes what surrounded the run, up to the report or to now."""
+        if self._looking_back is None:
+            self._looking_back = asyncio.create_task(self._end_of_watch())
+        await self._looking_back
+
+    async def _end_of_watch(self) -> None:
+        around = self._surroundings
+        if around is None:
             return
-        self._environment, doubts = self._surroundings.end()
-        self._surroundings = None
-        for doubt in doubts:
+        try:
+            seen = await asyncio.to_thread(around.end, self._report)
+        except Exception:  # what surrounds a run must not end it
+            _log.exception("run %s: what surrounded it can't be told", self._job.run_id)
+            return
+        self._seen = seen
+        for doubt in seen.warnings:
             self._doubt(doubt)
 
     def _doubt(self, warning: result_pb2.Warning) -> None:
@@ -301,13 +462,14 @@ class Attempt:
         now = self._loop.time()
         if self._stage == result_pb2.STAGE_FIRST_INFERENCE:
             self._first_inference_seconds = now - self._stage_began
-        if self._worker is not None and self._surroundings is not None:
-            if stage == result_pb2.STAGE_MEASURE:
+        if stage == result_pb2.STAGE_MEASURE:
+            if self._worker is not None and self._surroundings is not None:
                 self._surroundings.measurement_begins(self._worker.pid)
-            elif self._stage == result_pb2.STAGE_MEASURE:
-                self._surroundings.measurement_ends(self._worker.pid)
+        elif self._stage == result_pb2.STAGE_MEASURE and not self.counted.is_set():
+            self._measured()
         self._stage, self._stage_began = stage, now
-        self._limit(self._stage_seconds(stage))
+        if stage in _STAGE_KEYS:
+            self._limit(self._stage_seconds(stage))
         self._emit(agent_pb2.StageEvent(stage=stage))
 
     # --- how long it may take
@@ -365,7 +527,7 @@ class Attempt:
             return result_pb2.RunError(
                 code="out_of_memory",
                 message=f"memory ran out in the stage {stage} and the kernel killed the worker ({evidence}): "
-                f"{model} needs more than this board has free",
+                f"{model} needs more than this board has free{self._last_memory()}",
             )
         if end.signal:
             return result_pb2.RunError(
@@ -380,6 +542,9 @@ class Attempt:
             "its last output may say why",
         )
 
+    def _last_memory(self) -> str:
+        return f"; {self._seen.last_memory}" if self._seen is not None and self._seen.last_memory else ""
+
     def _conclude(
         self, end: worker.WorkerEnd | None, output_tail: str, started_at: Timestamp | None
     ) -> result_pb2.RunResult:
@@ -392,8 +557,8 @@ class Attempt:
         result.runtime.device = spec.device
         result.runtime.options.update(spec.options)
         result.runtime.interpreter.CopyFrom(job.plan.status.interpreter)
-        self._look_back()
-        result.environment.MergeFrom(self._environment)
+        if self._seen is not None:
+            result.environment.MergeFrom(self._seen.environment)
         if self._report is not None:
             self._take_report(result, self._report, end)
         elif self._error is not None:
@@ -416,8 +581,15 @@ class Attempt:
         result.MergeFrom(report)
         result.status = result_pb2.RUN_STATUS_SUCCEEDED
         result.effective_spec.inputs_sha256 = self._job.plan.spec.inputs_sha256
-        for name in ("timeout_seconds", "strict", "allow_fallback"):
-            setattr(result.effective_spec, name, getattr(self._job.plan.spec, name))
+        spec = self._job.plan.spec
+        for name in ("timeout_seconds", "strict", "allow_fallback", "tune"):
+            setattr(result.effective_spec, name, getattr(spec, name))
+        if spec.HasField("cool_down_celsius"):
+            result.effective_spec.cool_down_celsius = spec.cool_down_celsius
+            result.effective_spec.cool_down_seconds = self._cool_down_seconds
+        result.effective_spec.idle_seconds = self._idle_seconds
+        if self._seen is not None:
+            self._take_seen(result, self._seen)
         how = ""
         if end is not None and (end.signal or end.exit_code):
             how = f"ended with {end.signal}" if end.signal else f"exited with {end.exit_code}"
@@ -439,6 +611,21 @@ class Attempt:
                 )
             )
 
+    @staticmethod
+    def _take_seen(result: result_pb2.RunResult, seen: Seen) -> None:
+        result.effective_spec.sample_hertz = seen.sample_hertz
+        swapped = max(result.memory.peak_swap_bytes, seen.memory.peak_swap_bytes)
+        told = result.memory.HasField("peak_swap_bytes") or seen.memory.HasField("peak_swap_bytes")
+        result.memory.MergeFrom(seen.memory)
+        if told:
+            result.memory.peak_swap_bytes = swapped
+        if seen.telemetry is not None:
+            result.telemetry.CopyFrom(seen.telemetry)
+        if seen.energy is not None:
+            result.energy.CopyFrom(seen.energy)
+        for window, around in zip(result.scenario.windows, seen.windows, strict=False):
+            window.MergeFrom(around)
+
     def _take_error(
         self,
         result: result_pb2.RunResult,
@@ -450,6 +637,16 @@ class Attempt:
         result.error.CopyFrom(error)
         result.error.stage = self._stage
         result.error.output_tail = output_tail
+        if error.code == "out_of_memory" and self._last_memory() not in error.message:
+            result.error.message += self._last_memory()
+        if (
+            self._seen is not None
+            and self._seen.telemetry is not None
+            and self._stage >= result_pb2.STAGE_CREATE
+            and error.code not in _WITHOUT_TELEMETRY
+        ):
+            result.telemetry.CopyFrom(self._seen.telemetry)
+            result.memory.MergeFrom(self._seen.memory)
         if end is not None:
             result.error.signal = end.signal
             if end.exit_code is not None:

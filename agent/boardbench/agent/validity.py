@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -18,7 +19,7 @@ NOTE = result_pb2.SEVERITY_NOTE
 DOUBTFUL = result_pb2.SEVERITY_DOUBTFUL
 INVALID = result_pb2.SEVERITY_INVALID
 
-Severity = result_pb2.Severity.ValueType
+Severity: TypeAlias = result_pb2.Severity.ValueType
 
 
 @dataclass(frozen=True)
