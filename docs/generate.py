@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from boardbench.agent.bench.doubts import DOUBTS
+from boardbench.agent.bench.doubts import DOUBTS, thresholds
 from boardbench.agent.bench.runtimes import ENGINES
 from boardbench.agent.cli import parser as agent_parser
 from boardbench.agent.validity import RULES
@@ -119,11 +119,23 @@ def _metrics() -> str:
 
 
 def _warnings() -> str:
-    found = [(f"`{doubt.code}`", doubt.condition, doubt.reason, doubt.remedy) for doubt in DOUBTS]
+    found = [
+        (
+            f"`{doubt.code}`",
+            doubt.condition,
+            doubt.severity.value.removeprefix("SEVERITY_").lower(),
+            doubt.reason,
+            doubt.remedy,
+        )
+        for doubt in DOUBTS
+    ]
+    limits = [(f"`{name}`", f"`{default:g}`", meaning) for name, default, meaning in thresholds()]
     around = [(f"`{rule.code}`", rule.condition, rule.severity, rule.reason, rule.remedy) for rule in RULES]
     return (
         "## Found by the worker\n\n"
-        + _table(("code", "when", "why there", "what to do"), found)
+        + _table(("code", "when", "severity", "why there", "what to do"), found)
+        + "## Where the worker's doubts begin\n\n"
+        + _table(("threshold", "default", "of"), limits)
         + "## Found around the worker\n\n"
         + _table(("code", "when", "severity", "why", "what to do"), around)
     )

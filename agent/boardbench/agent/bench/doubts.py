@@ -223,8 +223,8 @@ DOUBTS = (
     Doubt(
         "still_changing",
         DOUBTFUL,
-        "of a sustained run the last three windows, or less than a fifth of all, have medians that differ by "
-        f"less than {_T.steady_ratio:.0%} or have bounds that overlap",
+        "at the end of a sustained run fewer than three windows, or less than a fifth of all, have medians that "
+        f"agree within {_T.steady_ratio:.0%} or within their bounds",
         "where it would have ended is not known",
         "a longer --duration",
     ),
