@@ -111,6 +111,9 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         self.resumed_from: list[int] = []
         self.received_bytes = 0
         self.calls: list[str] = []
+        self.examined: list[agent_pb2.ExamineRequest] = []
+        # None: it is an agent that can't be examined yet.
+        self.examination: agent_pb2.ExamineResponse | None = None
         self._server: grpc.Server | None = None
         self.port = 0
 
@@ -199,6 +202,13 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
             )
         sha256 = self.keep(bytes(content), header.name, header.kind)
         yield agent_pb2.PushModelResponse(done=agent_pb2.PushDone(model=self.stored[sha256].model))
+
+    def Examine(self, request, context):
+        self.calls.append("Examine")
+        self.examined.append(request)
+        if self.examination is None:
+            return super().Examine(request, context)
+        return self.examination
 
     def ListModels(self, request, context):
         return agent_pb2.ListModelsResponse(models=self.stored.values())

@@ -48,7 +48,7 @@ class DoctorPage:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Rich's own protocol."""
         findings = self._examined.findings
-        yield self._head()
+        yield from _folded(console, options, Text(), self._head(), 0)
         yield Text()
         absent = [each for each in findings if each.state == agent_pb2.FINDING_STATE_ABSENT]
         shown = [each for each in findings if self._whole or each not in absent]
