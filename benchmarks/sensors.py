@@ -115,9 +115,9 @@ def measure(arguments: argparse.Namespace) -> Report:
     method = (
         f"{model.name}, 1 thread; {len(sensors)} sensors ({readings} series, of this machine and of the tree",
         f"{TREE.name}) at {HERTZ:g} a second, which takes {statistics.median(shares):.2%} of one processor;",
-        f"{arguments.sensor_rounds} rounds of stretches of {arguments.sensor_seconds:g} s, median without",
-        f"{without_ms:.4f} ms; ratios of medians of the same round, in percent of difference; bounds: 95 %, of",
-        "the median ratio" + (f"; left out: {left_out}" if left_out else ""),
+        f"{arguments.sensor_rounds} rounds of stretches of {arguments.sensor_seconds:g} s, median",
+        f"without {without_ms:.4f} ms; ratios of medians of the same round, in percent of difference;",
+        "bounds: 95 %, of the median ratio" + (f"; left out: {left_out}" if left_out else ""),
     )
     return Report(
         "sensors",

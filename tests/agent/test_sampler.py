@@ -320,6 +320,16 @@ def test_the_dearest_is_read_less_often_until_it_fits() -> None:
     assert dear.reads - late == 25
 
 
+def test_the_power_of_the_board_is_read_less_often_after_others() -> None:
+    clock = Time()
+    power_meter, other = Told("supply", lambda: 1.0, clock), Told("other", lambda: 1.0, clock)
+    other.cumulative = True
+    power_meter.cpu, other.cpu = 0.0012, 0.001
+    made = sampler(clock, power_meter, other, cost_share=0.02)
+    run(made, clock, 30.0)
+    assert [sensor.interval_seconds for sensor in made.cost.sensors] == pytest.approx([0.1, 0.2])
+
+
 def test_one_that_is_still_too_dear_is_left_out_and_named() -> None:
     clock = Time()
     cheap, dear = Told("cheap", lambda: 1.0, clock), Told("dear", lambda: 1.0, clock)
