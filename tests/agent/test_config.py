@@ -186,7 +186,11 @@ def test_every_key_has_a_variable() -> None:
     """Each one is taken, with a value of its type."""
     samples = {int: "7", float: "7.5", str: "7", Path: "/7"}
     # What is held to the names that there are.
-    named = {("sensors", "without"): "nvidia, rapl", ("validity", "severity"): "high_load=note"}
+    named = {
+        ("sensors", "without"): "nvidia, rapl",
+        ("validity", "severity"): "high_load=note",
+        ("validity", "thresholds"): "variation_ratio=0.2, clock_reads=50",
+    }
     environment = {}
     for field in dataclasses.fields(AgentConfig):
         value = getattr(AgentConfig(), field.name)
@@ -199,6 +203,7 @@ def test_every_key_has_a_variable() -> None:
     assert config.runs.kept_limit == 7
     assert config.sensors.without_kinds == ("nvidia", "rapl")
     assert config.validity.severity == {"high_load": "note"}
+    assert config.validity.thresholds == {"variation_ratio": 0.2, "clock_reads": 50.0}
 
 
 @pytest.mark.parametrize(

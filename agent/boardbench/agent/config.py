@@ -134,8 +134,8 @@ class SensorsConfig:
     without: str = ""
     # Rail or meter that energy is taken from, as the telemetry names it; empty: the one that covers most.
     rail: str = ""
-    # Share of one processor that reading them may take: beyond it the dearest are read less often. A hundredth
-    # can't be seen in the median of a model that uses all processors. 0: whatever it takes.
+    # Share of one processor that reading them may take: beyond it the dearest are read less often. A
+    # hundredth can't be seen in the median of a model that uses all processors. 0: whatever it takes.
     cost_share: float = 0.01
 
     def __post_init__(self) -> None:
@@ -197,6 +197,9 @@ class ValidityConfig:
     # What a warning means for the measurement, by its code, where that is not to be as documented:
     # "note", "doubtful" or "invalid".
     severity: Mapping[str, str] = field(default_factory=dict)
+    # Where the doubts begin that the worker finds in the figures themselves, by name, where that is not to be
+    # as documented.
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for lower, higher in (
@@ -221,6 +224,15 @@ class ValidityConfig:
                 if name not in SEVERITIES:
                     raise ConfigurationError(
                         f"validity.severity: {code} is {name!r}; it must be {', '.join(SEVERITIES)}"
+                    )
+        if self.thresholds:
+            from boardbench.agent.bench.doubts import thresholds
+
+            names = [name for name, _, _ in thresholds()]
+            for name in self.thresholds:
+                if name not in names:
+                    raise ConfigurationError(
+                        f"validity.thresholds: there is no threshold {name!r}; there are {', '.join(names)}"
                     )
 
 

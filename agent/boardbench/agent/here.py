@@ -62,7 +62,8 @@ async def run(
 
     with tempfile.TemporaryDirectory(prefix="boardbench-") as folder:
         engines = Engines(config, Path(folder))
-        settled = plan(model, spec, await _ask(engines, spec.runtime), config.spec)
+        statuses = await _ask(engines, spec.runtime)
+        settled = plan(model, spec, statuses, config.spec, config.validity.thresholds)
         job = Job(
             run_id=run_id,
             model=model,

@@ -368,11 +368,11 @@ class Runs:
 
     async def _settle(self, order: Order) -> Plan:
         """What will be done. Looks again at what engines there are before it says that it can't be done."""
-        defaults = self._config.spec
+        defaults, thresholds = self._config.spec, self._config.validity.thresholds
         try:
-            return plan(order.model, order.spec, await self._engines.statuses(), defaults)
+            return plan(order.model, order.spec, await self._engines.statuses(), defaults, thresholds)
         except NotRunnable:
-            return plan(order.model, order.spec, await self._engines.refresh(), defaults)
+            return plan(order.model, order.spec, await self._engines.refresh(), defaults, thresholds)
 
     async def _on_disk(self, call: Callable[..., object], *arguments: object) -> None:
         try:
