@@ -17,6 +17,7 @@ import click
 
 from boardbench.agent.bench.doubts import DOUBTS, thresholds
 from boardbench.agent.bench.runtimes import ENGINES
+from boardbench.agent.board.checks import CHECKS
 from boardbench.agent.cli import parser as agent_parser
 from boardbench.agent.validity import RULES
 from boardbench.cli.errors import EXIT_CODES
@@ -38,6 +39,7 @@ def pages() -> dict[str, str]:
         "boardbench-agent.md": _agent_commands(),
         "metrics.md": _metrics(),
         "warnings.md": _warnings(),
+        "checks.md": _checks(),
         "agent-configuration.md": _agent_configuration(),
         "engines.md": _engines(),
         "requirements.md": _requirements(),
@@ -139,6 +141,11 @@ def _warnings() -> str:
         + "## Found around the worker\n\n"
         + _table(("code", "when", "severity", "why", "what to do"), around)
     )
+
+
+def _checks() -> str:
+    rows = [(f"`{check.code}`", check.subject, check.doubt) for check in CHECKS]
+    return _table(("check", "looks at", "not fit"), rows)
 
 
 def _requirements() -> str:
