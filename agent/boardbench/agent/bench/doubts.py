@@ -223,8 +223,8 @@ DOUBTS = (
     Doubt(
         "still_changing",
         DOUBTFUL,
-        "at the end of a sustained run fewer than three windows, or less than a fifth of all, have medians that "
-        f"agree within {_T.steady_ratio:.0%} or within their bounds",
+        "at the end of a sustained run fewer than three windows, or less than a fifth of all, have medians "
+        f"that agree within {_T.steady_ratio:.0%} or within their bounds",
         "where it would have ended is not known",
         "a longer --duration",
     ),
