@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,3 +278,19 @@ def fake(*, batch: int = 1) -> bytes:
         "ops": [{"type": "RELU", "unit": "UNIT_TPU"}, {"type": "ADD", "unit": "UNIT_CPU"}],
     }
     return b"boardbench-fake/1\n" + json.dumps(content).encode()
+
+
+def ell_affine(*defines: str) -> bytes:
+    """A module of the Embedded Learning Library's interface: y = max(x, 0) + x on four floats, compiled here.
+
+    ``defines`` choose variants, see ``tests/ell/module.c``. Skips the test where there is no C compiler.
+    """
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        pytest.skip("no C compiler (cc, gcc, clang) to build a module with: install gcc")
+    source = Path(__file__).resolve().parents[2] / "ell" / "module.c"
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "module.so"
+        command = [compiler, "-std=gnu11", "-O1", "-shared", "-fPIC", *(f"-D{each}" for each in defines)]
+        subprocess.run([*command, "-o", os.fspath(made), os.fspath(source)], check=True)
+        return made.read_bytes()

@@ -35,8 +35,11 @@ class Subject:
     name: str
     suffix: str
     closed: Callable[[], bytes]
-    open: Callable[[], bytes]
+    open: Callable[[], bytes] | None
     ops: int = 2
+    shape: tuple[int, ...] = (1, 4)
+    threads: bool = True
+    """Whether it can be told a number of threads."""
 
 
 SUBJECTS = (
@@ -45,6 +48,11 @@ SUBJECTS = (
     Subject("onnxruntime", ".onnx", models.onnx_affine, lambda: models.onnx_affine(batch="N")),
     # Relu and Add become one operation of its executed graph.
     Subject("openvino", ".onnx", models.onnx_affine, lambda: models.onnx_affine(batch="N"), ops=1),
+    # Compiled for one size and one number of threads.
+    Subject("ell", ".so", models.ell_affine, None, ops=1, shape=(1, 1, 4), threads=False),
+)
+WITH_OPEN_SIZES = pytest.mark.parametrize(
+    "subject", [each for each in SUBJECTS if each.open], ids=lambda subject: subject.name, indirect=True
 )
 
 
@@ -55,6 +63,7 @@ def test_every_engine_of_the_table_is_tested() -> None:
 @pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
 def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
     monkeypatch.setenv("BOARDBENCH_FAKE_RUNTIME", "1")
+    monkeypatch.setenv("BOARDBENCH_NATIVE_MODELS", "1")
     found: Subject = request.param
     return found
 
@@ -78,6 +87,7 @@ def file(subject: Subject, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_file(subject: Subject, tmp_path: Path) -> Path:
+    assert subject.open is not None, "a test with this is for those of WITH_OPEN_SIZES"
     path = tmp_path / f"open{subject.suffix}"
     path.write_bytes(subject.open())
     return path
@@ -116,14 +126,14 @@ def test_it_has_the_cpu_first(runtime: Runtime) -> None:
     assert all(device == device.lower() for device in devices)
 
 
-def test_tensors_are_told_whole(model: LoadedModel) -> None:
+def test_tensors_are_told_whole(model: LoadedModel, subject: Subject) -> None:
     for tensors in (model.inputs, model.outputs):
         names = [tensor.name for tensor in tensors]
         assert all(names)
         assert len(set(names)) == len(names)
         for tensor in tensors:
             assert np.dtype(tensor.dtype).name == tensor.dtype
-            assert tensor.shape == (1, 4)
+            assert tensor.shape == subject.shape
 
 
 def test_outputs_are_as_they_were_announced(model: LoadedModel) -> None:
@@ -138,7 +148,7 @@ def test_outputs_are_as_they_were_announced(model: LoadedModel) -> None:
 @pytest.mark.parametrize("subject", SUBJECTS[1:], ids=lambda subject: subject.name, indirect=True)
 def test_real_engines_compute(model: LoadedModel) -> None:
     (tensor,) = model.inputs
-    feed = np.array([[-2.0, -1.0, 0.5, 3.0]], np.float32)
+    feed = np.array([-2.0, -1.0, 0.5, 3.0], np.float32).reshape(tensor.shape)
     (output,) = model.fetch(model.bind({tensor.name: feed})()).values()
     assert np.array_equal(output, np.maximum(feed, 0) + feed)
 
@@ -264,6 +274,7 @@ def test_closing_twice_is_closing_once(runtime: Runtime, file: Path) -> None:
     loaded.close()
 
 
+@WITH_OPEN_SIZES
 def test_an_open_size_that_nobody_settled_is_listed_with_its_option(
     runtime: Runtime, open_file: Path
 ) -> None:
@@ -271,6 +282,7 @@ def test_an_open_size_that_nobody_settled_is_listed_with_its_option(
         load(runtime, open_file)
 
 
+@WITH_OPEN_SIZES
 def test_an_open_size_is_settled_by_name_or_position(runtime: Runtime, open_file: Path, file: Path) -> None:
     closed = load(runtime, file)
     (name,) = (tensor.name for tensor in closed.inputs)
@@ -286,6 +298,7 @@ def test_an_open_size_is_settled_by_name_or_position(runtime: Runtime, open_file
 @pytest.mark.parametrize(
     "shapes", [{"nosuch": (1, 4)}, {"arr_0": (1, 5)}, {"arr_0": (4,)}, {"arr_1": (1, 4)}]
 )
+@WITH_OPEN_SIZES
 def test_shapes_that_do_not_fit_are_refused(
     runtime: Runtime, open_file: Path, shapes: dict[str, tuple[int, ...]]
 ) -> None:
@@ -293,6 +306,7 @@ def test_shapes_that_do_not_fit_are_refused(
         load(runtime, open_file, shapes=shapes)
 
 
+@WITH_OPEN_SIZES
 def test_a_shape_of_more_memory_than_there_is_is_refused(runtime: Runtime, open_file: Path) -> None:
     with pytest.raises(InputsRejected, match="bytes of memory are available"):
         load(runtime, open_file, shapes={"arr_0": (2**31 - 1, 4)})
@@ -318,7 +332,11 @@ def test_options_in_force_can_be_given_again(runtime: Runtime, file: Path) -> No
     again.close()
 
 
-def test_threads_are_recorded(runtime: Runtime, file: Path) -> None:
+def test_threads_are_recorded(runtime: Runtime, file: Path, subject: Subject) -> None:
+    if not subject.threads:
+        with pytest.raises(OptionRejected, match="threads"):
+            load(runtime, file, threads=2)
+        return
     loaded = load(runtime, file, threads=2)
     assert loaded.threads == 2
     loaded.close()

@@ -58,6 +58,7 @@ ENGINES = (
         profiler=f"{_HERE}.openvino",
         more_devices="gpu and npu need the drivers of the hardware (libOpenCL.so.1, Intel compute runtime)",
     ),
+    Engine("ell", f"{_HERE}.ell", "EllRuntime", ("ell",), profiler=f"{_HERE}.ell"),
     Engine(
         "fake",
         f"{_HERE}.fake",
