@@ -171,6 +171,41 @@ def test_intel_turbo_is_told_as_turbo(tmp_path: Path, data: Path) -> None:
     assert text(tmp_path, f"{CPU}/intel_pstate/no_turbo") == "0"
 
 
+def test_the_energy_preference_is_set_before_the_governor_and_put_back_after_it(
+    policied: Path, data: Path
+) -> None:
+    policy = f"{CPU}/cpufreq/policy4"
+    write(
+        policied,
+        {
+            f"{policy}/energy_performance_preference": "balance_power",
+            f"{policy}/energy_performance_available_preferences": "default performance balance_power power",
+            f"{CPU}/cpufreq/policy0/energy_performance_preference": "128",
+        },
+    )
+    before = contents(policied)
+    tuner = Tuner(policied, data)
+    told = tuner.acquire("test")
+    assert told[1:3] == [
+        "cpu4-5 energy preference: balance_power → performance",
+        "cpu0-5 governor: schedutil → performance",
+    ]
+    assert text(policied, f"{CPU}/cpufreq/policy0/energy_performance_preference") == "128"
+    tuner.release("test")
+    assert contents(policied) == before
+    kinds = [change["kind"] for change in journal_of(policied, data)]
+    assert kinds == ["boost", "preference", "governor", "governor", "least", "least", "autosuspend"]
+
+
+def journal_of(root: Path, data: Path) -> list[dict[str, str]]:
+    """What is on disk while the board is set; it is put back in the reverse order."""
+    tuner = Tuner(root, data)
+    tuner.acquire("look")
+    changes = json.loads((data / "tuning/journal.json").read_text())["changes"]
+    tuner.release("look")
+    return list(changes)
+
+
 def test_turbo_of_each_policy(policied: Path, data: Path) -> None:
     (policied / CPU / "cpufreq/boost").unlink()
     write(policied, {f"{CPU}/cpufreq/policy4/boost": "1"})

@@ -103,6 +103,7 @@ class Examiner:
         from boardbench.agent.board.watch import watch
 
         config = self._config
+        running = self._running()
         return View(
             root=config.sys_root,
             board=self._identify(),
@@ -111,8 +112,9 @@ class Examiner:
             data_dir=config.data_dir,
             free_bytes=_free_bytes(config.data_dir),
             free_floor_bytes=config.store.free_floor_bytes,
-            running_run_id=self._running(),
-            work=watch(config.sys_root),
+            running_run_id=running,
+            # Then the load is the run's, and looking at every process would be some more.
+            work=watch(config.sys_root) if not running else None,
             clock_kept=clock_kept() if config.sys_root == Path("/") else None,
             without=config.sensors.without_kinds,
         )

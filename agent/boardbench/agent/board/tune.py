@@ -1,8 +1,9 @@
 """Sets a board up for measuring, and puts everything back: after the time, at the end, and after a crash.
 
-What is set: the processors' governor and least frequency, so that they run at one frequency; turbo off, so
-that this frequency does not depend on heat; a Coral stick's USB autosuspend off; on a Jetson what NVIDIA's
-own ``jetson_clocks`` sets, the fan included. Nothing here needs a reboot, and nothing raises a limit.
+What is set: the processors' governor, energy preference and least frequency, so that they run at one
+frequency; turbo off, so that it does not depend on heat; a Coral stick's USB autosuspend off; on a Jetson
+what NVIDIA's own ``jetson_clocks`` sets, the fan included. Nothing here needs a reboot, and nothing raises a
+limit.
 
 What was there before is on disk before anything is changed:
 
@@ -69,6 +70,7 @@ class _Kind:
 
 _KINDS = {
     "governor": _Kind("governor", re.compile(rf"{_POLICY}/scaling_governor"), {}),
+    "preference": _Kind("energy preference", re.compile(rf"{_POLICY}/energy_performance_preference"), {}),
     "least": _Kind("least frequency", re.compile(rf"{_POLICY}/scaling_min_freq"), {}),
     "boost": _Kind("turbo", re.compile(rf"(?:{_CPU}/cpufreq|{_POLICY})/boost"), _ON_OFF),
     "no_turbo": _Kind("turbo", re.compile(rf"{_CPU}/intel_pstate/no_turbo"), _OFF_ON),
@@ -573,8 +575,14 @@ def _turbo(root: Path) -> Iterator[Setting]:
 
 
 def _frequencies(root: Path) -> Iterator[Setting]:
-    """Governors first: some drivers take the bounds anew from them."""
+    """The order matters: under the governor performance drivers move the preference and refuse another one
+    (intel_pstate, amd-pstate), and some take the bounds anew from the governor.
+    """
     found = [policy for policy in policies(root) if not _held(policy)]
+    for policy in found:
+        path = f"{policy.path}/energy_performance_preference"
+        if "performance" in (_read(root / f"{policy.path}/energy_performance_available_preferences") or ""):
+            yield Setting("preference", policy.name, path, "performance")
     for policy in found:
         if not policy.governors or "performance" in policy.governors:
             yield Setting("governor", policy.name, f"{policy.path}/scaling_governor", "performance")
@@ -633,7 +641,7 @@ def _why(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"not allowed for the agent's user (uid {os.geteuid()})"
     if error.errno == errno.EROFS:
-        return "read-only here, as in a container; do it on the host"
+        return "read-only for the agent (a container, or its unit's ProtectKernelTunables)"
     return error.strerror or str(error)
 
 
