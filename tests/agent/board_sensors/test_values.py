@@ -332,6 +332,9 @@ def test_packages_that_only_the_memory_mapped_way_shows(tmp_path: Path) -> None:
 def test_meters_say_what_they_cover() -> None:
     assert total(hwmon_power.find(BOARDS / "mini_pc_usb_meter")) == {"powerz": (10.0931, Coverage.BOARD)}
     assert values(hwmon_power.find(BOARDS / "mini_pc_usb_meter"), "power_watts")["ina226"] == 2.023
+    assert values(hwmon_power.find(BOARDS / "mini_pc_usb_meter"), "current_amperes") == {
+        "ina226": 0.611, "powerz": 0.842,
+    }  # fmt: skip
     assert total(hwmon_power.find(BOARDS / "server_two_sockets")) == {"power_meter": (212.0, Coverage.BOARD)}
     assert total(hwmon_power.find(BOARDS / "laptop_amd")) == {"amdgpu PPT": (6.174, Coverage.DEVICE)}
 

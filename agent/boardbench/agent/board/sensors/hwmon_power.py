@@ -1,8 +1,8 @@
-"""Power and energy by whatever meter has a driver in hwmon.
+"""Power, energy and current by whatever meter has a driver in hwmon.
 
 ``/sys/class/hwmon/hwmon*``: ``power*_input`` or ``power*_average`` in microwatts, ``energy*_input`` in
-microjoules since the driver started, ``*_label`` their names (Documentation/hwmon/sysfs-interface.rst of
-the Linux kernel). What a meter's chip is soldered to the kernel does not know: unless its driver says it,
+microjoules since the driver started, ``curr*_input`` in milliamperes, ``*_label`` their names
+(Documentation/hwmon/sysfs-interface.rst of the Linux kernel). What a meter's chip is soldered to the kernel does not know: unless its driver says it,
 that is one rail.
 
 - ``power_meter`` (ACPI): the whole machine (Documentation/hwmon/acpi_power_meter.rst).
@@ -10,7 +10,7 @@ that is one rail.
   whose sign is the direction (Documentation/hwmon/powerz.rst).
 - ``amdgpu``, ``i915``, ``xe``, ``nouveau``: the graphics card, or with amdgpu on a chip with a GPU inside,
   the chip.
-- ``fam15h_power``, ``amd_energy``: the processor.
+- ``fam15h_power``: the processor.
 
 The INA3221 of Jetsons is in ``ina3221.py``, batteries are in ``battery.py``.
 """
@@ -39,9 +39,15 @@ _POWERZ = "powerz"
 _LEFT_OUT = re.compile(r"ina3221|BAT\w*|ucsi_source_psy_.*|tcpm_source_psy_.*|hidpp_battery_\d+|ADP\w*|AC\w*")
 
 _MICRO = 1e6
-# A megawatt is no board.
-_MOST_MICROWATTS = 10**12
-_FILE = re.compile(r"(power|energy)(\d{1,3})_(input|average)")
+# A megawatt is no board, nor is a million amperes.
+_MOST = 1e6
+_FILE = re.compile(r"(power|energy|curr)(\d{1,3})_(input|average)")
+# What a kind of file is, and how many of its units are one of ours.
+_KINDS = {
+    "power": ("power_watts", _MICRO),
+    "energy": ("energy_joules", _MICRO),
+    "curr": ("current_amperes", 1000.0),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Channel:
     quantity: str
     source: str
     path: Path
-    coverage: Coverage
+    # How many of what is read are one of the quantity's unit.
+    unit: float
+    coverage: Coverage | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Meter:
     channels: tuple[Channel, ...]
 
     def read(self) -> Iterable[Reading]:
-        """Watts, and joules since the driver started."""
+        """Watts, amperes, and joules since the driver started."""
         parts: list[Callable[[], Iterable[Reading]]] = [
             lambda channel=channel: _read(channel)  # type: ignore[misc]
             for channel in self.channels
@@ -73,14 +81,13 @@ class Meter:
 def _read(channel: Channel) -> Iterable[Reading]:
     cumulative = channel.quantity == "energy_joules"
     # A current may flow back, so watts may be below zero; a counter may not.
-    micro = sysfs.number_if_any(channel.path, least=0 if cumulative else None)
-    if micro is None:
+    number = sysfs.number_if_any(channel.path, least=0 if cumulative else None)
+    if number is None:
         return
-    if not cumulative and abs(micro) > _MOST_MICROWATTS:
-        raise sysfs.fault(channel.path, f"{micro} µW")
-    yield Reading(
-        channel.quantity, channel.source, micro / _MICRO, cumulative=cumulative, coverage=channel.coverage
-    )
+    value = number / channel.unit
+    if not cumulative and abs(value) > _MOST:
+        raise sysfs.fault(channel.path, f"{value:g}")
+    yield Reading(channel.quantity, channel.source, value, cumulative=cumulative, coverage=channel.coverage)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class UsbMeter:
         """Watts, volts and amperes, positive whichever way it was plugged in."""
         volts = abs(sysfs.number(self.folder / "in0_input")) / 1000
         amperes = abs(sysfs.number(self.folder / "curr1_input")) / 1000
-        if volts * amperes > _MOST_MICROWATTS / _MICRO:
+        if volts * amperes > _MOST:
             raise sysfs.fault(self.folder, f"{volts:g} V × {amperes:g} A")
         yield Reading("power_watts", self.name, volts * amperes, coverage=Coverage.BOARD)
         yield Reading("voltage_volts", self.name, volts)
@@ -129,10 +136,10 @@ def _channels(folder: Path, chip: str, taken: set[str]) -> Iterable[Channel]:
             continue
         many = sum(other.group(1) == kind and other.group(2) != number for other, _ in matches) > 0
         label = sysfs.word(folder / f"{kind}{number}_label") or (number if many else "")
-        quantity = "power_watts" if kind == "power" else "energy_joules"
+        quantity, unit = _KINDS[kind]
         name = f"{chip} {label}".strip()
         source = name if (key := f"{quantity} {name}") not in taken else f"{name} ({folder.name})"
         taken.add(key)
         # Only the first channel is the whole: what comes after it are parts.
         coverage = _COVERAGES.get(chip, Coverage.RAIL) if number == "1" else Coverage.RAIL
-        yield Channel(quantity, source, file, coverage)
+        yield Channel(quantity, source, file, unit, None if kind == "curr" else coverage)
