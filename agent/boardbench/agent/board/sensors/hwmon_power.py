@@ -2,8 +2,8 @@
 
 ``/sys/class/hwmon/hwmon*``: ``power*_input`` or ``power*_average`` in microwatts, ``energy*_input`` in
 microjoules since the driver started, ``curr*_input`` in milliamperes, ``*_label`` their names
-(Documentation/hwmon/sysfs-interface.rst of the Linux kernel). What a meter's chip is soldered to the kernel does not know: unless its driver says it,
-that is one rail.
+(Documentation/hwmon/sysfs-interface.rst of the Linux kernel). What a meter's chip is soldered to the kernel
+does not know: unless its driver says it, that is one rail.
 
 - ``power_meter`` (ACPI): the whole machine (Documentation/hwmon/acpi_power_meter.rst).
 - ``powerz`` (ChargerLAB POWER-Z, between supply and board): ``in0_input`` (mV) × ``curr1_input`` (mA),
