@@ -260,7 +260,7 @@ def interference_block(result: result_pb2.RunResult) -> RenderableType | None:
     if not interference.HasField("slowdown_ratio"):
         return Text(f"beside {others}; by how much that slowed it is not known", DOUBTFUL)
     ratio = interference.slowdown_ratio
-    text = Text(f"{figures.digits(ratio, 3)} × as slow beside {others}", _slow_style(ratio))
+    text = Text(f"takes {figures.digits(ratio, 3)} × as long beside {others}", _slow_style(ratio))
     if interference.HasField("slowdown_low_ratio") and interference.HasField("slowdown_high_ratio"):
         low, high = interference.slowdown_low_ratio, interference.slowdown_high_ratio
         text.append(f" ({figures.digits(low, 3)} … {figures.digits(high, 3)})")
@@ -282,7 +282,7 @@ def _compared(comparison: result_pb2.Comparison) -> Text:
     how = (
         f"{figures.digits(1 / ratio, 4)} × as fast as {other}"
         if ratio < 1
-        else f"{figures.digits(ratio, 4)} × as slow as {other}"
+        else f"takes {figures.digits(ratio, 4)} × as long as {other}"
     )
     text = Text()
     if not comparison.HasField("differs"):
