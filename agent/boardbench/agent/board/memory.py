@@ -25,7 +25,9 @@ _LINE = re.compile(rb"^Vm(RSS|Swap):\s*(\d{1,15}) kB$", re.MULTILINE)
 _QUANTITIES = {b"RSS": RESIDENT, b"Swap": SWAPPED}
 
 _MIB = 1024 * 1024
-# What is left of the way down when it is said to have begun: memory is never quite still before.
+# Less than this share of what was available is no fall.
+_FALL = 0.1
+# Share of the way down that is behind when it is said to have begun: memory is never quite still before.
 _BEGUN = 0.05
 
 
@@ -69,18 +71,20 @@ class WorkerMemory:
 
 def last_words(timeline: Timeline) -> str:
     """How memory went in the end, as a sentence; empty when it was not sampled."""
-    end = timeline.last(AVAILABLE, BOARD)
-    if end is None:
+    points = timeline.within(AVAILABLE, BOARD, 0.0, float("inf"))
+    if not points:
         return ""
-    held = timeline.within(RESIDENT, WORKER, 0.0, end.seconds)
-    most = max((point.greatest for point in held), default=None)
-    worker = "" if most is None else f"; the worker held {most / _MIB:.0f} MiB"
-    points = timeline.within(AVAILABLE, BOARD, 0.0, end.seconds)
+    held = timeline.within(RESIDENT, WORKER, 0.0, float("inf"))
+    worker = f"; the worker held {max(point.greatest for point in held) / _MIB:.0f} MiB" if held else ""
     low = min(points, key=lambda point: point.least)
     before = [point for point in points if point.seconds <= low.seconds]
     high = max(point.greatest for point in before)
+    if high - low.least < _FALL * high:
+        return f"{low.least / _MIB:.0f} MiB were available at all times{worker}"
     # The latest moment at which it was still nearly as much.
     enough = high - _BEGUN * (high - low.least)
     begin = max(point.seconds for point in before if point.greatest >= enough)
-    seconds = low.seconds - begin
-    return f"available fell from {high / _MIB:.0f} to {low.least / _MIB:.0f} MiB in {seconds:.1f} s{worker}"
+    return (
+        f"available fell from {high / _MIB:.0f} to {low.least / _MIB:.0f} MiB in {low.seconds - begin:.1f} s"
+        f"{worker}"
+    )
