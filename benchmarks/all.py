@@ -7,13 +7,18 @@ import sys
 import first_inference
 import idle
 import overhead
+import sensors
+import tools
 import upload
 from report import run
 
 if __name__ == "__main__":
     sys.exit(
         run(
-            [(each.measure, each.add_arguments) for each in (overhead, upload, first_inference, idle)],
+            [
+                (each.measure, each.add_arguments)
+                for each in (overhead, tools, sensors, upload, first_inference, idle)
+            ],
             __doc__,
         )
     )
