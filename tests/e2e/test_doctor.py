@@ -152,6 +152,34 @@ def test_nothing_is_set_while_a_run_is_measured(
     client.process.wait(30)
 
 
+def test_a_run_that_tunes_leaves_what_doctor_has_set(programs: Any, board: Board, demo_onnx: Path) -> None:
+    agent = programs.agent(environment=board.environment)
+    quick = ("--duration", "0.2", "--min-runs", "3", "--warm-up", "0")
+    to = ("--to", agent.address, "--format", "json")
+    programs.client("doctor", "--to", agent.address, "--fix")
+    result = programs.client("push", demo_onnx, *to, *quick, "--tune").json
+    assert "cpu0-3 governor: ondemand → performance" in result["environment"]["tuned"]
+    assert board.is_set, "the hour is not over"
+    programs.client("doctor", "--to", agent.address, "--restore", code=1)
+    assert board.is_as_it_was
+    result = programs.client("push", demo_onnx, *to, *quick, "--tune").json
+    assert "turbo: on → off" in result["environment"]["tuned"]
+    assert board.is_as_it_was
+
+
+def test_a_board_that_a_killed_run_had_tuned(
+    programs: Any, board: Board, demo_onnx: Path, eventually: Any
+) -> None:
+    agent = programs.agent(environment=board.environment)
+    client = programs.client.begin("push", demo_onnx, "--to", agent.address, *LONG, "--tune")
+    eventually("the board is set", lambda: board.is_set)
+    agent.program.end(signal.SIGKILL)
+    assert board.is_set
+    client.kill()
+    programs.agent("again", data_dir=agent.data_dir, environment=board.environment)
+    assert board.is_as_it_was
+
+
 def test_without_a_server(programs: Any, board: Board, eventually: Any, tmp_path: Path) -> None:
     """boardbench-agent doctor: held as long as it runs; what a killed one left is put back by --restore."""
     data = ("--data-dir", str(tmp_path / "data"))
