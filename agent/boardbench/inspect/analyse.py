@@ -94,8 +94,6 @@ def inspect_bytes(
     collects = gc.isenabled()
     gc.disable()
     try:
-        if budget is None:
-            budget = Budget(len(data) + (0 if original is None else len(original)))
         return _inspect_bytes(name, data, original, target, weights, budget)
     finally:
         if collects:
@@ -108,11 +106,13 @@ def _inspect_bytes(
     original: Optional[memoryview],
     target: str,
     weights: Optional[Path],
-    budget: Budget,
+    budget: Optional[Budget],
 ) -> ModelReport:
     if len(data) == 0:
         raise Malformed("the file is empty")
     base = ModelReport(name, _digest(data), len(data), sniff_bytes(data))
+    if budget is None:
+        budget = Budget(len(data) + (0 if original is None else len(original)), base.format)
     if base.format == "tflite":
         if original is None:
             return tflite_report.report(base, data, None, target, budget)

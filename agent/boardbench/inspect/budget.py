@@ -1,19 +1,23 @@
 """How much work a file may cause, so that none takes long: a file can unfold into more than it is.
 
-A step is what Python does in about a microsecond of a fast machine: one table, one field, one operation's
-edge. Steps are bounded by the size of the file, which bounds the memory, and for every size by MOST_STEPS,
+A step is what Python does in about half a microsecond of a laptop: a field of a protocol buffer, a third of a
+table. Steps are bounded by the size of the file, which bounds the memory, and for every size by MOST_STEPS,
 which bounds the time. Bytes that are looked at, each of which takes about a nanosecond, are bounded by the
 size alone.
 """
 
 from __future__ import annotations
 
+from typing import Mapping
+
 from boardbench.inspect.errors import Malformed, TooLarge
 
-# A model of 20,000 convolutions, far more than any for an edge board, takes some 400,000.
-MOST_STEPS = 6_000_000
-# The densest real files, graphs without constants, take a step for some 10 bytes.
-_STEPS_AT_LEAST, _BYTES_PER_STEP = 30_000, 4
+# A TensorFlow Lite file of 20,000 convolutions, far more than any for an edge board, takes 2,150,000; an ONNX
+# file of 20,000 nodes takes 900,000.
+MOST_STEPS = 2_100_000
+# The densest real files, graphs without constants: TensorFlow Lite takes a step for some 5 bytes, ONNX for 3.
+_STEPS_AT_LEAST, _BYTES_PER_STEP = 60_000, 2
+_BYTES_PER_STEP_OF: Mapping[str, int] = {"tflite": 4, "executorch": 4}
 # Every byte is looked at once, as a constant or as structure; writers share equal vectors and texts.
 _LOOKS_PER_BYTE, _LOOKS_AT_LEAST = 2, 1 << 20
 # What archives hold is text and small pickles beside the constants, which do not get smaller by packing.
@@ -21,15 +25,18 @@ _UNPACKED_PER_BYTE, _UNPACKED_AT_LEAST = 4, 16 << 20
 
 
 class Budget:
-    """What is left of the work that one report may take; the readers of a file share one.
+    """What is left of the work that one report may take, on a file of that size and format.
+
+    The readers of the file share one.
 
     Hot loops take from ``steps_left`` themselves and call :meth:`exhausted` below zero.
     """
 
     __slots__ = ("bytes_left", "most_steps", "steps_left", "unpacked_left")
 
-    def __init__(self, size_bytes: int) -> None:
-        self.most_steps = min(MOST_STEPS, _STEPS_AT_LEAST + size_bytes // _BYTES_PER_STEP)
+    def __init__(self, size_bytes: int, format: str = "") -> None:
+        bytes_per_step = _BYTES_PER_STEP_OF.get(format, _BYTES_PER_STEP)
+        self.most_steps = min(MOST_STEPS, _STEPS_AT_LEAST + size_bytes // bytes_per_step)
         self.steps_left = self.most_steps
         self.bytes_left = size_bytes * _LOOKS_PER_BYTE + _LOOKS_AT_LEAST
         self.unpacked_left = size_bytes * _UNPACKED_PER_BYTE + _UNPACKED_AT_LEAST

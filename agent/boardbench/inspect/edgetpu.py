@@ -39,6 +39,8 @@ from boardbench.inspect.tflite import Model, Operator, Subgraph, closure, produc
 
 # The size of what is told about a list of operations in one sentence.
 _LISTED = 8
+# To ask all rules about an operation.
+_STEPS_PER_JUDGEMENT = 12
 
 
 def compiled_nodes(model: Model) -> List[Operator]:
@@ -283,6 +285,8 @@ def _own_reasons(model: Model) -> Dict[int, Reason]:
     context = Context(model, model.main)
     found: Dict[int, Reason] = {}
     for operator in model.main.operators:
+        edges = len(operator.inputs) + len(operator.outputs)
+        model.budget.spend(_STEPS_PER_JUDGEMENT + 2 * edges, "the TensorFlow Lite model")
         reason = why_not(context, operator)
         if reason is not None:
             found[operator.index] = reason

@@ -32,14 +32,16 @@ F32 = struct.Struct("<f")
 
 # Names longer than this are cut: they are for people.
 _LONGEST_NAME = 4096
-# Elements of a vector, or bytes of a text, that take about as long as a step of the budget.
-_ELEMENTS_PER_STEP, _BYTES_PER_STEP = 8, 256
-# A table's description is read once, and the plan for reading its fields made: so many steps.
-_STEPS_PER_DESCRIPTION = 8
+# How many steps of the budget things take.
+_STEPS_PER_TABLE, _STEPS_PER_VECTOR = 3, 2
+# A table's description is read once, and the plan for reading its fields made.
+_STEPS_PER_DESCRIPTION = 24
+# Elements of a vector, or bytes of a text, that take about as long as a step.
+_ELEMENTS_PER_STEP, _BYTES_PER_STEP = 4, 256
 # No table of any format that is read here has as many fields.
 _MOST_FIELDS = 48
 # Vectors are mostly short: their formats, and their marks, are made once.
-_SHORT = 9
+_SHORT = 8
 _SHORT_MARK = 65
 
 # What a table points to: (field, "text" | "vector" | "table" | "tables" | "union", more), where more is the
@@ -66,6 +68,15 @@ class Fields:
 # How the fields are read: size of the table, from bytes and position to values, place of each (0: absent).
 _Plan = Tuple[int, Callable[[memoryview, int], Tuple[int, ...]], Tuple[int, ...]]
 
+# (position of the table, fields, number of its purpose) → values of the fields, and the place of each in the
+# table; a place of 0 is that of an absent field.
+_Record = Callable[[int, Fields, int], Tuple[Tuple[int, ...], Tuple[int, ...]]]
+# (position of the vector, bytes of an element, bytes behind it that belong to it, number of its purpose) →
+# where its elements begin and end, which are not read.
+_Skipped = Callable[[int, int, int, int], Tuple[int, int]]
+# (position of the vector, letter of struct, bytes of an element, number of its purpose) → its elements.
+_Numbers = Callable[[int, str, int, int], Tuple[int, ...]]
+
 
 class FlatBuffer:
     """The bytes of one buffer; positions are relative to its first byte.
@@ -81,7 +92,10 @@ class FlatBuffer:
         "data",
         "ledger",
         "marks",
+        "numbers_at",
+        "record",
         "size",
+        "skipped_at",
         "what",
     )
 
@@ -90,12 +104,16 @@ class FlatBuffer:
         self.size = len(data)
         self.what = what
         self.ledger = ledger
-        self.budget: Budget = ledger.budget(self.size)
+        self.budget: Budget = ledger.budget(self.size, "tflite")
         self.base = ledger.base
         self.marks = ledger.marks(self.size)
         # Position → size of the table, places of its fields.
         self._vtables: Dict[int, Tuple[int, Tuple[int, ...]]] = {}
         self._plans: Dict[int, Dict[int, _Plan]] = {}
+        # What is called a hundred thousand times for a large file: made here, with all that it needs at hand.
+        self.record: _Record = _record(self)
+        self.skipped_at: _Skipped = _skipped(self)
+        self.numbers_at: _Numbers = _numbers(self)
 
     def root(self, identifier: bytes = b"") -> "Table":
         """The first table; raises Malformed when the identifier is another one."""
@@ -131,9 +149,9 @@ class FlatBuffer:
     # ---- tables
 
     def vtable_of(self, at: int) -> int:
-        """Where the description of the table at ``at`` is, which may be anywhere; takes a step."""
+        """Where the description of the table at ``at`` is, which may be anywhere; takes steps."""
         budget = self.budget
-        budget.steps_left -= 1
+        budget.steps_left -= _STEPS_PER_TABLE
         if budget.steps_left < 0:
             budget.exhausted(self.what)
         if at < 0 or at + 4 > self.size:
@@ -141,33 +159,8 @@ class FlatBuffer:
         vtable: int = at - _BACK.unpack_from(self.data, at)[0]
         return vtable
 
-    def record(self, at: int, fields: Fields, number: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
-        """(values, places in the file) of the fields of the table at ``at``; a place of 0 is an absent field.
-
-        ``number`` is what the table is marked as.
-        """
-        # As vtable_of does it: a file has many tables.
-        budget = self.budget
-        budget.steps_left -= 1
-        if budget.steps_left < 0 or at < 0 or at + 4 > self.size:
-            budget.steps_left += 1
-            self.vtable_of(at)
-        vtable = at - _BACK.unpack_from(self.data, at)[0]
-        try:
-            size, read, places = self._plans[fields.number][vtable]
-        except KeyError:
-            size, read, places = self._plan(vtable, fields)
-        if at + size > self.size:
-            raise self.broken("has a table that ends outside the file", at)
-        if size < _SHORT_MARK:
-            start = self.base + at
-            self.marks[start : start + size] = _MARKS[number][size]
-        else:
-            self.mark_as(at, at + size, number)
-        return read(self.data, at), places
-
-    def _plan(self, vtable: int, fields: Fields) -> _Plan:
-        """How the fields are read of tables with this description."""
+    def plan(self, vtable: int, fields: Fields) -> _Plan:
+        """How the fields are read of tables with this description; kept for the next of them."""
         size, offsets = self._description(vtable)
         places = tuple([offsets[field] if field < len(offsets) else 0 for field, _, _ in fields.fields])
         kinds = [struct.Struct("<" + letter) for _, letter, _ in fields.fields]
@@ -223,7 +216,7 @@ class FlatBuffer:
     # ---- vectors
 
     def vector_at(self, at: int, width: int, visit: bool) -> Tuple[int, int]:
-        """(position of the first element, number of elements) of the vector at ``at``; takes a step.
+        """(position of the first element, number of elements) of the vector at ``at``; takes steps.
 
         ``visit`` says that its elements are going to be read.
         """
@@ -233,7 +226,7 @@ class FlatBuffer:
         if at + 4 + count * width > self.size:
             raise self.broken(f"has a list of {count} that ends outside the file", at)
         budget = self.budget
-        budget.steps_left -= 1
+        budget.steps_left -= _STEPS_PER_VECTOR
         if visit:
             budget.bytes_left -= count * width + 4
             if budget.bytes_left < 0:
@@ -245,35 +238,6 @@ class FlatBuffer:
             budget.exhausted(self.what)
         return at + 4, count
 
-    def skipped_at(self, at: int, width: int, more: int, number: int) -> Tuple[int, int]:
-        """(start, stop) of the elements of the vector at ``at``, which are visited and marked, not read.
-
-        ``more`` bytes behind it belong to it.
-        """
-        start, count = self.vector_at(at, width, True)
-        stop = start + count * width
-        size = stop + more - at
-        if size < _SHORT_MARK and at + size <= self.size:
-            at += self.base
-            self.marks[at : at + size] = _MARKS[number][size]
-        else:
-            self.mark_as(at, at + size, number)
-        return start, stop
-
-    def numbers_at(self, at: int, letter: str, width: int, number: int) -> Tuple[int, ...]:
-        """The elements of the vector of numbers at ``at``, which is marked as ``number``."""
-        start, count = self.vector_at(at, width, True)
-        size = 4 + width * count
-        if size < _SHORT_MARK:
-            at += self.base
-            self.marks[at : at + size] = _MARKS[number][size]
-        else:
-            self.mark_as(at, at + size, number)
-        if count < _SHORT:
-            short = _FORMATS.get((letter, count)) or _format(letter, count)
-            return short.unpack_from(self.data, start)
-        return struct.unpack_from(f"<{count}{letter}", self.data, start)
-
     def text_at(self, at: int, number: int) -> str:
         """The string at ``at``, which is marked as ``number``. Bytes that are no UTF-8 are replaced."""
         start, count = self.vector_at(at, 1, True)
@@ -284,8 +248,8 @@ class FlatBuffer:
     def places_at(self, at: int, number: int) -> List[int]:
         """Where the things are that the vector of pointers at ``at`` points to."""
         start, count = self.vector_at(at, 4, True)
-        # Before a list of that length is made: each of them will take a step at least.
-        if count > self.budget.steps_left:
+        # Before a list of that length is made: each of them will take so many at least.
+        if count * _STEPS_PER_TABLE > self.budget.steps_left:
             self.budget.exhausted(self.what)
         self.mark_as(at, start + 4 * count, number)
         offsets = struct.unpack_from(f"<{count}I", self.data, start)
@@ -386,6 +350,88 @@ class Table:
 _FORMATS: Dict[Tuple[str, int], struct.Struct] = {}
 # Number of a purpose → runs of it by their length.
 _MARKS = [[bytes((number,)) * size for size in range(_SHORT_MARK)] for number in range(16)]
+
+
+def _record(buffer: FlatBuffer) -> _Record:
+    data, size, base, marks, budget = buffer.data, buffer.size, buffer.base, buffer.marks, buffer.budget
+    plans, back = buffer._plans, _BACK.unpack_from
+
+    def record(at: int, fields: Fields, number: int) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+        budget.steps_left -= _STEPS_PER_TABLE
+        if budget.steps_left < 0:
+            budget.exhausted(buffer.what)
+        if at < 0 or at + 4 > size:
+            raise buffer.broken("points outside the file", at)
+        vtable = at - back(data, at)[0]
+        try:
+            table_size, read, places = plans[fields.number][vtable]
+        except KeyError:
+            table_size, read, places = buffer.plan(vtable, fields)
+        if at + table_size > size:
+            raise buffer.broken("has a table that ends outside the file", at)
+        if table_size < _SHORT_MARK:
+            start = base + at
+            marks[start : start + table_size] = _MARKS[number][table_size]
+        else:
+            buffer.mark_as(at, at + table_size, number)
+        return read(data, at), places
+
+    return record
+
+
+def _skipped(buffer: FlatBuffer) -> _Skipped:
+    data, size, base, marks, budget = buffer.data, buffer.size, buffer.base, buffer.marks, buffer.budget
+    length = _SIZE.unpack_from
+
+    def skipped_at(at: int, width: int, more: int, number: int) -> Tuple[int, int]:
+        stop = size + 1
+        if 0 <= at <= size - 4:
+            stop = at + 4 + length(data, at)[0] * width
+        run = stop + more - at
+        if stop > size or run >= _SHORT_MARK:
+            start, count = buffer.vector_at(at, width, True)
+            stop = start + count * width
+            buffer.mark_as(at, stop + more, number)
+            return start, stop
+        budget.steps_left -= _STEPS_PER_VECTOR
+        budget.bytes_left -= run
+        if budget.steps_left < 0:
+            budget.exhausted(buffer.what)
+        if budget.bytes_left < 0:
+            budget.look(0, buffer.what)
+        start = base + at
+        # A text at the very end of the file may lack the zero behind it.
+        if stop + more > size:
+            run = size - at
+        marks[start : start + run] = _MARKS[number][run]
+        return at + 4, stop
+
+    return skipped_at
+
+
+def _numbers(buffer: FlatBuffer) -> _Numbers:
+    data, size, base, marks, budget = buffer.data, buffer.size, buffer.base, buffer.marks, buffer.budget
+    length = _SIZE.unpack_from
+
+    def numbers_at(at: int, letter: str, width: int, number: int) -> Tuple[int, ...]:
+        count = length(data, at)[0] if 0 <= at <= size - 4 else _SHORT
+        if count >= _SHORT or at + 4 + count * width > size:
+            start, count = buffer.vector_at(at, width, True)
+            buffer.mark_as(at, start + width * count, number)
+            return struct.unpack_from(f"<{count}{letter}", data, start)
+        run = 4 + width * count
+        budget.steps_left -= _STEPS_PER_VECTOR
+        budget.bytes_left -= run
+        if budget.steps_left < 0:
+            budget.exhausted(buffer.what)
+        if budget.bytes_left < 0:
+            budget.look(0, buffer.what)
+        start = base + at
+        marks[start : start + run] = _MARKS[number][run] if run < _SHORT_MARK else bytes((number,)) * run
+        short = _FORMATS.get((letter, count)) or _format(letter, count)
+        return short.unpack_from(data, at + 4)
+
+    return numbers_at
 
 
 def _format(letter: str, count: int) -> struct.Struct:

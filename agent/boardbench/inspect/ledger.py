@@ -61,10 +61,10 @@ class Ledger:
         self._pages = _Pages(budget) if pages is None else pages
         self.base = base
 
-    def budget(self, size_bytes: int) -> Budget:
-        """How much work is left; a new one for a file of this size when none was given."""
+    def budget(self, size_bytes: int, format: str = "") -> Budget:
+        """How much work is left; a new one for a file of this size and format when none was given."""
         if self._pages.budget is None:
-            self._pages.budget = Budget(size_bytes)
+            self._pages.budget = Budget(size_bytes, format)
         return self._pages.budget
 
     def at(self, start: int) -> "Ledger":

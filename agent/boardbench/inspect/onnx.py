@@ -57,7 +57,7 @@ _LARGEST = 1 << 62
 # A message up to this size is copied before it is read, which is faster.
 _COPIED_BYTES = 1 << 14
 # What is done with a node, and with a value that it reads or writes, takes about as long as so many steps.
-_STEPS_PER_NODE, _STEPS_PER_EDGE = 6, 2
+_STEPS_PER_NODE, _STEPS_PER_EDGE = 10, 3
 
 
 class Constant(NamedTuple):

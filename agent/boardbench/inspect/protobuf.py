@@ -21,6 +21,8 @@ Readable = Union[bytes, memoryview]
 
 _F32 = struct.Struct("<f")
 _LONGEST_TEXT = 4096
+# Of a message that is kept with all its fields.
+_STEPS_PER_MESSAGE = 3
 _NOTHING: "array[int]" = array("Q")
 
 
@@ -99,7 +101,7 @@ class Message:
     __slots__ = ("_fields", "start", "stop", "wire")
 
     def __init__(self, wire: Wire, start: int, stop: int) -> None:
-        wire.budget.steps_left -= 1
+        wire.budget.steps_left -= _STEPS_PER_MESSAGE
         self.wire = wire
         self.start = start
         self.stop = stop

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
 from boardbench.inspect import tflite_schema as schema
 from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
-from boardbench.inspect.flatbuffer import I8, I32, U8, U32, Fields, FlatBuffer, Table
+from boardbench.inspect.flatbuffer import F32, I8, I32, I64, U8, U32, Fields, FlatBuffer, Table
 from boardbench.inspect.ledger import GRAPH, METADATA, NAMES, QUANTISATION, Ledger
 
 Span = Tuple[int, int]
@@ -73,7 +73,7 @@ class Tensor(NamedTuple):
         where = self.quantised
         if where is None or where.scales[1] - where.scales[0] != 4:
             return None
-        return float(_numbers(self.source, where.scales, "f", 4)[0])
+        return float(F32.unpack_from(self.source, where.scales[0])[0])
 
     @property
     def zero_point(self) -> int:
@@ -81,8 +81,7 @@ class Tensor(NamedTuple):
         where = self.quantised
         if where is None or where.zero_points[0] == where.zero_points[1]:
             return 0
-        start = where.zero_points[0]
-        return int(_numbers(self.source, (start, start + 8), "q", 8)[0])
+        return int(I64.unpack_from(self.source, where.zero_points[0])[0])
 
     @property
     def constant(self) -> bool:
@@ -204,7 +203,7 @@ _NO_NAME = (0, 0)
 # Interpreters have six dimensions or so; what has more could keep every rule busy that looks at sizes.
 _MOST_DIMENSIONS = 64
 # What is done with a tensor that an operation reads or writes takes about as long as so many steps.
-_STEPS_PER_EDGE, _STEPS_PER_OPERATOR = 2, 2
+_STEPS_PER_EDGE, _STEPS_PER_OPERATOR, _STEPS_PER_TENSOR = 3, 16, 1
 
 
 def read_model(data: memoryview, ledger: Ledger) -> Model:
@@ -341,6 +340,7 @@ class _Reader:
             for place in buffer.places_at(at + places[9] + variants, self.graph):
                 buffer.table_at(place).values(0, "i", 4)
         name = _NO_NAME
+        buffer.budget.spend(_STEPS_PER_TENSOR + len(shape) // 4, buffer.what)
         if places[3]:
             # The closing zero is part of a string.
             name = buffer.skipped_at(at + places[3] + name_at, 1, 1, self.names)
@@ -431,7 +431,7 @@ class _Reader:
             name_start, name_stop = tensors[tensor].name_span
             buffer.budget.look(name_stop - name_start, buffer.what)
         buffer.budget.spend(_STEPS_PER_EDGE * (len(inputs) + len(outputs)), buffer.what)
-        costs = [_STEPS_PER_EDGE + len(tensor.shape) // 8 for tensor in tensors]
+        costs = [_STEPS_PER_EDGE + len(tensor.shape) // 4 for tensor in tensors]
         operators = tuple(
             [self.operator(i, at, codes, tensors, costs) for i, at in enumerate(table.places(3))]
         )

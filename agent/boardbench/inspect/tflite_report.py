@@ -29,6 +29,7 @@ FILES = "associated files"
 
 # That of libedgetpu 16.0 and later (api/runtime_version.h).
 _NEWEST_RUNTIME = 14
+_STEPS_PER_CONSTANT = 4
 _ZIP = b"PK\x03\x04"
 
 
@@ -233,6 +234,7 @@ def _claim_constants(found: Read) -> Optional[int]:
             if tensor.data is None or tensor.buffer in claimed:
                 continue
             claimed.add(tensor.buffer)
+            model.budget.spend(_STEPS_PER_CONSTANT, "the TensorFlow Lite model")
             if tensor.data in spans:
                 continue
             spans.add(tensor.data)
@@ -274,6 +276,9 @@ def _claim_tensor(found: Read, tensor: Tensor, op_type: str) -> Optional[int]:
 
 def _stored_zero(tensor: Tensor) -> int:
     """The stored value that stands for 0.0: the zero point, where all channels have the same."""
+    where = tensor.quantised
+    if where is None or where.zero_points[1] - where.zero_points[0] <= 8:
+        return tensor.zero_point
     points = tensor.quantisation.zero_points if tensor.quantisation is not None else ()
     return points[0] if points and points.count(points[0]) == len(points) else 0
 
