@@ -154,6 +154,8 @@ def _key(result: result_pb2.RunResult) -> list[object]:
         spec.threads if spec.HasField("threads") else None,
         sorted((name, list(shape.dimensions)) for name, shape in spec.shapes.items()),
         spec.inputs_sha256,
+        # Other shapes than the model has; left out where there is none, as former versions did.
+        *([spec.scenario.batch] if spec.scenario.HasField("batch") else []),
     ]
 
 

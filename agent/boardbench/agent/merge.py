@@ -81,10 +81,7 @@ def into(
         whole.warm_up.CopyFrom(warm_up(results))
     if whole.HasField("accelerator"):
         whole.accelerator.CopyFrom(accelerator(results))
-    power = energy(results) if all(each.HasField("energy") for each in results) else None
-    whole.ClearField("energy")
-    if power is not None:
-        whole.energy.CopyFrom(power)
+    _set_energy(whole, results)
     sampled = telemetry(results, offsets_seconds)
     whole.ClearField("telemetry")
     if sampled is not None:
@@ -102,6 +99,23 @@ def fold(whole: _Message, parts: Sequence[_Message], folds: dict[str, _Fold]) ->
             setattr(whole, name, take(values))
         else:
             whole.ClearField(name)
+
+
+def by_itself(whole: result_pb2.RunResult, alone: Sequence[result_pb2.RunResult]) -> None:
+    """Sets in the result of a run that was measured beside others what can't be told apart there.
+
+    The board has one supply and one memory.
+    """
+    whole.started_at.CopyFrom(alone[0].started_at)
+    fold(whole, alone, ONCE)
+    swapped = whole.memory.peak_swap_bytes
+    whole.memory.CopyFrom(memory(alone))
+    if swapped:
+        whole.memory.peak_swap_bytes = max(swapped, whole.memory.peak_swap_bytes)
+    _set_energy(whole, alone)
+    done = whole.effective_spec
+    done.idle_seconds = alone[0].effective_spec.idle_seconds
+    done.profile_runs = alone[-1].effective_spec.profile_runs
 
 
 def environment(results: Sequence[result_pb2.RunResult]) -> board_pb2.Environment:
@@ -153,6 +167,13 @@ def accelerator(results: Sequence[result_pb2.RunResult]) -> result_pb2.Accelerat
     whole.CopyFrom(results[-1].accelerator)
     fold(whole, [result.accelerator for result in results], {"temperature_before_celsius": _first})
     return whole
+
+
+def _set_energy(whole: result_pb2.RunResult, results: Sequence[result_pb2.RunResult]) -> None:
+    power = energy(results) if all(each.HasField("energy") for each in results) else None
+    whole.ClearField("energy")
+    if power is not None:
+        whole.energy.CopyFrom(power)
 
 
 def energy(results: Sequence[result_pb2.RunResult]) -> telemetry_pb2.Energy | None:

@@ -69,9 +69,7 @@ def set_against(
 
     Its latency is that beside the others; what has nothing to do with them is taken from when it was alone.
     """
-    merge.fold(whole, alone, merge.ONCE)
-    whole.started_at.CopyFrom(alone[0].started_at)
-    whole.effective_spec.profile_runs = alone[-1].effective_spec.profile_runs
+    merge.by_itself(whole, alone)
     doubted: list[result_pb2.Warning] = []
     moved = difference(alone[-1].placement, whole.placement)
     if moved:
