@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -863,3 +865,14 @@ def test_thresholds_are_the_configurations(pi: Path) -> None:
     (warning,) = around.end().warnings
     assert (warning.code, warning.severity) == ("high_load", INVALID)
     assert warning.evidence["load_invalid_share"] == 0.002
+
+
+def test_agent_that_waits_has_no_sensors_in_memory() -> None:
+    """They are loaded when the first run begins."""
+    program = (
+        "import sys, boardbench.agent.serve\n"
+        "names = ('surroundings', 'sampler', 'energy', 'sensors', 'doubts', 'timeline')\n"
+        "print([name for name in names if 'boardbench.agent.board.' + name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -43,7 +43,7 @@ RULES = (
         "reasons that a GPU gives",
         "invalid; in a sustained scenario a note",
         "a throttled board is another board; a sustained run is made to show just that",
-        "cool the board, or wait for it with --cool-down, then run again",
+        "cool the board, or wait for it with --cool-to, then run again",
     ),
     Rule(
         "undervoltage",
@@ -138,7 +138,7 @@ RULES = (
         "not throttled",
         "note",
         "the next run may be",
-        "a heat sink or a fan; --cool-down before the run",
+        "a heat sink or a fan; --cool-to before the run",
     ),
     Rule(
         "not_cooled",
@@ -146,7 +146,7 @@ RULES = (
         "warm it is",
         "doubtful",
         "the run then began warmer than those that it is to be compared with",
-        "more --cool-down time, a higher temperature, or a fan",
+        "a longer --cool-for, a higher --cool-to, or a fan",
     ),
     Rule(
         "idle_disturbed",
@@ -160,7 +160,7 @@ RULES = (
         "reading the sensors took more than sensors_doubtful of one processor",
         "doubtful",
         "they are then a part of what is measured",
-        "fewer samples (--sample-hertz), or leave the costly kind out (sensors.without)",
+        "fewer samples (--sample-rate), or leave the costly kind out (sensors.without)",
     ),
     Rule(
         "not_tuned",
