@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Iterator, Mapping, Optional, Sequence, Tuple
 
-from boardbench.agent.bench import series, stats
+from boardbench.agent.bench import cost, series, stats
 from boardbench.agent.bench.dependence import Dependence
 from boardbench.agent.bench.runtime import OptionRejected
 from boardbench.agent.bench.series import Drift, Modes, Outliers, Period
@@ -251,7 +251,7 @@ DOUBTS = (
     ),
     Doubt(
         "not_compiled_for_edgetpu",
-        DOUBTFUL,
+        INVALID,
         "a model without a compiled part on the device edgetpu",
         "the TPU takes only what edgetpu_compiler made for it; the rest runs on the CPU without a word",
         "quantise it to 8 bits, compile it with edgetpu_compiler, and run the file named …_edgetpu.tflite",
@@ -293,10 +293,18 @@ DOUBTS = (
     ),
     Doubt(
         "device_fallback",
-        DOUBTFUL,
+        INVALID,
         "the device that was asked for is not there or takes nothing, and allow_fallback was given",
         "what was measured is then the CPU",
         "take the figures for the CPU's, or leave --allow-fallback out to be told instead",
+    ),
+    Doubt(
+        "cost_uncertain",
+        DOUBTFUL,
+        f"the bounds of what fallback costs are further from the figure than {cost.UNCERTAIN:.0%} of it and "
+        f"{cost.NEGLIGIBLE:.0%} of the latency",
+        "the board did other work, or the profiled inferences took longer or shorter than the counted ones",
+        "stop other work on the board, or profile more inferences with --profile-runs",
     ),
     Doubt(
         "standin",
