@@ -628,3 +628,37 @@ def test_every_code_is_listed() -> None:
             if 'code="' in line:
                 code = line.split('code="')[1].split('"')[0]
                 assert code in ERRORS, code
+
+
+async def test_doubt_about_the_profile_is_heard_and_no_other(
+    harness: Harness, worker_program: Callable[[str], str]
+) -> None:
+    body = (
+        PROFILE
+        + """
+        for code in ("late", "cost_uncertain", "high_variation"):
+            say({"event": "warning", "warning": {"code": code, "severity": "SEVERITY_NOTE"}})
+        say({"event": "profile", "placement": {"cpu_ops": 2}})
+    """
+    )
+    result = await harness.execute(interpreter=worker_program(body))
+    assert [warning.code for warning in result.warnings] == ["cost_uncertain"]
+
+
+async def test_how_far_a_stage_came_is_told_in_the_end(
+    harness: Harness, worker_program: Callable[[str], str]
+) -> None:
+    """Of progress that comes too often only some is passed on, and always the last."""
+    body = """
+        for name in ("IMPORT", "CREATE", "INPUTS", "FIRST_INFERENCE", "WARM_UP", "MEASURE"):
+            stage(name)
+        for number in range(1, 31):
+            say({"event": "progress", "progress": {"runs": number, "fraction": number / 30}})
+        stage("REPORT")
+        say({"event": "result", "result": RESULT})
+    """
+    await harness.execute(interpreter=worker_program(body))
+    progress = [event for event in harness.events if isinstance(event, agent_pb2.ProgressEvent)]
+    assert (progress[-1].runs, progress[-1].fraction) == (30, 1.0)
+    assert progress[-1].stage == result_pb2.STAGE_MEASURE
+    assert len(progress) < 30

@@ -66,6 +66,8 @@ _STAGE_KEYS = {
     result_pb2.STAGE_MEASURE: "measure_seconds",
     result_pb2.STAGE_REPORT: "report_seconds",
 }
+# Doubts that a worker may still have after its report: about its profile, and never about its figures.
+_OF_A_PROFILE = ("cost_uncertain",)
 # What sensors say about a worker that ended like this is not worth keeping: nothing ran.
 _WITHOUT_TELEMETRY = (
     "inputs_rejected",
@@ -117,6 +119,8 @@ class Attempt:
         self._stage_began = 0.0
         self._first_inference_seconds = 0.0
         self._progress_at = -math.inf
+        # The latest that was not passed on, since it came too soon after another.
+        self._progress_left: agent_pb2.ProgressEvent | None = None
         self._stage_deadline: asyncio.TimerHandle | None = None
         self._warnings: list[result_pb2.Warning] = []
         self._report: result_pb2.RunResult | None = None
@@ -365,6 +369,8 @@ class Attempt:
             if isinstance(event, wire.Profiling) and not self._profiling:
                 self._profiling = True
                 self._limit(self._profile_seconds())
+            elif isinstance(event, result_pb2.Warning) and self._profiling and event.code in _OF_A_PROFILE:
+                self._doubt(event)
             elif isinstance(event, placement_pb2.Placement) and self._profiling:
                 self._profile = event
                 self._limit(self._deadlines.exit_seconds)
@@ -393,10 +399,12 @@ class Attempt:
             self._enter(event.stage)
         elif isinstance(event, agent_pb2.ProgressEvent):
             now = self._loop.time()
+            event.stage = self._stage
             if now - self._progress_at >= _LEAST_PROGRESS_SECONDS:
-                self._progress_at = now
-                event.stage = self._stage
+                self._progress_at, self._progress_left = now, None
                 self._emit(event)
+            else:
+                self._progress_left = event
         elif isinstance(event, result_pb2.Warning):
             self._doubt(event)
         elif isinstance(event, wire.Ready | wire.Counted):
@@ -460,6 +468,10 @@ class Attempt:
 
     def _enter(self, stage: result_pb2.Stage.ValueType) -> None:
         now = self._loop.time()
+        if self._progress_left is not None:
+            # How far a stage came in the end is told, however soon after the rest.
+            self._emit(self._progress_left)
+            self._progress_left = None
         if self._stage == result_pb2.STAGE_FIRST_INFERENCE:
             self._first_inference_seconds = now - self._stage_began
         if stage == result_pb2.STAGE_MEASURE:
