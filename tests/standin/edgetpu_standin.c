@@ -121,6 +121,10 @@ typedef struct {
   int64_t interrupt_line, urbs_per_invoke;
   int64_t invokes, fails_passed;
   uint64_t injected_ns;
+  struct {
+    uint64_t waited_ns, taken_ns;
+  } *runs; /* of every run, kept only for a log */
+  size_t runs_room;
 } Standin;
 
 /* Over the life of the process, for tests that compare a report with what was injected. */
@@ -614,9 +618,24 @@ static void move_number(const char *path, int64_t by) {
   fclose(file);
 }
 
+/* Notes how long a run waited, and how long it took with all that it did besides. */
+static void note_run(Standin *self, uint64_t waited_ns, uint64_t taken_ns) {
+  const size_t at = (size_t)self->invokes;
+  if (at >= self->runs_room) {
+    const size_t room = at ? 2 * at : 1024;
+    void *larger = realloc(self->runs, room * sizeof *self->runs);
+    if (!larger) abort();
+    self->runs = larger;
+    self->runs_room = room;
+  }
+  self->runs[at].waited_ns = waited_ns;
+  self->runs[at].taken_ns = taken_ns;
+}
+
 static TfLiteStatus kernel_invoke(TfLiteContext *context, TfLiteNode *node) {
   Kernel *kernel = node->user_data;
   Standin *self = kernel->standin;
+  const uint64_t began = now_ns();
   if (fails(self, AT_INVOKE)) return fail_in(self, context);
 
   if (kernel->custom) {
@@ -651,12 +670,13 @@ static TfLiteStatus kernel_invoke(TfLiteContext *context, TfLiteNode *node) {
   if (!kernel->ran) wait += (uint64_t)self->first_delay_us * 1000;
   kernel->ran = true;
   const uint64_t waited = wait_ns(wait, self->spin);
+  if (self->interrupt_counts) move_interrupts(self->interrupt_counts, self->interrupt_line);
+  if (self->urbnum) move_number(self->urbnum, self->urbs_per_invoke);
+  if (self->log) note_run(self, waited, now_ns() - began);
   self->injected_ns += waited;
   total_injected_ns += waited;
   ++self->invokes;
   ++total_invokes;
-  if (self->interrupt_counts) move_interrupts(self->interrupt_counts, self->interrupt_line);
-  if (self->urbnum) move_number(self->urbnum, self->urbs_per_invoke);
   return kOk;
 }
 
@@ -990,6 +1010,7 @@ static void destroy(Standin *self) {
   free(self->interrupt_counts);
   free(self->urbnum);
   free(self->log);
+  free(self->runs);
   free(self);
 }
 
@@ -1042,6 +1063,11 @@ void tflite_plugin_destroy_delegate(TfLiteDelegate *delegate) {
     line_open(&line, "destroy");
     fprintf(line.stream, ", \"invokes\": %" PRId64 ", \"injected_nanoseconds\": %" PRIu64, self->invokes,
             self->injected_ns);
+    fputs(", \"runs\": [", line.stream);
+    for (int64_t i = 0; i < self->invokes; ++i)
+      fprintf(line.stream, "%s{\"waited_nanoseconds\": %" PRIu64 ", \"taken_nanoseconds\": %" PRIu64 "}",
+              i ? ", " : "", self->runs[i].waited_ns, self->runs[i].taken_ns);
+    fputc(']', line.stream);
     line_close(&line, self->log);
   }
   destroy(self);

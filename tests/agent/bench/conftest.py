@@ -37,7 +37,8 @@ class Outcome:
 
     @property
     def result(self) -> dict[str, Any]:
-        found = [event for event in self.events if event["event"] not in ("profiling", "profile")]
+        kinds = [event["event"] for event in self.events]
+        found = self.events[: kinds.index("profiling")] if "profiling" in kinds else self.events
         assert [event["event"] for event in found[-1:]] == ["result"], (self.events, self.output)
         result: dict[str, Any] = found[-1]["result"]
         return result

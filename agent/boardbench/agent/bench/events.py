@@ -61,7 +61,7 @@ class EventWriter:
         self._write({"event": "counted"})
 
     def result(self, measurement: Measurement) -> None:
-        """The measurement. Nothing but a profile follows."""
+        """The measurement. Nothing but a profile follows, and doubts about that."""
         self.ended = True
         self._write({"event": "result", "result": to_json(measurement)})
 

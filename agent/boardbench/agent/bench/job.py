@@ -30,6 +30,7 @@ from boardbench.agent.bench import (
     profiling,
     runtimes,
     scenarios,
+    stats,
     warm_up,
 )
 from boardbench.agent.bench import placement as placements
@@ -135,7 +136,7 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
             events.warning(doubts.warn("device_fallback", model.device_fallback))
         for warning in model.watch.doubts() if model.watch else ():
             events.warning(warning)
-        measurement, inference_seconds = _run(job, loaded, events, meter, orders or Unheld())
+        measurement, counted_nanoseconds = _run(job, loaded, events, meter, orders or Unheld())
         events.result(measurement)
     finally:
         loaded.close()
@@ -147,9 +148,11 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
             measurement.placement,
             wanted=wanted,
             runs=runs,
-            latency_seconds=inference_seconds,
+            counted_nanoseconds=counted_nanoseconds,
             create_seconds=loaded.create_seconds,
         )
+        for warning in profiling.doubts_of(found):
+            events.warning(warning)
         events.profile(found)
 
 
@@ -265,8 +268,8 @@ class _Loaded:
 
 def _run(
     job: Job, loaded: _Loaded, events: EventWriter, meter: MemoryMeter, orders: Orders
-) -> Tuple[Measurement, float]:
-    """The measurement, and the seconds that one inference takes in the engine."""
+) -> Tuple[Measurement, Sequence[int]]:
+    """The measurement, and the nanoseconds that the counted inferences took in the engine."""
     engine, model = loaded.engine, loaded.model
     events.stage(Stage.INPUTS)
     if job.inputs_path is not None:
@@ -382,7 +385,14 @@ def _run(
         stopping=report.stopping,
         scenario=report.scenario,
     )
-    return measurement, run.inference_nanoseconds / 1e9
+    return measurement, _in_engine(run)
+
+
+def _in_engine(run: scenarios.Run) -> Sequence[int]:
+    """Nanoseconds in the engine; of a query of several inferences their mean, once."""
+    taken = run.samples if run.service is None else run.service
+    inferences = max(round(stats.median(taken) / max(run.inference_nanoseconds, 1)), 1)
+    return [nanoseconds // inferences for nanoseconds in taken] if inferences > 1 else taken
 
 
 def _terms(job: Job, events: EventWriter) -> scenarios.Terms:

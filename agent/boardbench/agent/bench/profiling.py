@@ -16,9 +16,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from boardbench.agent.bench import cost, placement
+from boardbench.agent.bench import cost, doubts, placement, stats
 from boardbench.agent.bench.runtime import Cause, NoProfile, Profile
 from boardbench.agent.domain import (
     Crossings,
@@ -29,6 +29,7 @@ from boardbench.agent.domain import (
     Placement,
     Unit,
     Verdict,
+    Warning,
 )
 
 DEFAULT_RUNS = 50
@@ -49,6 +50,7 @@ _START_SECONDS = 60.0
 """For Python and the engine, from the slowest card, and for what an engine finds out besides."""
 
 _LONGEST_ANSWER_BYTES = 16 << 20
+_BY_INFERENCE = ("whole_seconds", "fallback_seconds", "whole_queued_seconds", "fallback_queued_seconds")
 _WORKER = Path(__file__).with_name("__main__.py")
 
 
@@ -82,14 +84,16 @@ def profiled(
     *,
     wanted: str,
     runs: int,
-    latency_seconds: float,
+    counted_nanoseconds: Sequence[int],
     create_seconds: float,
     python: str = sys.executable,
 ) -> Placement:
     """``found`` with everything that a profile adds to it; with the reason when there is none.
 
-    ``job`` is the job line of the run. ``runs`` is only for how long to wait.
+    ``job`` is the job line of the run. ``runs`` is only for how long to wait. ``counted_nanoseconds`` are the
+    durations of the counted inferences.
     """
+    latency_seconds = stats.median(counted_nanoseconds) / 1e9
     limit = _START_SECONDS + 4.0 * create_seconds + 4.0 * runs * latency_seconds
     avoid: List[str] = []
     end = time.monotonic() + limit
@@ -109,7 +113,7 @@ def profiled(
                 avoid.append(tried[-1])
                 continue
         return placement.with_report(found, _no_profile(reason))
-    return merged(found, profile, wanted=wanted, latency_seconds=latency_seconds)
+    return merged(found, profile, wanted=wanted, counted_nanoseconds=counted_nanoseconds)
 
 
 class _Died(Exception):
@@ -203,8 +207,8 @@ def _heard(line: bytes, tried: List[str]) -> Optional[Profile]:
 def _parsed(content: Mapping[str, Any]) -> Profile:
     fields: Dict[str, Any] = dict(content)
     fields["units"] = tuple(Unit(unit) for unit in content["units"])
-    for name in ("whole_seconds", "fallback_seconds"):
-        fields[name] = tuple(float(seconds) for seconds in content[name])
+    for name in _BY_INFERENCE:
+        fields[name] = tuple(float(seconds) for seconds in content.get(name, ()))
     fields["op_seconds"] = {int(at): float(seconds) for at, seconds in content["op_seconds"].items()}
     fields["causes"] = {int(at): Cause(**cause) for at, cause in content["causes"].items()}
     if "crossings" in content:
@@ -215,7 +219,9 @@ def _parsed(content: Mapping[str, Any]) -> Profile:
 # Joining
 
 
-def merged(found: Placement, profile: Profile, *, wanted: str, latency_seconds: float) -> Placement:
+def merged(
+    found: Placement, profile: Profile, *, wanted: str, counted_nanoseconds: Sequence[int]
+) -> Placement:
     """The placement with the time of its operations, what fallback costs, and the profile as evidence."""
     if profile.units != tuple(op.unit for op in found.ops):
         return placement.with_report(
@@ -236,7 +242,7 @@ def merged(found: Placement, profile: Profile, *, wanted: str, latency_seconds: 
             found,
             ops=ops,
             crossings=found.crossings or profile.crossings,
-            fallback_cost=_cost(found, profile, wanted, latency_seconds),
+            fallback_cost=_cost(found, profile, wanted, counted_nanoseconds),
         ),
         _report(profile, ops, wanted),
     )
@@ -262,7 +268,9 @@ def _report(profile: Profile, ops: Tuple[OpPlacement, ...], wanted: str) -> Evid
     )
 
 
-def _cost(found: Placement, profile: Profile, wanted: str, latency_seconds: float) -> Optional[FallbackCost]:
+def _cost(
+    found: Placement, profile: Profile, wanted: str, counted_nanoseconds: Sequence[int]
+) -> Optional[FallbackCost]:
     """What the operations cost that are not where they were asked to be.
 
     None where nothing was asked for, where nothing got there (everything would be the cost), or where it is
@@ -272,7 +280,33 @@ def _cost(found: Placement, profile: Profile, wanted: str, latency_seconds: floa
         return None
     if not placement.fallen_back(found, wanted):
         method = "no operation is away from the device that was asked for"
+        latency_seconds = stats.median(counted_nanoseconds) / 1e9
         return FallbackCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, latency_seconds, method)
-    inferences = list(zip(profile.fallback_seconds, profile.whole_seconds))
+    inferences = _inferences(profile)
     method = f"{profile.method}, {len(inferences)} inferences"
-    return cost.of_fallback(inferences, latency_seconds, method, by_rest=profile.accelerator_apart)
+    return cost.of_fallback(inferences, counted_nanoseconds, method, by_rest=profile.accelerator_apart)
+
+
+def _inferences(profile: Profile) -> List[cost.Inference]:
+    unknown = (0.0,) * len(profile.whole_seconds)
+    return [
+        cost.Inference(*each)
+        for each in zip(
+            profile.fallback_seconds,
+            profile.whole_seconds,
+            profile.fallback_queued_seconds or unknown,
+            profile.whole_queued_seconds or unknown,
+        )
+    ]
+
+
+def doubts_of(found: Placement) -> Iterator[Warning]:
+    """Doubts about what a profile added to a placement."""
+    told = found.fallback_cost
+    if told is not None and cost.is_uncertain(told):
+        low, share, high = (100 * each for each in (told.share_low, told.share, told.share_high))
+        yield doubts.warn(
+            "cost_uncertain",
+            f"fallback costs {share:.0f} % of the time, by its bounds {low:.0f} to {high:.0f} %",
+            evidence={"share": told.share, "share_low": told.share_low, "share_high": told.share_high},
+        )

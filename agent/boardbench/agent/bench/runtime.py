@@ -240,6 +240,12 @@ class Profile:
     fallback_seconds: Tuple[float, ...] = ()
     """The part of each in operations that are not where they were asked to be; empty: nothing was asked."""
 
+    whole_queued_seconds: Tuple[float, ...] = ()
+    """Of each, the time in which the thread was ready to run and had no processor; empty: not known."""
+
+    fallback_queued_seconds: Tuple[float, ...] = ()
+    """The same, of the part in operations that are not where they were asked to be."""
+
     accelerator_apart: bool = False
     """Whether the rest of each is the time of hardware of its own, timed by itself to its end."""
 

@@ -4,7 +4,8 @@ With a delegate on an accelerator, the model is cut where it changes hands (:mod
 parts run one after the other, each in an interpreter of its own, as they do inside the whole: on the data
 that the part before made, the parts on the CPU after the processor has waited for the accelerator. What an
 invocation costs by itself is measured with an empty model and taken off. Where the delegate takes a part
-otherwise than it takes the whole, the whole runs in turn with the parts on the CPU instead.
+otherwise than it takes the whole, the whole runs in turn with the parts on the CPU instead. For how long each
+part had no processor, because of other work on the board, is told beside its time.
 
 Inside a part on the CPU, LiteRT's profiler tells the share of each operation (:mod:`.litert_profiler`); where
 it can't be had, each runs in an interpreter of its own, and those that XNNPACK took together have no time of
@@ -37,6 +38,7 @@ from typing import (
 )
 
 from boardbench.agent.bench.crossings import Part
+from boardbench.agent.bench.laps import Lap, Track
 from boardbench.agent.bench.runtime import NoProfile, Profile, ProfileRequest
 from boardbench.agent.bench.runtimes import litert_profiler, xnnpack_names
 from boardbench.agent.bench.runtimes.tflite_cut import CanNotCut, cut
@@ -73,6 +75,14 @@ MOST_COPIED_BYTES = 512 << 20
 """Every part is a copy of the file, on the disk of the board."""
 
 _EMPTY_RUNS = 200
+_WAITING_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 0.1
+"""For invocations after a wait, of which each costs the wait; after a tenth of a second no cache is warm."""
+
+_LONGEST_TRIAL_SECONDS = 0.5
+"""A call that takes longer is tried once only."""
+
+_TOLD_QUEUE = 0.01
+"""Share of the time: less is no matter."""
 
 _APART = (Unit.TPU, Unit.GPU, Unit.NPU)
 """Not a delegate of which nobody knows where it computes."""
@@ -99,6 +109,11 @@ class _Work:
     outputs: Tuple[int, ...]
     folder: Path
     values: Dict[int, Array] = field(default_factory=dict)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the accelerator is hardware of its own, for which the processor waits."""
+        return any(op.unit in _APART for op in self.placement.ops)
 
     @property
     def segments(self) -> List[Part]:
@@ -166,7 +181,7 @@ def _profile(work: _Work, request: ProfileRequest, runs: Callable[[], Iterable[i
     ways: List[str] = []
     inferences: Sequence[float] = ()
     for at, segment in enumerate(segments):
-        mean_seconds = midmean([run[at] for run in timed.runs]) if timed is not None else None
+        mean_seconds = midmean([run[at].seconds for run in timed.runs]) if timed is not None else None
         if len(segment.ops) == 1 and mean_seconds is not None:
             seconds[segment.ops[0]] = mean_seconds
         elif not segment.accelerated:
@@ -181,30 +196,43 @@ def _profile(work: _Work, request: ProfileRequest, runs: Callable[[], Iterable[i
                 ways.append(split.way)
     if timed is None and not inferences:
         raise NoProfile("every way of measuring ended the process")
+    whole = list(timed.whole) if timed is not None else [Lap(each) for each in inferences]
+    fallen = _fallback(segments, timed) if work.wanted and timed is not None else []
+    queues = timed is not None and timed.knows_queue
     return Profile(
         method=timed.how if timed is not None else ways[0],
         detail=_detail(work, timed, seconds, ways),
         units=tuple(op.unit for op in work.placement.ops),
-        whole_seconds=tuple(timed.whole) if timed is not None else tuple(inferences),
-        fallback_seconds=_fallback(segments, timed) if work.wanted and timed is not None else (),
-        accelerator_apart=any(op.unit in _APART for op in work.placement.ops),
+        whole_seconds=tuple(lap.seconds for lap in whole),
+        fallback_seconds=tuple(lap.seconds for lap in fallen),
+        whole_queued_seconds=tuple(lap.queued_seconds for lap in whole if queues),
+        fallback_queued_seconds=tuple(lap.queued_seconds for lap in fallen if queues),
+        accelerator_apart=work.apart,
         op_seconds=seconds,
     )
 
 
-def _fallback(segments: Sequence[Part], timed: _Timed) -> Tuple[float, ...]:
+def _fallback(segments: Sequence[Part], timed: _Timed) -> List[Lap]:
+    """What of every run was in parts on the CPU."""
     away = [at for at, segment in enumerate(segments) if not segment.accelerated]
-    return tuple(sum(run[at] for at in away) for run in timed.runs)
+    return [
+        Lap(sum(run[at].seconds for at in away), sum(run[at].queued_seconds for at in away))
+        for run in timed.runs
+    ]
 
 
 def _detail(work: _Work, timed: Optional[_Timed], seconds: Mapping[int, float], ways: Sequence[str]) -> str:
     text = f"{len(seconds)} of {len(work.placement.ops)} operations have a time of their own"
     if timed is not None:
-        text += f"; {len(timed.runs)} inferences of {_milliseconds(median(timed.whole))}, {timed.how}"
+        whole = median(lap.seconds for lap in timed.whole)
+        text += f"; {len(timed.runs)} inferences of {_milliseconds(whole)}, {timed.how}"
         away = [part for part in work.segments if not part.accelerated]
         if work.wanted and away and len(away) < len(work.segments):
-            on_cpu = median(_fallback(work.segments, timed))
+            on_cpu = median(lap.seconds for lap in _fallback(work.segments, timed))
             text += f", of which {_milliseconds(on_cpu)} in {len(away)} parts on the CPU"
+        queued = sum(lap.queued_seconds for lap in timed.whole)
+        if queued > _TOLD_QUEUE * sum(lap.seconds for lap in timed.whole):
+            text += f"; {queued:.3g} s went by waiting for a processor that did other work"
     if ways:
         text += f"; inside parts by {' and '.join(ways)}"
     return text
@@ -219,53 +247,84 @@ def _milliseconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Timed:
-    """Seconds of every segment in every run, and of every run as a whole."""
+    """Every segment in every run, and every run as a whole."""
 
     how: str
-    runs: Tuple[Tuple[float, ...], ...]
-    whole: Tuple[float, ...]
+    runs: Tuple[Tuple[Lap, ...], ...]
+    whole: Tuple[Lap, ...]
+    knows_queue: bool
 
 
 def _in_turn(work: _Work, segments: Sequence[Part], runs: Callable[[], Iterable[int]]) -> _Timed:
-    try:
-        return _all_in_turn(work, segments, runs)
-    except _TakenOtherwise:
-        gc.collect()  # the delegates of the attempt
-        return _after_the_whole(work, segments, runs)
+    with Track() as track:
+        try:
+            return _all_in_turn(work, segments, runs, track)
+        except _TakenOtherwise:
+            gc.collect()  # the delegates of the attempt
+            return _after_the_whole(work, segments, runs, track)
 
 
-def _all_in_turn(work: _Work, segments: Sequence[Part], runs: Callable[[], Iterable[int]]) -> _Timed:
-    overhead = _empty_seconds(work)
+def _all_in_turn(
+    work: _Work, segments: Sequence[Part], runs: Callable[[], Iterable[int]], track: Track
+) -> _Timed:
+    hot = _empty_seconds(work, track)
     invokes = [
         _piece(work, segment, f"segment-{at}", keep=True).invoke for at, segment in enumerate(segments)
     ]
-    seconds = tuple(
-        tuple(max(taken - overhead, 0.0) for taken in taken_by) for taken_by in _laps(invokes, runs())
+    cold = hot
+    if work.apart:
+        trial = _trial(track, invokes)
+        waits = [seconds for seconds, segment in zip(trial, segments) if segment.accelerated]
+        cold = _empty_seconds(work, track, median(waits))
+    # After an accelerator's part the way back is cold; it leads into the part on the CPU, which is warm.
+    overheads = [cold if segment.accelerated else hot for segment in segments]
+    laps = tuple(
+        tuple(lap.less(overhead) for lap, overhead in zip(turn, overheads))
+        for turn in track.laps(invokes, runs())
     )
     how = "parts of the model timed in turn" if len(segments) > 1 else "the model timed whole"
     # A whole inference costs an invocation once, as a counted one does.
-    return _Timed(how, seconds, tuple(sum(run) + overhead for run in seconds))
+    whole = tuple(
+        Lap(sum(lap.seconds for lap in turn) + hot, sum(lap.queued_seconds for lap in turn)) for turn in laps
+    )
+    return _Timed(how, laps, whole, track.knows_queue)
 
 
-def _after_the_whole(work: _Work, segments: Sequence[Part], runs: Callable[[], Iterable[int]]) -> _Timed:
-    """The same, with the parts on the accelerator only inside the whole."""
-    overhead = _empty_seconds(work)
+def _after_the_whole(
+    work: _Work, segments: Sequence[Part], runs: Callable[[], Iterable[int]], track: Track
+) -> _Timed:
+    """The same, with the parts on the accelerator only inside the whole.
+
+    In their place the thread sleeps, so that those on the CPU run after a wait, as they do inside the whole.
+    """
     whole = _whole(work)
     borders = {tensor for segment in segments for tensor in (*_fed(segment), *_made(segment))}
     seen = _whole(work, experimental_preserve_all_tensors=True)
     work.values.update({tensor: seen.get_tensor(tensor) for tensor in borders - set(work.values)})
     del seen
-    on_cpu = [at for at, segment in enumerate(segments) if not segment.accelerated]
-    invokes = [_piece(work, segments[at], f"segment-{at}", keep=True).invoke for at in on_cpu]
-    laps = _laps([whole.invoke, *invokes], runs())
-    seconds, totals = [], []
-    for total, *rest in laps:
-        run = dict(zip(on_cpu, (max(taken - overhead, 0.0) for taken in rest)))
+    on_cpu = {
+        at: _piece(work, segment, f"segment-{at}", keep=True).invoke
+        for at, segment in enumerate(segments)
+        if not segment.accelerated
+    }
+    elsewhere = max(len(segments) - len(on_cpu), 1)
+    whole_seconds, *seconds = _trial(track, [whole.invoke, *on_cpu.values()])
+    pause = max(whole_seconds - sum(seconds), 0.0) / elsewhere if work.apart else 0.0
+    overhead = _empty_seconds(work, track, pause)
+    wait = (lambda: time.sleep(pause)) if pause else (lambda: None)
+    calls = [on_cpu.get(at, wait) for at in range(len(segments))]
+    timed, totals = [], []
+    for total, *rest in track.laps([whole.invoke, *calls], runs()):
+        parts = {at: rest[at].less(overhead) for at in on_cpu}
         # What is left is the accelerator's, and can't be divided among its parts.
-        left = max(total - overhead - sum(run.values()), 0.0) / max(len(segments) - len(on_cpu), 1)
-        seconds.append(tuple(run.get(at, left) for at in range(len(segments))))
+        left = Lap(
+            max(total.seconds - overhead - sum(lap.seconds for lap in parts.values()), 0.0) / elsewhere,
+            max(total.queued_seconds - sum(lap.queued_seconds for lap in parts.values()), 0.0) / elsewhere,
+        )
+        timed.append(tuple(parts.get(at, left) for at in range(len(segments))))
         totals.append(total)
-    return _Timed("parts on the CPU timed in turn with the whole model", tuple(seconds), tuple(totals))
+    how = "parts on the CPU timed in turn with the whole model"
+    return _Timed(how, tuple(timed), tuple(totals), track.knows_queue)
 
 
 def _whole(work: _Work, **more: object) -> Any:
@@ -276,27 +335,29 @@ def _whole(work: _Work, **more: object) -> Any:
     return interpreter
 
 
-def _laps(invokes: Sequence[Callable[[], object]], turns: Iterable[int]) -> List[Tuple[float, ...]]:
-    """Seconds of each call, for every turn in which all are called one after the other."""
-    clock = time.perf_counter_ns
-    laps = []
-    for _ in turns:
-        taken = []
-        for invoke in invokes:
-            start = clock()
-            invoke()
-            taken.append((clock() - start) / 1e9)
-        laps.append(tuple(taken))
-    return laps
-
-
-def _empty_seconds(work: _Work) -> float:
-    """What an invocation costs by itself."""
+def _empty_seconds(work: _Work, track: Track, wait_seconds: float = 0.0) -> float:
+    """What an invocation costs by itself; more after a wait, when nothing of it is in the caches any more."""
     path = work.folder / "empty.tflite"
     path.write_bytes(cut(work.content, (), (), ()))
     interpreter = work.maker.interpreter(path, None)
     interpreter.allocate_tensors()
-    return median(lap for (lap,) in _laps([interpreter.invoke], range(_EMPTY_RUNS)))
+    if wait_seconds == 0.0:
+        return _own_seconds(track.laps([interpreter.invoke], range(_EMPTY_RUNS)), 0)
+    wait = min(wait_seconds, _LONGEST_WAIT_SECONDS)
+    runs = min(int(_WAITING_SECONDS / wait), _EMPTY_RUNS)
+    return _own_seconds(track.laps([lambda: time.sleep(wait), interpreter.invoke], range(runs)), 1)
+
+
+def _trial(track: Track, calls: Sequence[Callable[[], object]]) -> List[float]:
+    """About how long each call takes of its own."""
+    laps = track.laps(calls, range(1))
+    if sum(lap.seconds for lap in laps[0]) < _LONGEST_TRIAL_SECONDS:
+        laps += track.laps(calls, range(2))
+    return [_own_seconds(laps, at) for at in range(len(calls))]
+
+
+def _own_seconds(laps: Sequence[Tuple[Lap, ...]], at: int) -> float:
+    return median(turn[at].own_seconds for turn in laps)
 
 
 def _piece(work: _Work, part: Part, name: str, *, keep: bool = False) -> Any:
@@ -485,20 +546,20 @@ def joined_places(
 
 def _one_by_one(work: _Work, segment: Part, runs: Callable[[], Iterable[int]]) -> Optional[_Split]:
     """Every part of the segment in an interpreter of its own; None when time ran out."""
-    overhead = _empty_seconds(work)
     inside: Set[int] = set(segment.ops)
     end = time.monotonic() + SPLIT_SECONDS
     seconds: Dict[int, float] = {}
     whole = 0.0
-    for part in work.parts:
-        if not inside.issuperset(part.ops):
-            continue
-        if time.monotonic() > end:
-            return None
-        invoke = _piece(work, part, "one").invoke
-        laps = _laps([invoke], islice(runs(), SPLIT_RUNS))
-        taken = midmean([max(lap - overhead, 0.0) for (lap,) in laps])
-        whole += taken
-        if len(part.ops) == 1:
-            seconds[part.ops[0]] = taken
+    with Track() as track:
+        overhead = _empty_seconds(work, track)
+        for part in work.parts:
+            if not inside.issuperset(part.ops):
+                continue
+            if time.monotonic() > end:
+                return None
+            laps = track.laps([_piece(work, part, "one").invoke], islice(runs(), SPLIT_RUNS))
+            taken = midmean([lap.less(overhead).own_seconds for (lap,) in laps])
+            whole += taken
+            if len(part.ops) == 1:
+                seconds[part.ops[0]] = taken
     return _Split(ONE_BY_ONE, seconds, whole or math.inf)
