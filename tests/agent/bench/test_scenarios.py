@@ -277,6 +277,22 @@ def test_a_timer_that_is_late_is_told_and_counts() -> None:
     assert warning.evidence["start_delay_seconds"] == pytest.approx(2e-3, rel=0.01)
 
 
+def test_a_timer_that_is_late_once_in_a_while_is_told_as_the_worst_and_not_doubted() -> None:
+    board = Board(lambda _: 4 * MILLISECOND)
+    sleep, late = board.sleep, iter([9 * MILLISECOND if number % 25 == 7 else 0 for number in range(100)])
+
+    def sometimes_late(seconds: float) -> None:
+        board.late = next(late)
+        sleep(seconds)
+
+    board.sleep = sometimes_late  # type: ignore[method-assign]
+    asked = drive("PERIODIC", board, terms(board, seconds=2.0), rate_hertz=50.0)
+    found = asked.measure()
+    assert found.result is not None
+    assert found.result.worst_start_delay_seconds == pytest.approx(8e-3, rel=0.01)
+    assert codes(found) == []
+
+
 def test_what_waiting_takes_of_the_processor_is_not_the_engine_s() -> None:
     board = Board(lambda _: 2 * MILLISECOND)
     found = run("PERIODIC", board, rate_hertz=100.0)

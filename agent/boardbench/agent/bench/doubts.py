@@ -44,7 +44,7 @@ class Thresholds:
     clock_reads: float = _limit(100, "timer_resolution: median over the cost of one reading of the clock")
     preemptions_hertz: float = _limit(50, "preempted: involuntary context switches a second")
     start_delay_ratio: float = _limit(
-        0.05, "late_starts: 99th percentile of the loop's own delay over the median latency"
+        0.05, "late_starts: 95th percentile of the loop's own delay over the median latency"
     )
     utilisation_ratio: float = _limit(
         1.0, "overloaded: time that the inferences take over the time in which they are asked for"
@@ -200,7 +200,7 @@ DOUBTS = (
     Doubt(
         "late_starts",
         DOUBTFUL,
-        "where nothing waited, one inference of a hundred was begun later than intended by more than "
+        "where nothing waited, one inference of twenty was begun later than intended by more than "
         f"{_T.start_delay_ratio:.0%} of the median latency",
         "timers and scheduler of the board are then a part of the latency, which counts from the intended "
         "start, as they would be in an application",

@@ -224,11 +224,11 @@ class OpenLoop:
 
     def _late(self, delays: List[int], latencies: array[int]) -> Iterator[Warning]:
         limit = self._terms.thresholds.start_delay_ratio * stats.median(latencies)
-        late = sorted(delays)[stats.rank("99", len(delays)) - 1]
+        late = sorted(delays)[stats.rank("95", len(delays)) - 1]
         if late > limit:
             yield doubts.warn(
                 "late_starts",
-                f"one inference of a hundred was begun {late / 1e6:.3g} ms later than intended though "
+                f"one inference of twenty was begun {late / 1e6:.3g} ms later than intended though "
                 "nothing waited",
                 evidence={"start_delay_seconds": late / 1e9, "limit_seconds": limit / 1e9},
             )
