@@ -115,9 +115,16 @@ def machine() -> dict[str, Any]:
 
 
 def run(
-    benchmarks: Sequence[tuple[Measure, Callable[[argparse.ArgumentParser], None]]], description: str
+    benchmarks: Sequence[tuple[Measure, Callable[[argparse.ArgumentParser], None]]],
+    description: str,
+    *,
+    section: str = "figures",
 ) -> int:
-    """Parses the command line, measures, prints; 0 when every check holds, else 1."""
+    """Parses the command line, measures, prints; 0 when every check holds, else 1.
+
+    ``section`` is the part of README.md that ``--readme`` replaces: from ``<!-- SECTION: …`` to
+    ``<!-- end of SECTION -->``.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     parser.add_argument("--readme", action="store_true", help="write the figures into README.md as well")
@@ -136,14 +143,16 @@ def run(
         found = {"machine": before, "reports": [report.json() for report in reports]}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.readme:
-        _write_readme(before, reports)
+        _write_readme(before, reports, section)
     return 0 if all(check.holds for report in reports for check in report.checks) else 1
 
 
-def _write_readme(before: dict[str, Any], reports: Sequence[Report]) -> None:
+def _write_readme(before: dict[str, Any], reports: Sequence[Report], section: str) -> None:
     path = Path(__file__).with_name("README.md")
-    begin, end = "<!-- figures: written by `all.py --readme` -->\n", "<!-- end of figures -->"
-    head, _, rest = path.read_text().partition(begin)
+    text = path.read_text()
+    begin = next(line for line in text.splitlines(keepends=True) if line.startswith(f"<!-- {section}: "))
+    end = f"<!-- end of {section} -->"
+    head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
     packages = ", ".join(f"{name} {version}" for name, version in before["packages"].items() if version)
     today = datetime.datetime.now(datetime.timezone.utc).date()

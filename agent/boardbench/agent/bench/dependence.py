@@ -33,8 +33,11 @@ NEIGHBOURS = 2.9
 STRETCHES = 3.9
 """The same for the variance over stretches, of which some ten lengths are tried for each percentile."""
 
-UNSETTLED = 1.3
-"""Growth of the factor over the last two doublings of the stretch beyond which no end is in sight."""
+GROWING = 1.5
+"""Standard errors by which the factor must grow over the last two doublings to be taken for too small."""
+
+UNSETTLED = 2.5
+"""The same for saying that there is no end to it in sight."""
 
 ENOUGH = 30
 """Samples beyond a percentile from which on its own factor counts alone."""
@@ -93,9 +96,8 @@ def look(
         # Of a tail with a handful of samples nothing is known; it is taken to be as the percentile before it.
         known = min(1.0, rarer / ENOUGH)
         inner = factors[percentile] = known * own + (1.0 - known) * max(own, inner)
-        before = quotients[-3].quotient if len(quotients) > 2 else 1.0
-        if quotients and quotients[-1].quotient > UNSETTLED * max(1.0, before):
-            settled = False
+        if quotients and _grows(quotients, GROWING):
+            settled = settled and not _grows(quotients, UNSETTLED)
             # The stretches are too short for what they measure. What neighbours alone say, if their
             # likeness faded away at a constant rate (a first-order autoregression), is the least there is.
             factors[percentile] = max(factors[percentile], (1.0 + correlation) / (1.0 - correlation))
@@ -115,6 +117,15 @@ def _words(count: int, settled: bool, factors: Mapping[str, float]) -> str:
     if not settled:
         words += "; it wandered over the whole run, so other runs may differ by more than the bounds say"
     return words
+
+
+def _grows(quotients: Sequence[_Quotient], errors: float) -> bool:
+    """Whether the factor still grew with the longest stretches, by so many errors and a third at least."""
+    last = quotients[-1]
+    before = max(1.0, quotients[-3].quotient) if len(quotients) > 2 else 1.0
+    # Of a variance from m stretches, 2 / m; those before are four times as many.
+    error = math.sqrt(2.5 / last.stretches)
+    return last.quotient > before * max(4.0 / 3.0, 1.0 + errors * error)
 
 
 def cuts(ordered: Sequence[int]) -> Tuple[int, ...]:

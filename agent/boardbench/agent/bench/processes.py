@@ -13,7 +13,7 @@ as there are processes at least: nothing varies more than if all inferences of a
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from fractions import Fraction
 from typing import Dict, List, Sequence
 
@@ -73,9 +73,12 @@ def _between(sorted_each: Sequence[Sequence[int]], threshold: int) -> float:
     """Variance of the share above the threshold, by the processes, over that of independent samples."""
     counts = [len(ordered) for ordered in sorted_each]
     above = [len(ordered) - bisect_right(ordered, threshold) for ordered in sorted_each]
+    if not any(above):
+        # Ties with the greatest: the samples below it tell as much.
+        above = [len(ordered) - bisect_left(ordered, threshold) for ordered in sorted_each]
     share = sum(above) / sum(counts)
-    if share in (0.0, 1.0):
-        return 1.0
+    if share == 1.0:
+        return 0.0
     squares = math.fsum((each - share * count) ** 2 for each, count in zip(above, counts))
     variance = squares * len(counts) / (len(counts) - 1)
     return variance / (sum(counts) * share * (1.0 - share))

@@ -529,8 +529,8 @@ def period(samples: Sequence[int]) -> Optional[Period]:
 
     Slow is what takes longer than the two before it and the two after it: bursts and waves, in which all of
     them are, do not hide it. The half, the quarter, the eighth, … of the samples that stick out most are
-    taken in turn: a period of k shows in the smallest share that holds one in k. Distances among them that occur
-    most give the candidates; of each the phase that is slow most often is held against the chance of it.
+    taken in turn: a period of k shows in the smallest share that holds one in k. Distances among them that
+    occur most give the candidates; of each the phase that is slow most often is held against chance.
     """
     samples = samples[:PERIOD_SAMPLES]
     count = len(samples)
