@@ -189,6 +189,10 @@ def test_a_camera_that_is_kept_up_with() -> None:
     assert len(board.slept) == 30
 
 
+def arrivals_of(kind: str) -> Iterator[int]:
+    return open_loop.periodic(100.0) if kind == "PERIODIC" else open_loop.poisson(100.0, 3)
+
+
 def queued(intended: list[int], services: list[int]) -> list[int]:
     """Latency from the intended start of a single server that serves in order (Lindley's recursion)."""
     free, latencies = 0, []
@@ -208,8 +212,7 @@ def test_a_stall_is_in_the_latency_of_all_that_it_held_up(kind: str, stall: int)
 
     board = Board(inference)
     found = run(kind, board, terms(board, seconds=3.0), rate_hertz=100.0, seed=3)
-    arrivals = open_loop.periodic(100.0) if kind == "PERIODIC" else open_loop.poisson(100.0, 3)
-    intended = list(itertools.takewhile(lambda offset: offset < 3e9, arrivals))
+    intended = list(itertools.takewhile(lambda offset: offset < 3e9, arrivals_of(kind)))
     expected = queued(intended, [inference(number) for number in range(len(intended))])
     assert len(found.samples) == len(expected)
     for percentile in ("50", "90", "95", "99"):
@@ -222,6 +225,8 @@ def test_a_stall_is_in_the_latency_of_all_that_it_held_up(kind: str, stall: int)
     result = found.result
     assert result is not None
     assert result.deadline_misses == sum(latency > 10 * MILLISECOND for latency in expected)
+    following = next(itertools.dropwhile(lambda offset: offset < 3e9, arrivals_of(kind)))
+    assert result.throughput_hertz == pytest.approx(len(expected) * 1e9 / following, rel=1e-6)
     ends = [start + latency for start, latency in zip(intended, expected, strict=True)]
     waiting = [sum(start <= end for start in intended) - place for place, end in enumerate(ends, start=1)]
     assert result.most_waiting == pytest.approx(max(waiting), abs=1)

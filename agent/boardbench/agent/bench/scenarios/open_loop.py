@@ -15,7 +15,7 @@ import math
 import random
 from array import array
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from typing import Iterable, Iterator, List, Tuple
 
 from boardbench.agent.bench import doubts, measure, stats
@@ -181,9 +181,9 @@ class OpenLoop:
         latencies, services, deadline = served.latencies, served.services, int(self._deadline * 1e9)
         misses = sum(latency > deadline for latency in latencies)
         delays = _delays(intended, latencies, services)
-        # To the last end, and to the time at which the next one would have been due: without that a hundred
-        # at 100 Hz would take 0.99 s.
-        ended = max(intended[len(latencies) - 1] + latencies[-1], round(len(latencies) * 1e9 / self._rate))
+        # To the last end, or until the next one would have been due: a hundred at 100 Hz take no 0.99 s.
+        following = next(islice(self._arrivals(), len(latencies), None))
+        ended = max(intended[len(latencies) - 1] + latencies[-1], following)
         result = ScenarioResult(
             kind=self._kind,
             throughput_hertz=len(latencies) / (ended / 1e9),
