@@ -121,6 +121,23 @@ def test_progress_is_drawn_and_gone_before_the_result(
     assert shown.text.rindex(SHOW) > shown.text.rindex(HIDE), "the cursor comes back"
 
 
+@pytest.mark.parametrize(
+    ("queued", "shown_as"),
+    [
+        (agent_pb2.QueuedEvent(), "waiting for its group"),
+        (agent_pb2.QueuedEvent(runs_ahead=0), "next in line"),
+        (agent_pb2.QueuedEvent(runs_ahead=2), "waiting for 2 runs"),
+    ],
+)
+def test_what_a_run_waits_for_is_drawn(board, terminal, to, model_file, sample, queued, shown_as):
+    board.script = lambda board, run: run.tell(queued=queued)
+    shown = terminal("push", model_file, *to)
+    shown.read_until(shown_as)
+    (run,) = board.runs.values()
+    run.finish(sample("success"))
+    assert shown.finish() == 0
+
+
 def test_an_upload_is_drawn(board, terminal, to, model_file, wait_until):
     passed = []
 

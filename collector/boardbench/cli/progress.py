@@ -127,6 +127,8 @@ class Live:
         if kind == "queued":
             ahead = event.queued.runs_ahead
             step = f"waiting for {figures.plural(ahead, 'run')}" if ahead else "next in line"
+            if not event.queued.HasField("runs_ahead"):
+                step = "waiting for its group"
             self._draw(job, step, completed=0, total=None)
         elif kind == "stage":
             self._draw(job, STAGES.get(event.stage.stage, "running"), completed=0, total=None)
