@@ -215,7 +215,7 @@ def _heat(view: View) -> agent_pb2.Finding:
         return invalid(said, "let it cool down, then give it a heat sink or a fan")
     if closest.margin <= view.limits.temperature_margin_celsius:
         return doubtful(
-            said, f"let it cool down: boardbench push … --cool-down {closest.limit - 20:.0f}; a fan helps"
+            said, f"let it cool down: boardbench push … --cool-to {closest.limit - 20:.0f}; a fan helps"
         )
     return ok(said)
 
