@@ -23,7 +23,7 @@ from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import InspectError
 from boardbench.inspect.sniff import sniff_bytes
 
-# ---- FlatBuffers, laid out by hand: parents first, and as many pointers to one child as there is room for ----------------------------------------------------------------------------
+# ---- FlatBuffers, laid out by hand: parents first, many pointers to one child ----------------------------
 
 
 class Place:
@@ -170,8 +170,8 @@ def tensors_shared(size: int) -> bytes:
     flat.table(
         tensor,
         {
-            0: shape, 1: ("b", 9), 2: ("I", 0), 3: name, 4: quantisation, 5: ("B", 1), 6: sparsity, 7: signature,
-            8: ("B", 1), 9: variants,
+            0: shape, 1: ("b", 9), 2: ("I", 0), 3: name, 4: quantisation, 5: ("B", 1), 6: sparsity,
+            7: signature, 8: ("B", 1), 9: variants,
         },
     )  # fmt: skip
     flat.numbers(shape, "i", [2] * 8)
@@ -283,7 +283,7 @@ def _operators(
         flat.numbers(inputs, "i", [0, *([2] if constant else [1] * (edges - 1))])
         flat.numbers(outputs, "i", [1] * (1 if constant else edges))
         if options:
-            flat.table(option, {field: ("i", 1) for field in range(6)})
+            flat.table(option, dict.fromkeys(range(6), ("i", 1)))
         shape_vector, name = places(2)
         for number, tensor in enumerate(described):
             flat.table(tensor, {0: shape_vector, 1: ("b", 9), 2: ("I", 1 if number == 2 else 0), 3: name})

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from boardbench.cli.errors import ExitCode, WrongUse
-from boardbench.cli.require import Requirement, holds, require_option
+from boardbench.cli.require_option import require_option
 from boardbench.cli.terminal import full_option, output_from, output_options
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from boardbench.cli.require import Requirement
     from boardbench.v1 import report_pb2
 
 _Message = TypeVar("_Message", bound="Message")
@@ -68,6 +67,7 @@ def inspect(
     the compiler did. FILE is .tflite, .onnx, OpenVINO .xml, .pte, .ptl, .pt, .mlmodel or .mlpackage; the
     bytes tell which, not the name. No engine is needed.
     """
+    # Everything is imported where it is needed: a model is read in less time than protobuf and Rich.
     from boardbench.inspect import analyse
     from boardbench.inspect.errors import InspectError
 
@@ -76,18 +76,24 @@ def inspect(
         found = analyse.inspect(file, original=original, target=target, fits=fits)
     except InspectError as error:
         raise WrongUse(str(error)) from error
-    report = report_message(found)
     if output.json:
-        output.show_json(report)
+        from boardbench.inspect import document
+
+        ascii_only = (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8"
+        sys.stdout.write(document.text(found, ascii_only=ascii_only) + "\n")
     else:
+        from boardbench.cli import grid
         from boardbench.cli.inspect_page import inspect_page
 
-        output.show(inspect_page(report, whole=output.full))
+        grid.write(inspect_page(found, grid.room(sys.stdout), whole=output.full), sys.stdout)
     if not require:
         return ExitCode.DONE
+    from boardbench.cli.require import holds
     from boardbench.cli.require_names import Subject
 
-    return ExitCode.DONE if holds(require, Subject.of_report(report), output) else ExitCode.FAILED
+    return (
+        ExitCode.DONE if holds(require, Subject.of_report(report_message(found)), output) else ExitCode.FAILED
+    )
 
 
 def report_message(report: object) -> report_pb2.ModelReport:
@@ -99,6 +105,10 @@ def report_message(report: object) -> report_pb2.ModelReport:
 
 def fill(message: _Message, value: object) -> _Message:
     """``message`` with the fields of a dataclass whose names are the message's; None stays absent."""
+    import dataclasses
+    import enum
+    from collections.abc import Mapping
+
     assert dataclasses.is_dataclass(value)
     for field in dataclasses.fields(value):
         content = getattr(value, field.name)

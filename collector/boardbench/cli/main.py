@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
-from click.shell_completion import CompletionItem
 
 from boardbench.cli.errors import EXIT_CODES, CliError, ExitCode, ReaderGone
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class Command(NamedTuple):
@@ -73,14 +74,24 @@ class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands, in the order of a user's day."""
         del ctx
-        return [name for name, command in COMMANDS.items() if importlib.util.find_spec(command.module)]
+        from importlib.util import find_spec
+
+        return [name for name, command in COMMANDS.items() if find_spec(command.module)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, imported now; None when there is none of this name."""
-        if cmd_name not in self.list_commands(ctx):
+        del ctx
+        command = COMMANDS.get(cmd_name)
+        if command is None:
             return None
-        command = COMMANDS[cmd_name]
-        found = getattr(importlib.import_module(command.module), command.attribute)
+        try:
+            module = importlib.import_module(command.module)
+        except ModuleNotFoundError as error:
+            # One that is not in this installation is not listed either.
+            if error.name != command.module:
+                raise
+            return None
+        found = getattr(module, command.attribute)
         assert isinstance(found, click.Command), (
             f"{command.module}.{command.attribute} is not a click command"
         )
@@ -118,6 +129,8 @@ class LazyGroup(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Completes the names of commands from the table, importing none."""
+        from click.shell_completion import CompletionItem
+
         if incomplete.startswith("-"):
             return click.Command.shell_complete(self, ctx, incomplete)
         return [

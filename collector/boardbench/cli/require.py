@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,11 +38,12 @@ from boardbench.cli.require_names import (
     percentile,
 )
 
+# Commands get it here, with the rest.
+from boardbench.cli.require_option import require_option as require_option
+
 if TYPE_CHECKING:
     from boardbench.cli.terminal import Output
     from boardbench.v1 import placement_pb2, result_pb2
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -203,35 +204,7 @@ def _judge(requirement: Requirement, subject: Subject) -> tuple[bool, str]:
     return compare(low, requirement.wanted) and compare(high, requirement.wanted), figure.words
 
 
-# As an option of a command
-
-
-def _parsed(
-    file: bool,
-) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[Requirement, ...]]:
-    def callback(
-        ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-    ) -> tuple[Requirement, ...]:
-        try:
-            return tuple(parse(value, file=file) for value in values)
-        except ValueError as error:
-            raise click.BadParameter(str(error), ctx, param) from None
-
-    return callback
-
-
-def require_option(*, file: bool = False) -> Callable[[_Command], _Command]:
-    """Adds ``--require``; the command gets a tuple of requirements as ``require``."""
-    example = "no-fallback, cpu_ops<=8" if file else "accelerated_ops>=95%, no-fallback, p50<=5ms"
-    what = "file" if file else "result"
-    return click.option(
-        "--require",
-        multiple=True,
-        metavar="EXPR",
-        callback=_parsed(file),
-        help=f"Exit with 1, saying why, unless the {what} holds this: {example}, … "
-        "What is not known does not hold. Repeatable.",
-    )
+# Judging all that a command was given
 
 
 def holds(requirements: Sequence[Requirement], subject: Subject, output: Output, *, about: str = "") -> bool:
