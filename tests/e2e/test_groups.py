@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -439,3 +441,25 @@ def test_several_processes_of_a_real_engine(programs: Any, demo_tflite: Path) ->
     assert pooled == result["latency"]["count"]
     assert result["effective_spec"]["processes"] == 3
     assert result["placement"]["verdict"]
+
+
+def test_run_here_has_several_processes_and_no_group(programs: Any, demo_tflite: Path) -> None:
+    def run_here(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        spec = json.dumps({"duration_seconds": 0.2, "warm_up_seconds": 0} | asked)
+        return subprocess.run(
+            [
+                sys.executable, "-m", "boardbench.agent", "run", str(demo_tflite), "--format", "jsonl",
+                "--spec", spec, "--data-dir", str(programs.folder / "here"),
+            ],
+            capture_output=True, text=True, timeout=SECONDS, env=programs.environment,
+        )  # fmt: skip
+
+    done = run_here({"processes": 2})
+    assert done.returncode == 0, done
+    *events, last = map(json.loads, done.stdout.splitlines())
+    assert len(last["result"]["processes"]["processes"]) == 2
+    starts = [event for event in events if event.get("stage", {}).get("stage") == "STAGE_START"]
+    assert len(starts) == 2
+    refused = run_here({"group": {"id": "g", "size": 2, "mode": "GROUP_MODE_INTERLEAVED"}})
+    assert refused.returncode == 2
+    assert "push them to an agent" in refused.stderr
