@@ -74,7 +74,7 @@ def test_a_measurement_ends_when_it_is_precise(worker: Any, fake_job: Make) -> N
     assert [target["percentile"] for target in result["stopping"]["targets"]] == [50.0, 80.5]
     for target in result["stopping"]["targets"]:
         assert target["reached_ratio"] <= target["asked_ratio"] == 0.9
-    assert 64 <= result["latency"]["count"] < 2000
+    assert result["latency"]["count"] >= 64
     assert 80.5 in [each["percentile"] for each in result["latency"]["percentiles"]]
     assert result["latency"]["confidence"] == 0.9
     spec = result["effective_spec"]
