@@ -223,6 +223,24 @@ async def test_severity_is_the_configurations(harness: Harness, steady: Path) ->
     assert result.validity != result_pb2.VALIDITY_INVALID
 
 
+async def test_worker_can_not_talk_the_agents_doubts_away(
+    harness: Harness, worker_program: Callable[[str], str]
+) -> None:
+    harness.on_stage["MEASURE"] = lambda: harness.write(FIRMWARE, "1\n")
+    body = """
+        for number in range(500):
+            say({"event": "warning", "warning": {"code": "w", "severity": "SEVERITY_NOTE"}})
+        for name in ("IMPORT", "CREATE", "INPUTS", "FIRST_INFERENCE", "WARM_UP", "MEASURE"):
+            stage(name)
+        time.sleep(0.3)
+        stage("REPORT")
+        say({"event": "result", "result": RESULT})
+    """
+    result = await harness.execute(interpreter=worker_program(body))
+    assert of_board(result) == {"undervoltage": result_pb2.SEVERITY_INVALID}
+    assert result.validity == result_pb2.VALIDITY_INVALID
+
+
 async def test_few_samples_are_invalid_and_a_failed_run_has_no_verdict(
     harness: Harness, fake_model: Callable[..., Path]
 ) -> None:

@@ -256,14 +256,17 @@ def test_work_of_those_that_are_measured_too_is_nobodys_fault(pi: Path) -> None:
     spec = result_pb2.BenchmarkSpec(sample_hertz=0)
     around = Surroundings(config, found, spec, clock=clock, peers=lambda: [peer, WORKER])
     processor_time(pi, busy=1000, stolen=0, worker=100)
+    write(pi, "proc/pressure/cpu", "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n")
     write(pi, f"proc/{peer}/stat", "78 (b) S 1 77 77 0 -1 0 0 0 0 0 50 0 0 0\n")
     clock.now += 1
     around.measurement_begins(WORKER)
     clock.now += 2
     processor_time(pi, busy=1402, stolen=0, worker=300)
+    write(pi, "proc/pressure/cpu", "some avg10=0.00 avg60=0.00 avg300=0.00 total=2000000\n")
     write(pi, f"proc/{peer}/stat", "78 (b) S 1 77 77 0 -1 0 0 0 0 0 250 0 0 0\n")
     around.measurement_ends(WORKER)
     seen = around.end()
+    assert seen.environment.cpu_pressure_share == 1.0
     assert codes(seen.warnings) == []
     assert seen.environment.other_cpu_seconds == pytest.approx(0.02)
 

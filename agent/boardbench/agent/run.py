@@ -48,6 +48,7 @@ ERRORS = {
 
 # Progress is for eyes.
 _LEAST_PROGRESS_SECONDS = 0.05
+# Of a worker's.
 _MOST_WARNINGS = 64
 # A board cools by some tenths of a degree in that time.
 _COOL_DOWN_LOOK_SECONDS = 0.5
@@ -370,7 +371,8 @@ class Attempt:
                 self._profiling = True
                 self._limit(self._profile_seconds())
             elif isinstance(event, result_pb2.Warning) and self._profiling and event.code in _OF_A_PROFILE:
-                self._doubt(event)
+                if len(self._warnings) < _MOST_WARNINGS:
+                    self._doubt(event)
             elif isinstance(event, placement_pb2.Placement) and self._profiling:
                 self._profile = event
                 self._limit(self._deadlines.exit_seconds)
@@ -406,7 +408,9 @@ class Attempt:
             else:
                 self._progress_left = event
         elif isinstance(event, result_pb2.Warning):
-            self._doubt(event)
+            # The agent's own doubts are few, and none of the worker's can take their place.
+            if len(self._warnings) < _MOST_WARNINGS:
+                self._doubt(event)
         elif isinstance(event, wire.Ready | wire.Counted):
             self._hold(event)
         elif isinstance(event, result_pb2.RunResult):
@@ -462,9 +466,8 @@ class Attempt:
 
     def _doubt(self, warning: result_pb2.Warning) -> None:
         validity.weigh(warning, self._config.validity.severity)
-        if len(self._warnings) < _MOST_WARNINGS:
-            self._warnings.append(warning)
-            self._emit(warning)
+        self._warnings.append(warning)
+        self._emit(warning)
 
     def _enter(self, stage: result_pb2.Stage.ValueType) -> None:
         now = self._loop.time()

@@ -111,7 +111,8 @@ RULES = (
     ),
     Rule(
         "cpu_pressure",
-        "in more than cpu_pressure_doubtful of the measurement, some task waited for a processor",
+        "in more than cpu_pressure_doubtful of the measurement, some task waited for a processor; not where "
+        "several runs were measured at the same time",
         "doubtful",
         "what waits is either the model or runs in its place the next time",
         "stop other work, or use fewer threads than there are processors",

@@ -54,6 +54,8 @@ class Measurement:
     allowed: Sequence[str] = ()
     device: str = "cpu"
     scenario: int = scenario_pb2.SCENARIO_KIND_UNSPECIFIED
+    # Others were measured at the same time: that they wait for each other is what is to be seen.
+    has_peers: bool = False
     governor: str = ""
     policies: Sequence[Policy] = ()
     # Names of the thermal zones, and where those that have one begin to throttle, in degrees Celsius.
@@ -136,7 +138,7 @@ def _of_accounts(measured: Measurement) -> Iterator[result_pb2.Warning]:
                 },
             )
     waited = pressure(before, after, "cpu")
-    if waited is not None and waited > limits.cpu_pressure_doubtful:
+    if waited is not None and waited > limits.cpu_pressure_doubtful and not measured.has_peers:
         yield warn(
             "cpu_pressure",
             f"in {waited:.0%} of the measurement some task waited for a processor",

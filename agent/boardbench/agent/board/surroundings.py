@@ -115,6 +115,7 @@ class Surroundings:
         self._power_mode = ""
         self._idle: list[Moment] = []
         self._measured: list[Moment] = []
+        self._had_peers = False
         # Ticks of the sampler when the measurement ended.
         self._ticks_at_end = 0
         self._ended = False
@@ -199,7 +200,9 @@ class Surroundings:
         self._mark("measurement_ends")
 
     def _account(self, pid: int) -> Moment:
-        return moment(self._root, dict.fromkeys((pid, *self._peers())), self._clock)
+        together = dict.fromkeys((pid, *self._peers()))
+        self._had_peers = len(together) > 1
+        return moment(self._root, together, self._clock)
 
     def _mark(self, label: str) -> None:
         self._sampler.mark(label)
@@ -286,6 +289,7 @@ class Surroundings:
             allowed=[f"cpu{number}" for number in affinity],
             device=self._spec.device or "cpu",
             scenario=self._spec.scenario.kind,
+            has_peers=self._had_peers,
             governor=environment.cpu_governor,
             policies=policies(self._root),
             zones=[zone.name for zone in self._zones],
