@@ -41,7 +41,7 @@ RULES = (
         "while it was measured, the firmware or the kernel slowed the processors or the accelerator down: "
         "bits of the Raspberry Pi's firmware, steps of a cooling device, counters of an x86 processor, "
         "reasons that a GPU gives",
-        "invalid; in a sustained scenario a note",
+        "invalid; doubtful for nothing but a graphics card's power limit; in a sustained scenario a note",
         "a throttled board is another board; a sustained run is made to show just that",
         "cool the board, or wait for it with --cool-to, then run again",
     ),
@@ -70,7 +70,8 @@ RULES = (
         "clock_moved",
         "the processors' frequency in the slowest tenth of the measurement was below that in the fastest by "
         "more than clock_drop_doubtful",
-        "doubtful, invalid from clock_drop_invalid on; in a sustained scenario a note",
+        "doubtful, invalid from clock_drop_invalid on; of processors that rest between inferences (periodic, "
+        "Poisson, on an accelerator) doubtful at most; in a sustained scenario a note",
         "figures from several clocks are figures of no clock",
         "the governor performance (--tune sets it for the run), and cooling",
     ),
