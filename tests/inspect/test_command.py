@@ -235,6 +235,24 @@ def _samples(files: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_only_what_is_needed_is_loaded(pair: tuple[Path, Path], form: str) -> None:
+    code = (
+        "import sys\n"
+        "from boardbench.cli.main import main\n"
+        f"assert main(['inspect', {str(pair[1])!r}, '--format', {form!r}]) == 0\n"
+        "parts = ('edgetpu', 'darwinn', 'onnx', 'openvino', 'coreml', 'executorch', 'torchscript')\n"
+        "slow = {'google', 'rich', 'grpc', 'boardbench.v1', 'boardbench.cli.require', 'decimal'}\n"
+        "slow |= {f'boardbench.inspect.{part}' for part in parts}\n"
+        "print(sorted(slow & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
 def test_help_of_the_program_loads_no_reader() -> None:
     code = (
         "import sys\n"

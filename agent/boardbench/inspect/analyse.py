@@ -9,16 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, Optional, Sequence, Tuple
 
-from boardbench.inspect import tflite_report
 from boardbench.inspect.budget import Budget
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat, Unreadable
 from boardbench.inspect.fit import EDGETPU_CACHE, fit, memory_of
 from boardbench.inspect.ledger import Ledger
-from boardbench.inspect.report import Fit, ModelReport
+from boardbench.inspect.report import EDGETPU, Fit, ModelReport
 from boardbench.inspect.sniff import sniff_bytes
 
-EDGETPU = tflite_report.EDGETPU
 TARGETS = (EDGETPU,)
 
 _PIECE_BYTES = 1 << 20
@@ -114,6 +112,8 @@ def _inspect_bytes(
     if budget is None:
         budget = Budget(len(data) + (0 if original is None else len(original)), base.format)
     if base.format == "tflite":
+        from boardbench.inspect import tflite_report
+
         if original is None:
             return tflite_report.report(base, data, None, target, budget)
         if sniff_bytes(original) != "tflite":

@@ -13,16 +13,16 @@ from typing import List, Mapping, Optional, Tuple
 from boardbench.inspect.errors import Malformed
 from boardbench.inspect.flatbuffer import I16, I32, U64, FlatBuffer, Pointer, Table, claim_tree
 from boardbench.inspect.flexbuffer import Span, read_map
-from boardbench.inspect.ledger import Ledger
+from boardbench.inspect.ledger import OPTIONS, Ledger
+from boardbench.inspect.tflite_schema import EDGETPU_OP
 
-CUSTOM_OP = "edgetpu-custom-op"
+CUSTOM_OP = EDGETPU_OP
 STAND_ALONE, PARAMETER_CACHING, EXECUTION_ONLY = 0, 1, 2
 
 EXECUTABLE = "edgetpu executable"
 INSTRUCTIONS = "edgetpu instructions"
 PARAMETERS_CACHED = "edgetpu parameters cached"
 PARAMETERS_STREAMED = "edgetpu parameters streamed"
-OPTIONS = "operator options"
 
 # Keys of the options map.
 _PACKAGE_KEY, _MORE_PACKAGES_KEY = "4", "7"

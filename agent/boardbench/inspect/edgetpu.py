@@ -35,7 +35,7 @@ from boardbench.inspect.report import (
     UnitCount,
     Verdict,
 )
-from boardbench.inspect.tflite import Model, Operator, Subgraph, closure, producers
+from boardbench.inspect.tflite import Model, Operator, Subgraph, closure, count_types, op_name, producers
 
 # The size of what is told about a list of operations in one sentence.
 _LISTED = 8
@@ -46,22 +46,6 @@ _STEPS_PER_JUDGEMENT = 12
 def compiled_nodes(model: Model) -> List[Operator]:
     """The compiled subgraphs in the model, as operations of its main graph."""
     return [operator for operator in model.main.operators if operator.type == darwinn.CUSTOM_OP]
-
-
-def op_name(graph: Subgraph, operator: Operator) -> str:
-    """The name of an operation: that of its first output."""
-    for tensor in operator.outputs:
-        if tensor >= 0:
-            return graph.tensors[tensor].name
-    return ""
-
-
-def count_types(operators: Sequence[Operator]) -> Dict[str, int]:
-    """Number of operations by type, in the order of their first appearance."""
-    found: Dict[str, int] = {}
-    for operator in operators:
-        found[operator.type] = found.get(operator.type, 0) + 1
-    return found
 
 
 def edgetpu_report(packages: Sequence[Sequence[darwinn.Package]]) -> EdgeTpuReport:

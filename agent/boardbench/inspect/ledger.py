@@ -13,6 +13,7 @@ NAMES = "names"
 WEIGHTS = "weights"
 QUANTISATION = "quantisation"
 METADATA = "metadata"
+OPTIONS = "operator options"
 PADDING = "padding"
 UNREFERENCED = "unreferenced"
 

@@ -9,6 +9,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import Mapping, Optional, Tuple
 
+# The target that a placement can be asked for.
+EDGETPU = "edgetpu"
+
 
 class Unit(str, enum.Enum):
     """Where an operation runs. See ``boardbench.v1.Unit``."""

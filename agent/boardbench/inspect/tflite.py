@@ -504,3 +504,19 @@ def closure(
                 seen.add(tensor)
                 waiting.append(tensor)
     return met
+
+
+def op_name(graph: Subgraph, operator: Operator) -> str:
+    """The name of an operation: that of its first output."""
+    for tensor in operator.outputs:
+        if tensor >= 0:
+            return graph.tensors[tensor].name
+    return ""
+
+
+def count_types(operators: Sequence[Operator]) -> Dict[str, int]:
+    """Number of operations by type, in the order of their first appearance."""
+    found: Dict[str, int] = {}
+    for operator in operators:
+        found[operator.type] = found.get(operator.type, 0) + 1
+    return found

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
 
-from boardbench.inspect import darwinn, edgetpu
 from boardbench.inspect.budget import Budget
 from boardbench.inspect.cost import arena_bytes, multiply_accumulates
-from boardbench.inspect.edgetpu_rules import EIGHT_BITS
 from boardbench.inspect.elements import BITS, count_zeros
 from boardbench.inspect.errors import InspectError, Malformed
-from boardbench.inspect.ledger import METADATA, WEIGHTS, Ledger
+from boardbench.inspect.ledger import METADATA, OPTIONS, WEIGHTS, Ledger
 from boardbench.inspect.report import (
+    EDGETPU,
     ModelReport,
     OpPlacement,
     Placement,
@@ -21,9 +20,12 @@ from boardbench.inspect.report import (
     TensorInfo,
     Unit,
 )
-from boardbench.inspect.tflite import Model, Operator, Span, Tensor, read_model
+from boardbench.inspect.tflite import Model, Operator, Span, Tensor, count_types, op_name, read_model
+from boardbench.inspect.tflite_schema import EDGETPU_OP
 
-EDGETPU = "edgetpu"
+if TYPE_CHECKING:
+    from boardbench.inspect import darwinn
+
 UNUSED = "unused constants"
 FILES = "associated files"
 
@@ -51,15 +53,16 @@ def read(data: memoryview, budget: Budget) -> Read:
     for graph in model.subgraphs:
         for operator in graph.operators:
             span = operator.custom_options
-            if operator.type != darwinn.CUSTOM_OP:
+            if operator.type != EDGETPU_OP:
                 if span is not None:
-                    ledger.claim(span[0], span[1], darwinn.OPTIONS, "", operator.type)
+                    ledger.claim(span[0], span[1], OPTIONS, "", operator.type)
                 continue
             if span is None:
-                raise Malformed(
-                    f"operation {operator.index}, an {darwinn.CUSTOM_OP}, holds nothing: compile again"
-                )
+                raise Malformed(f"operation {operator.index}, an {EDGETPU_OP}, holds nothing: compile again")
             if span not in read_options:
+                # What is for the Edge TPU is imported where it is needed, which it mostly is not.
+                from boardbench.inspect import darwinn
+
                 read_options[span] = darwinn.read_packages(data[span[0] : span[1]], ledger.at(span[0]))
             if graph.index == 0:
                 packages.append(read_options[span])
@@ -91,7 +94,7 @@ def report(
         inputs=tuple(_info(graph.tensors[index]) for index in graph.inputs),
         outputs=tuple(_info(graph.tensors[index]) for index in graph.outputs),
         op_count=len(graph.operators),
-        op_types=edgetpu.count_types(graph.operators),
+        op_types=count_types(graph.operators),
         parameter_count=None if compiled else parameters,
         multiply_accumulates=None if compiled else _multiply_accumulates(model),
         arena_estimate_bytes=arena_bytes(graph),
@@ -103,6 +106,8 @@ def report(
         filled, more = _compiled(filled, found, original, budget)
         warnings += more
     elif target == EDGETPU:
+        from boardbench.inspect import edgetpu
+
         placement = edgetpu.predict(model)
         filled = replace(filled, placement=placement, ops=placement.ops)
         warnings.append(
@@ -124,7 +129,7 @@ def report(
             )
     else:
         ops = tuple(
-            OpPlacement(operator.index, operator.type, edgetpu.op_name(graph, operator))
+            OpPlacement(operator.index, operator.type, op_name(graph, operator))
             for operator in graph.operators
         )
         filled = replace(filled, ops=ops, placement=_unknown())
@@ -133,6 +138,8 @@ def report(
 
 def _quantised(model: Model) -> bool:
     """Whether anything that is computed has the 8 bits that the Edge TPU computes in."""
+    from boardbench.inspect.edgetpu_rules import EIGHT_BITS
+
     graph = model.main
     made = {index for operator in graph.operators for index in operator.outputs if index >= 0}
     return any(graph.tensors[index].dtype in EIGHT_BITS for index in made)
@@ -147,6 +154,8 @@ def _unknown() -> Placement:
 def _compiled(
     base: ModelReport, found: Read, original: Optional[memoryview], budget: Budget
 ) -> Tuple[ModelReport, List[ReportWarning]]:
+    from boardbench.inspect import edgetpu
+
     report_of = edgetpu.edgetpu_report(found.packages)
     warnings: List[ReportWarning] = []
     if original is None:
@@ -324,7 +333,7 @@ def _warnings(found: Read) -> List[ReportWarning]:
             operator.type
             for graph in model.subgraphs
             for operator in graph.operators
-            if operator.custom and operator.type != darwinn.CUSTOM_OP
+            if operator.custom and operator.type != EDGETPU_OP
         }
     )
     if custom:

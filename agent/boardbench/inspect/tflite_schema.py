@@ -11,6 +11,8 @@ from typing import Dict, Mapping, Tuple
 from boardbench.inspect.flatbuffer import I8, I32, U8
 
 IDENTIFIER = b"TFL3"
+# What the Edge TPU compiler leaves where operations were (google-coral/libedgetpu, tflite/custom_op.h).
+EDGETPU_OP = "edgetpu-custom-op"
 CUSTOM = 32
 # In operator codes beyond 126 the old field holds this and the new one the code.
 PLACEHOLDER = 127
