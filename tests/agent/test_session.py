@@ -558,6 +558,43 @@ async def test_all_are_let_go_when_all_are_ready_and_end_when_all_have_counted(
         assert result.create_seconds == 1.0, "loaded while nothing else ran"
 
 
+async def test_doubts_about_what_the_others_do_are_no_doubts(
+    harness: Harness, counting_program: Callable[[str], str]
+) -> None:
+    program = counting_program("""
+        def warn(code, message):
+            say({"event": "warning", "warning": {
+                "code": code, "message": message, "severity": "SEVERITY_DOUBTFUL"}})
+        stage("IMPORT"); stage("WARM_UP")
+        if not job.get("hold"):
+            warn("few_samples", "alone")
+            warn("high_variation", "alone")
+            warn("outputs_not_finite", "in both")
+            stage("MEASURE")
+            result([1_000_000 + n for n in range(50)])
+            sys.exit()
+        say({"event": "ready"})
+        sys.stdin.readline()
+        stage("MEASURE")
+        say({"event": "counted"})
+        sys.stdin.readline()
+        warn("preempted", "together")
+        warn("outputs_not_finite", "in both")
+        result([2_000_000 + n for n in range(50)])
+        """)
+    for name in ("a", "b"):
+        harness.add(name, f"/stored.{name}", group(CONCURRENT), program)
+    result = (await harness.execute())["a"]
+    told = {warning.code: warning for warning in result.warnings}
+    assert told["preempted"].severity == result_pb2.SEVERITY_NOTE
+    assert told["preempted"].message.startswith("the other runs of the group are in this: ")
+    assert told["high_variation"].severity == result_pb2.SEVERITY_DOUBTFUL
+    assert told["high_variation"].message == "while it was measured by itself: alone"
+    assert [warning.code for warning in result.warnings].count("outputs_not_finite") == 1
+    assert "few_samples" not in told, "its bounds say so"
+    assert harness.told("a").count("high_variation") == 1
+
+
 async def test_concurrent_runs_of_the_real_worker(harness: Harness, fake_model: Callable[..., Path]) -> None:
     asked = group(CONCURRENT, duration_seconds=0.6, min_runs=5)
     harness.add("a", fake_model(inference=[{"sleep_seconds": 0.002}]), asked)

@@ -26,8 +26,9 @@ from boardbench.agent.session import OF_SAMPLES
 from boardbench.agent.spread import Spread, of_others, spread
 from boardbench.v1 import latency_pb2, result_pb2, scenario_pb2
 
-# What the others of a group do by being measured at the same time: it is what the figures are to show.
-_OF_THE_OTHERS = frozenset(("high_load", "cpu_pressure", "preempted"))
+# What the others of a group do by being measured at the same time: it is what the figures are to show. Their
+# processor time is not in the load: see ``peers`` of the surroundings.
+_OF_THE_OTHERS = frozenset(("cpu_pressure", "preempted"))
 
 _Message = TypeVar("_Message", bound=Message)
 
