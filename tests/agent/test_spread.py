@@ -7,8 +7,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from boardbench.agent.spread import AGREE_RATIO, of_others, spread
+from boardbench.agent.spread import Spread, of_others
+from boardbench.agent.spread import spread as spread_of
 from boardbench.v1 import latency_pb2
+
+AGREE_RATIO = 0.01
+
+
+def spread(latencies: Sequence[latency_pb2.Latency], confidence: float) -> Spread:
+    return spread_of(latencies, confidence, AGREE_RATIO)
 
 
 def latency(samples: Sequence[float]) -> latency_pb2.Latency:
@@ -49,6 +56,7 @@ def test_difference_that_is_sure_and_small_is_no_disagreement() -> None:
     found = spread([process(draw, median, 2000, 0.005) for median in (1e6, 1.006e6)], 0.95)
     assert found.agree
     assert "more than chance" in found.detail
+    assert not spread_of([process(draw, median, 2000, 0.005) for median in (1e6, 1.006e6)], 0.95, 0.001).agree
 
 
 def test_two_processes_have_no_bounds_for_others() -> None:

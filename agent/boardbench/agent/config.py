@@ -189,6 +189,9 @@ class ValidityConfig:
     frequency_cap_note: float = 0.01
     # Degrees below the temperature at which the board throttles. Within them the next run may be throttled.
     temperature_margin_celsius: float = 5.0
+    # Half of the greatest difference between the medians of a run's processes, as a share of their median.
+    # Below it they are pooled, however sure it is: the clocks of a board move as much between two processes.
+    processes_doubtful: float = 0.01
     # Share of one processor that reading the sensors took, though it was bounded (sensors.cost_share): one
     # that is dear at its first read, or a program. Beyond it they are a part of what is measured.
     sensors_doubtful: float = 0.05

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from boardbench.agent import merge, validity
 from boardbench.agent.bench import comparison, doubts, events, processes, stats
+from boardbench.agent.config import ValidityConfig
 from boardbench.agent.domain import Warning
 from boardbench.agent.drift import difference
 from boardbench.agent.plan import Plan
@@ -34,7 +35,10 @@ _Message = TypeVar("_Message", bound=Message)
 
 
 def pooled(
-    results: Sequence[result_pb2.RunResult], plan: Plan, offsets_seconds: Sequence[float]
+    results: Sequence[result_pb2.RunResult],
+    plan: Plan,
+    offsets_seconds: Sequence[float],
+    limits: ValidityConfig,
 ) -> result_pb2.RunResult:
     """The result of a run of which each of these is one process, in the order they ran; at least one.
 
@@ -45,7 +49,7 @@ def pooled(
     if len(results) == 1:
         return whole
     merge.into(whole, results, offsets_seconds)
-    seen = spread([each.latency for each in results], plan.spec.confidence)
+    seen = spread([each.latency for each in results], plan.spec.confidence, limits.processes_doubtful)
     used = list(results) if seen.agree else [results[seen.middle]]
     whole.latency.CopyFrom(_latency([each.latency for each in used], plan))
     if not seen.agree:
@@ -56,7 +60,7 @@ def pooled(
     _take_stopping(whole, results, plan)
     _take_processes(whole, results, seen)
     del whole.warnings[:]
-    whole.warnings.extend(_warnings(whole, results, seen, plan))
+    whole.warnings.extend(_warnings(whole, results, seen, limits))
     return whole
 
 
@@ -262,10 +266,13 @@ def _short_of(whole: result_pb2.RunResult) -> list[result_pb2.PrecisionReached]:
 
 
 def _warnings(
-    whole: result_pb2.RunResult, results: Sequence[result_pb2.RunResult], seen: Spread, plan: Plan
+    whole: result_pb2.RunResult,
+    results: Sequence[result_pb2.RunResult],
+    seen: Spread,
+    limits: ValidityConfig,
 ) -> Iterator[result_pb2.Warning]:
     yield from _of_processes(whole, results)
-    thresholds = doubts.Thresholds.of(plan.thresholds)
+    thresholds = doubts.Thresholds.of(limits.thresholds)
     counted = sum(result.latency.count for result in results)
     for doubt in doubts.of_count(counted, thresholds):
         yield _of_the_wire(doubt, result_pb2.Warning())
@@ -284,6 +291,7 @@ def _warnings(
                 "fastest_seconds": fastest,
                 "slowest_seconds": slowest,
                 "spread_ratio": seen.ratio,
+                "processes_doubtful_ratio": limits.processes_doubtful,
                 "processes": len(results),
             },
         )

@@ -33,6 +33,8 @@ ERRORS = {
 
 # Doubts about the number of samples: those of several processes are counted together.
 OF_SAMPLES = frozenset(("few_samples", "precision_not_reached"))
+# Stages that each process goes through, and of which watchers see how far all of them are.
+_SHARED_STAGES = (result_pb2.STAGE_WARM_UP, result_pb2.STAGE_MEASURE)
 # What a spec says about the whole run.
 _OF_THE_RUN = (
     "duration_seconds",
@@ -256,7 +258,8 @@ class Session:
         for member, result in results.items():
             for warning in result.warnings:
                 validity.weigh(warning, self._config.validity.severity)
-                member.tell(warning)
+                if member.is_pooled:
+                    member.tell(warning)
             await self._end(member, result)
 
     async def _end(self, member: _Member, result: result_pb2.RunResult) -> None:
@@ -378,12 +381,12 @@ class _Member:
     # --- what is told while it goes on
 
     def _heard(self, event: wire.WorkerNews) -> None:
-        if isinstance(event, result_pb2.Warning):
+        if isinstance(event, result_pb2.Warning) and self.is_pooled:
             # What one of several processes doubts, another may make up for.
-            if not self.quiet and not (self._is_pooled and event.code in OF_SAMPLES):
+            if not self.quiet and event.code not in OF_SAMPLES:
                 self.tell(event)
             return
-        if isinstance(event, agent_pb2.ProgressEvent) and self.plan.processes > 1:
+        if isinstance(event, agent_pb2.ProgressEvent) and event.stage in _SHARED_STAGES:
             event = self._of_all(event)
         self._tell(self.job.run_id, event)
 
@@ -414,18 +417,19 @@ class _Member:
     # --- its result
 
     @property
-    def _is_pooled(self) -> bool:
+    def is_pooled(self) -> bool:
+        """Whether its result is made of those of several processes."""
         return self.plan.processes > 1 or self.plan.spec.group.mode == result_pb2.GROUP_MODE_CONCURRENT
 
     def pooled(self) -> result_pb2.RunResult:
         """The result of all that it measured."""
-        if not self._is_pooled:
+        if not self.is_pooled:
             result = self.results[0]
         else:
             from boardbench.agent import pool
 
             offsets = [began - self._began[0] for began in self._began]
-            result = pool.pooled(self.results, self.plan, offsets)
+            result = pool.pooled(self.results, self.plan, offsets, self._config.validity)
         self._say_what_was_done(result)
         return result
 
@@ -456,8 +460,7 @@ class _Member:
     def _say_what_was_done(self, result: result_pb2.RunResult) -> None:
         """What the whole run was to do, of which a process knows only its part."""
         done, planned = result.effective_spec, self.plan.spec
-        for name in _OF_THE_RUN:
-            done.ClearField(name)  # type: ignore[arg-type]
+        del done.precision[:]
         of_the_run = result_pb2.BenchmarkSpec()
         of_the_run.CopyFrom(planned)
         for field, _ in planned.ListFields():

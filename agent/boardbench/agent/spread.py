@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from boardbench.agent.bench import stats
 from boardbench.v1 import latency_pb2
 
-# Medians that are so close are taken to agree, however sure their difference is: the clocks of a board move
-# as much between two processes.
-AGREE_RATIO = 0.01
 # Chance that processes of one distribution are taken to differ.
 _CHANCE = 0.01
 # Fewest whose spread says something about others: Student's t is 4.3 with three of them, and 12.7 with two.
@@ -41,19 +38,22 @@ class Spread:
     detail: str
 
 
-def spread(latencies: Sequence[latency_pb2.Latency], confidence: float) -> Spread:
-    """How far processes differ, of which there are at least two."""
+def spread(latencies: Sequence[latency_pb2.Latency], confidence: float, agree_ratio: float) -> Spread:
+    """How far processes differ, of which there are at least two.
+
+    Those whose medians are no farther apart than ``agree_ratio`` agree, however sure their difference is.
+    """
     medians = [stats.median(each.samples_nanoseconds) / 1e9 for each in latencies]
     ordered = sorted(medians)
     center = statistics.median(medians)
     ratio = (ordered[-1] - ordered[0]) / 2 / center if center > 0 else 0.0
     differ = _differ(latencies)
-    agree = ratio <= AGREE_RATIO or not differ
+    agree = ratio <= agree_ratio or not differ
     limits = of_others(medians, confidence)
     if agree and not differ:
         how = "their medians differ no more than by chance"
     elif agree:
-        how = f"their medians differ by more than chance, and by less than ±{AGREE_RATIO:.0%}"
+        how = f"their medians differ by more than chance, and by less than ±{agree_ratio * 100:.2g} %"
     else:
         how = "their medians differ by more than chance: the latency is that of the process in the middle"
     if limits is not None:

@@ -187,7 +187,8 @@ RULES = (
     ),
     Rule(
         "processes_disagree",
-        "the medians of several processes differ by more than ±1 %, and by more than chance explains",
+        "the medians of several processes differ by more than ± processes_doubtful, and by more than chance "
+        "explains",
         "doubtful",
         "addresses and allocations differ from process to process, and with them what the caches do; the "
         "figures of one process are then not those of the model",
