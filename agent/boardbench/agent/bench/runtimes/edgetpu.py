@@ -446,16 +446,12 @@ def read_file(model: Path) -> Optional[CompiledFile]:
     from boardbench.inspect.ledger import Ledger
 
     try:
-        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            data = memoryview(content)
-            try:
-                operators = tflite.read_model(data, Ledger()).main.operators
-                spans = [op.custom_options for op in operators if op.type == CUSTOM_OP and op.custom]
-                packages = [
-                    darwinn.read_packages(data[span[0] : span[1]], Ledger())[0] for span in spans if span
-                ]
-            finally:
-                data.release()
+        with model.open("rb") as file:
+            # Not closed here: what reads it may hold views of it in cycles, until these are collected.
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        operators = tflite.read_model(data, Ledger()).main.operators
+        spans = [op.custom_options for op in operators if op.type == CUSTOM_OP and op.custom]
+        packages = [darwinn.read_packages(data[span[0] : span[1]], Ledger())[0] for span in spans if span]
     except (OSError, ValueError, InspectError):
         return None
     if not spans:
