@@ -3,7 +3,7 @@
 #   tflite-runtime   ends at Python 3.11 and needs NumPy 1
 #   ort-openvino     ONNX Runtime with the OpenVINO provider replaces plain onnxruntime
 # With "heavy" those of gigabytes instead, for `make test-engines`; the suite runs inside them:
-#   executorch       needs NumPy 2 and brings PyTorch, in the version that it is built for
+#   executorch       needs NumPy 2, and PyTorch, which thereby is here as well
 #   torch            PyTorch alone, only where ExecuTorch has no wheel
 # Where one can't be made it says so, and the tests that need it skip and say so too.
 set -u
@@ -25,7 +25,7 @@ make_venv() { # NAME PYTHON REQUIREMENT…
 if [ "${3-}" = heavy ]; then
     suite="pytest>=8.3 pytest-asyncio>=0.25 pytest-timeout>=2.3"
     # shellcheck disable=SC2086 # a list of words
-    make_venv executorch "$python" 'executorch>=1.0' $suite
+    make_venv executorch "$python" 'executorch>=1.0' 'torch>=2.9' 'numpy>=2' $suite
     # shellcheck disable=SC2086
     [ -x "$folder/executorch/bin/python" ] || make_venv torch "$python" 'torch>=2.4' 'numpy>=1.26' $suite
     exit

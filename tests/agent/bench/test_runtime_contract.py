@@ -25,7 +25,7 @@ from boardbench.agent.bench.runtime import (
 )
 from boardbench.agent.domain import Evidence, Unit, Verdict
 
-from . import models
+from . import models, torch_models
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ SUBJECTS = (
     Subject("onnxruntime", ".onnx", models.onnx_affine, lambda: models.onnx_affine(batch="N")),
     # Relu and Add become one operation of its executed graph.
     Subject("openvino", ".onnx", models.onnx_affine, lambda: models.onnx_affine(batch="N"), ops=1),
+    # A bundled input tells its sizes; others are given with the run.
+    Subject("torch", ".ptl", torch_models.ptl_affine, None),
+    # Which dimensions are open its files do not say, only that some are.
+    Subject("executorch", ".pte", torch_models.pte_affine, None),
     # Compiled for one size and one number of threads.
     Subject("ell", ".so", models.ell_affine, None, ops=1, shape=(1, 1, 4), threads=False),
 )

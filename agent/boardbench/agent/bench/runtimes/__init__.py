@@ -58,6 +58,15 @@ ENGINES = (
         profiler=f"{_HERE}.openvino",
         more_devices="gpu and npu need the drivers of the hardware (libOpenCL.so.1, Intel compute runtime)",
     ),
+    Engine("torch", f"{_HERE}.torch", "TorchRuntime", ("torchscript",), profiler=f"{_HERE}.torch"),
+    Engine(
+        "executorch",
+        f"{_HERE}.executorch",
+        "ExecuTorchRuntime",
+        ("executorch",),
+        profiler=f"{_HERE}.executorch",
+        more_devices="another build of ExecuTorch may have its delegate",
+    ),
     Engine("ell", f"{_HERE}.ell", "EllRuntime", ("ell",), profiler=f"{_HERE}.ell"),
     Engine(
         "fake",
