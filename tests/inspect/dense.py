@@ -876,6 +876,44 @@ def executorch(
     return make
 
 
+# ---- PyTorch Mobile ------------------------------------------------------------------------
+
+
+def torch_mobile(kind: int) -> Callable[[int], bytes]:
+    """A list of values of the kind, which are all one, as often as there is room for."""
+
+    def make(size: int) -> bytes:
+        flat = Flat(b"PTMF")
+        chosen, values, method, function, entry, value = places(6)
+        flat.table(flat.top, {0: ("I", 9), 2: chosen, 4: values})
+        flat.numbers(chosen, "I", [0])
+        flat.pointers(values, [method, *([entry] * (size // 8))])
+        flat.table(method, {0: ("B", 16), 1: function})
+        operators, operator, instructions, name = places(4)
+        flat.table(function, {0: name, 1: instructions, 2: operators})
+        flat.pointers(operators, [operator])
+        flat.table(operator, {0: name, 1: name})
+        flat.table(entry, {0: ("B", kind), 1: value})
+        listed, scales, quantised = places(3)
+        if kind == 5:
+            flat.table(value, {1: ("b", 6), 3: listed, 4: listed, 6: quantised})
+            flat.table(quantised, {3: scales, 4: scales})
+            flat.table(scales, {1: ("b", 6), 3: listed, 4: listed})
+        elif kind == 16:
+            flat.table(value, {0: name, 1: instructions, 2: operators})
+        else:
+            flat.table(value, {0: listed, 1: name, 2: listed})
+        flat.numbers(listed, "I", [1, 2, 3, 4])
+        flat.content(name, b"name.forward")
+        # Instructions of eight bytes, each of which runs the only operation.
+        instructions.at = len(flat.data)
+        flat.data += struct.pack("<I", 8 if kind == 16 else size // 16)
+        flat.data += bytes(8 * (size // 16))
+        return flat.finish()
+
+    return make
+
+
 DENSE: dict[str, Callable[[int], bytes]] = {
     "tflite tensors shared": tensors_shared,
     "tflite tensors bare": tensors_bare,
@@ -981,6 +1019,9 @@ DENSE: dict[str, Callable[[int], bytes]] = {
     "torchscript pickle packed": pickle_packed,
     "torchscript functions shared": bytecode_shared,
     "torchscript calls": source_of_calls,
+    "torch mobile tensors": torch_mobile(5),
+    "torch mobile lists": torch_mobile(7),
+    "torch mobile functions": torch_mobile(16),
     "executorch values": executorch(values=20),
     "executorch instructions": executorch(instructions=20),
     "executorch arguments": executorch(instructions=20, arguments=500),
@@ -994,7 +1035,7 @@ def padded(data: bytes, size: int) -> bytes:
     missing = size - len(data)
     if missing <= 16:
         return data
-    if data[4:8] == b"TFL3" or data[4:8] == b"ET12":
+    if data[4:8] in (b"TFL3", b"ET12", b"PTMF"):
         return data + bytes(missing)
     if data.startswith(b"<"):
         return data + b" " * missing

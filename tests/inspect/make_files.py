@@ -5,6 +5,7 @@ They are committed, because those tools are large and live in environments of th
     python make_files.py openvino      # with: openvino (2026.4)
     python make_files.py coreml        # with: coremltools (9.0)
     python make_files.py torch         # with: torch (2.13), executorch (1.5)
+    python make_files.py mobile        # with: torch (2.15)
 
 The figures that the tests expect (tests/inspect/test_formats.py) were read with the same tools.
 """
@@ -90,5 +91,44 @@ def make_torch() -> None:
     torch.jit.script(model)._save_for_lite_interpreter(str(FILES / "small.ptl"))
 
 
+def make_mobile() -> None:
+    import torch
+
+    class Mobile(torch.nn.Module):
+        """One value of each kind that the lite interpreter's files hold."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(3, 3))
+            self.names = ["a", "b"]
+            self.k: dict[str, int] = {"x": 1}
+            self.low = torch.nn.Parameter(torch.randn(4).half())
+            self.register_buffer("i", torch.arange(5))
+            self.t = (1, 2.5, True)
+            values = torch.randn(2, 2)
+            scales, points = torch.tensor([0.1, 0.2]), torch.tensor([0, 0])
+            self.qt = torch.quantize_per_tensor(torch.randn(2, 2), 0.1, 0, torch.qint8)
+            self.qc = torch.quantize_per_channel(values, scales, points, 0, torch.quint8)
+
+        def forward(self, x: torch.Tensor, y: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+            if x.sum() > 0:
+                x = x @ self.w
+            for k in [1, 2, 3]:
+                x = x * k + y["a"]
+            more = self.qt.dequantize().sum() + self.qc.dequantize().sum()
+            return x + self.low.sum() + self.i.sum() + more, [1, 2, self.k["x"]]
+
+        @torch.jit.export
+        def other(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(x)
+
+    torch.manual_seed(7)
+    scripted = torch.jit.script(Mobile().eval())
+    scripted._save_for_lite_interpreter(str(FILES / "mobile.ptl"))
+    scripted._save_for_lite_interpreter(str(FILES / "mobile_flatbuffer.ptl"), _use_flatbuffer=True)
+
+
 if __name__ == "__main__":
-    {"openvino": make_openvino, "coreml": make_coreml, "torch": make_torch}[sys.argv[1]]()
+    {"openvino": make_openvino, "coreml": make_coreml, "torch": make_torch, "mobile": make_mobile}[
+        sys.argv[1]
+    ]()

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from boardbench.inspect import analyse
+from boardbench.inspect import analyse, sniff
 from boardbench.inspect.errors import InspectError, Malformed, UnknownFormat
 from boardbench.inspect.report import Evidence, ModelReport, Unit, Verdict
 
@@ -119,6 +119,42 @@ def test_torchscript(files: Path, name: str, kind: str) -> None:
     assert _sums(report)
     weights = next(use for use in report.bytes if use.purpose == "weights")
     assert (weights.dtype, weights.elements) == ("float32", 112 + 2570)
+
+
+def test_torch_mobile_as_a_flatbuffer_is_what_it_is_as_an_archive(files: Path) -> None:
+    archive = analyse.inspect(files / "mobile.ptl")
+    report = analyse.inspect(files / "mobile_flatbuffer.ptl")
+    assert report.format == "torchscript"
+    assert report.format_version == "bytecode 9, lite interpreter (FlatBuffer)"
+    assert [op.type for op in report.ops] == [op.type for op in archive.ops]
+    assert report.op_count == 19
+    assert report.parameter_count == archive.parameter_count == 30
+
+    def weights(of: ModelReport) -> dict[str, tuple[int, int | None, int | None]]:
+        return {
+            use.dtype: (use.size_bytes, use.elements, use.zero_elements)
+            for use in of.bytes
+            if use.purpose == "weights"
+        }
+
+    assert weights(report) == weights(archive)
+    assert set(weights(report)) == {"int64", "float32", "float64", "float16", "int8", "uint8"}
+    assert _sums(report)
+    # Nothing is left over: every byte but padding is known.
+    assert "unreferenced" not in {use.purpose for use in report.bytes}
+    # Arguments that are no tensors are no inputs.
+    assert [tensor.name for tensor in report.inputs] == ["x"]
+    assert sniff.check(files / "mobile_flatbuffer.ptl", "torchscript") is None
+
+
+def test_torch_mobile_that_is_cut_off(files: Path, tmp_path: Path) -> None:
+    data = (files / "mobile_flatbuffer.ptl").read_bytes()
+    path = tmp_path / "half.ptl"
+    for size in (60, 500, 2000, len(data) - 600):
+        path.write_bytes(data[:size])
+        with pytest.raises(Malformed, match="truncated or damaged"):
+            analyse.inspect(path)
+        assert "truncated" in (sniff.check(path, "torchscript") or "")
 
 
 def test_coreml_neural_network(files: Path) -> None:

@@ -17,7 +17,6 @@ WARNINGS: Mapping[str, str] = {
     "the CPU, without an error",
     "not_quantised": "the Edge TPU was asked for, and nothing that the model computes has 8 bits",
     "not_portable": "a TensorRT engine runs only on the kind of GPU and the version that it was built for",
-    "not_read": "the file is of a form whose inside is not read here",
     "open_shapes": "inputs have sizes that the file leaves open",
     "operations_from_source": "the operations of a TorchScript file are those that its source names",
     "parameters_streamed": "parameters do not stay in the Edge TPU's memory and are sent at every inference",

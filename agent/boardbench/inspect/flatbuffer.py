@@ -337,12 +337,20 @@ class Table:
         self.buffer.mark_as(at, start, self._number)
         return start, start + width * count
 
-    def spans(self, field: int) -> List[Tuple[int, int]]:
+    def fixed(self, field: int, size: int) -> None:
+        """Marks the bytes of a value of fixed size that the field points to."""
+        at = self._target(field)
+        if at:
+            if at + size > self.buffer.size:
+                raise self.buffer.broken("has a value that ends outside the file", at)
+            self.buffer.mark_as(at, at + size, self._number)
+
+    def spans(self, field: int, purpose: str = "") -> List[Tuple[int, int]]:
         """(start, stop) of each element of a vector of strings, which are not read."""
         found = []
         for place in self.places(field):
             start, length = self.buffer.vector_at(place, 1, False)
-            self.buffer.mark_as(place, start, self._number)
+            self.buffer.mark_as(place, start, self._marked(purpose))
             found.append((start, start + length))
         return found
 

@@ -240,7 +240,11 @@ def _check_archive(data: memoryview) -> None:
 
 def _check_torchscript(data: memoryview) -> None:
     if bytes(data[4:8]) == b"PTMF":
-        _check_flatbuffer(data)
+        from boardbench.inspect import torch_mobile
+        from boardbench.inspect.ledger import Ledger
+        from boardbench.inspect.report import ModelReport
+
+        torch_mobile.report(ModelReport("", "", len(data), "torchscript"), data, Ledger())
     else:
         _check_archive(data)
 

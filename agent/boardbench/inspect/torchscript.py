@@ -52,20 +52,9 @@ _EXECUTED = frozenset(("OP", "OPN"))
 def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
     """``base`` with everything filled in that the file tells; raises Malformed."""
     if bytes(data[4:8]) == _MOBILE_FLATBUFFER:
-        ledger.fill("program")
-        return replace(
-            base,
-            format_version="mobile flatbuffer",
-            bytes=ledger.uses(data),
-            placement=_placement(),
-            warnings=(
-                ReportWarning(
-                    "not_read",
-                    "the FlatBuffer form of the lite interpreter's files is not read here; save the model "
-                    "with _save_for_lite_interpreter(use_flatbuffer=False), or run it",
-                ),
-            ),
-        )
+        from boardbench.inspect import torch_mobile
+
+        return torch_mobile.report(base, data, ledger)
     budget = ledger.budget(len(data))
     archive = read_archive(data, budget)
     entries = {_leaf(entry.name): entry for entry in archive.entries}

@@ -162,7 +162,7 @@ def _tensors(tensors: Sequence[TensorInfo], width: int) -> Iterable[Line]:
         rows.append(
             [
                 line(printable(tensor.name) or "–"),
-                line(f"{printable(tensor.dtype)} ({shape})"),
+                line(f"{printable(tensor.dtype)} ({shape})") if tensor.dtype else line("not told", QUIET),
                 line(quantisation),
             ]
         )
