@@ -174,6 +174,15 @@ def test_what_the_board_can_not_run_is_told_with_what_it_can(
         assert word in str(raised.value)
 
 
+def test_an_engine_that_runs_nothing_on_the_processor_has_a_default_of_its_own() -> None:
+    tensorrt = board_pb2.RuntimeStatus(
+        name="tensorrt", available=True, version="tensorrt 10", formats=["onnx"], devices=["gpu", "dla"]
+    )
+    assert plan(named("onnx"), spec(), (tensorrt,), SpecConfig()).spec.device == "gpu"
+    with pytest.raises(NotRunnable, match=r"'cpu'.*it has gpu, dla"):
+        plan(named("onnx"), spec(device="cpu"), (tensorrt,), SpecConfig())
+
+
 def test_device_that_only_the_worker_can_judge_is_left_to_it() -> None:
     for asked in (
         spec(device="edgetpu", allow_fallback=True),

@@ -337,7 +337,8 @@ def plan(
     """What will be done. Raises InvalidRequest for a bad spec, NotRunnable when the board can't do it."""
     check_spec(asked)
     status = _choose(model, asked.runtime, statuses)
-    device = asked.device or "cpu"
+    # An engine that runs nothing on the processor has a default of its own.
+    device = asked.device or ("cpu" if "cpu" in status.devices else next(iter(status.devices), "cpu"))
     # What is given as a library brings its device along, and a fallback is the worker's to find: it knows
     # what the device is, and says what it ran on instead.
     if device not in status.devices and not (asked.allow_fallback or "delegate" in asked.options):

@@ -96,6 +96,11 @@ def _verdict(result: result_pb2.RunResult, placement: placement_pb2.Placement) -
     if unknown := _unknown_ops(placement):
         lost = figures.plural(unknown, "op")
         return Verdict("?", f"on the {units} in part: of {lost} it is not known where", DOUBTFUL)
+    if placement.cpu_ops == 0 and placement.verdict == placement_pb2.PLACEMENT_VERDICT_PARTLY:
+        # A DLA leaves to the GPU what it does not take.
+        taken = sum(op.delegate.lower() == asked.lower() for op in placement.ops)
+        left = f"{_of(len(placement.ops) - taken, placement)} fell back to another accelerator"
+        return Verdict("✗", f"partly on the {asked.upper()}: {left}{_cost(result)}", DOUBTFUL)
     if placement.cpu_ops == 0:
         return Verdict("✓", f"{_taken(placement, units)}, nothing fell back", GOOD)
     return Verdict("✗", f"partly on the {units}: {_left(placement)}{_cost(result)}", DOUBTFUL)
@@ -117,7 +122,11 @@ def _left(placement: placement_pb2.Placement) -> str:
     if compiled and compiled == placement.accelerated_ops:
         # How many ops went into it is not told, so there is no whole to set those on the CPU against.
         return f"{figures.plural(placement.cpu_ops, 'op')} left on the CPU"
-    return f"{placement.cpu_ops:,} of {placement.cpu_ops + placement.accelerated_ops:,} ops on the CPU"
+    return f"{_of(placement.cpu_ops, placement)} on the CPU"
+
+
+def _of(count: int, placement: placement_pb2.Placement) -> str:
+    return f"{count:,} of {placement.cpu_ops + placement.accelerated_ops:,} ops"
 
 
 def _cost(result: result_pb2.RunResult) -> str:

@@ -25,7 +25,7 @@ from boardbench.agent.bench.runtime import (
 )
 from boardbench.agent.domain import Evidence, Unit, Verdict
 
-from . import models, torch_models
+from . import models, standins, torch_models
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Subject:
     shape: tuple[int, ...] = (1, 4)
     threads: bool = True
     """Whether it can be told a number of threads."""
+    device: str = "cpu"
+    """The default, which is the first that it names."""
+    standin: Callable[[pytest.MonkeyPatch], None] | None = None
+    """Puts a stand-in in the place of an engine that does not run on this machine."""
 
 
 SUBJECTS = (
@@ -54,6 +58,15 @@ SUBJECTS = (
     Subject("executorch", ".pte", torch_models.pte_affine, None),
     # Compiled for one size and one number of threads.
     Subject("ell", ".so", models.ell_affine, None, ops=1, shape=(1, 1, 4), threads=False),
+    Subject(
+        "tensorrt",
+        ".onnx",
+        models.onnx_affine,
+        lambda: models.onnx_affine(batch="N"),
+        threads=False,
+        device="gpu",
+        standin=standins.tensorrt,
+    ),
 )
 WITH_OPEN_SIZES = pytest.mark.parametrize(
     "subject", [each for each in SUBJECTS if each.open], ids=lambda subject: subject.name, indirect=True
@@ -69,6 +82,8 @@ def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("BOARDBENCH_FAKE_RUNTIME", "1")
     monkeypatch.setenv("BOARDBENCH_NATIVE_MODELS", "1")
     found: Subject = request.param
+    if found.standin is not None:
+        found.standin(monkeypatch)
     return found
 
 
@@ -98,7 +113,8 @@ def open_file(subject: Subject, tmp_path: Path) -> Path:
 
 
 def load(runtime: Runtime, file: Path, **changes: Any) -> LoadedModel:
-    arguments: dict[str, Any] = {"device": "cpu", "threads": None, "options": {}, "shapes": {}, **changes}
+    device = runtime.devices()[0]
+    arguments: dict[str, Any] = {"device": device, "threads": None, "options": {}, "shapes": {}, **changes}
     return runtime.load(file, **arguments)
 
 
@@ -123,9 +139,9 @@ def test_its_version_is_package_and_number(runtime: Runtime) -> None:
     assert runtime.version() == runtime.version()
 
 
-def test_it_has_the_cpu_first(runtime: Runtime) -> None:
+def test_it_has_its_default_first(runtime: Runtime, subject: Subject) -> None:
     devices = runtime.devices()
-    assert devices[0] == "cpu"
+    assert devices[0] == subject.device
     assert len(set(devices)) == len(devices)
     assert all(device == device.lower() for device in devices)
 
@@ -232,8 +248,9 @@ def test_a_placement_is_the_same_when_asked_again(model: LoadedModel) -> None:
     assert model.placement() == model.placement()
 
 
-def test_the_cpu_is_no_device_to_fall_back_from(model: LoadedModel) -> None:
-    assert (model.wanted, model.device_fallback) == ("", "")
+def test_the_cpu_is_no_device_to_fall_back_from(model: LoadedModel, subject: Subject) -> None:
+    assert bool(model.wanted) == (subject.device != "cpu")
+    assert model.device_fallback == ""
 
 
 def test_a_profile_is_of_the_operations_of_the_placement(
@@ -251,7 +268,7 @@ def test_a_profile_is_of_the_operations_of_the_placement(
     tried: list[str] = []
     request = ProfileRequest(
         model_path=file,
-        device="cpu",
+        device=subject.device,
         threads=None,
         options={},
         shapes={},
@@ -263,7 +280,8 @@ def test_a_profile_is_of_the_operations_of_the_placement(
     assert found.units == units
     assert len(found.whole_seconds) == 7
     assert all(seconds > 0 for seconds in found.whole_seconds)
-    assert found.fallback_seconds == ()  # there is nothing to fall back from
+    # Of the CPU there is nothing to fall back from, and here everything is where it was asked to be.
+    assert found.fallback_seconds == (() if subject.device == "cpu" else (0.0,) * 7)
     assert set(found.op_seconds) <= set(range(len(units)))
     assert all(seconds >= 0 for seconds in found.op_seconds.values())
     assert found.method
@@ -321,8 +339,10 @@ def test_an_unknown_option_is_refused_by_name(runtime: Runtime, file: Path) -> N
         load(runtime, file, options={"no_such_option": "1"})
 
 
-def test_an_unknown_device_is_refused_with_those_that_there_are(runtime: Runtime, file: Path) -> None:
-    with pytest.raises(OptionRejected, match="no device 'no-such-device'; it has cpu"):
+def test_an_unknown_device_is_refused_with_those_that_there_are(
+    runtime: Runtime, file: Path, subject: Subject
+) -> None:
+    with pytest.raises(OptionRejected, match=f"no device 'no-such-device'; it has {subject.device}"):
         load(runtime, file, device="no-such-device")
 
 

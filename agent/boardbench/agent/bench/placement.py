@@ -18,6 +18,9 @@ from boardbench.agent.domain import (
 
 ON_CPU = (Unit.CPU, Unit.CPU_DELEGATE)
 
+FALLS_BACK_TO = {"DLA": "GPU"}
+"""By the device that was asked for: where its engine moves what it does not take, other than to the CPU."""
+
 
 def known(
     ops: Sequence[OpPlacement],
@@ -56,8 +59,9 @@ def unknown(detail: str) -> Placement:
 
 
 def is_away(op: OpPlacement, wanted: str) -> bool:
-    """Whether an op runs on the CPU and not in the delegate or provider that was asked for."""
-    return op.unit in ON_CPU and not (wanted and op.delegate == wanted)
+    """Whether an op is not in the delegate or provider that was asked for, but on the CPU or its like."""
+    moved = op.unit in ON_CPU or (bool(op.delegate) and op.delegate == FALLS_BACK_TO.get(wanted))
+    return moved and not (wanted and op.delegate == wanted)
 
 
 def fallen_back(placement: Placement, wanted: str) -> Tuple[OpPlacement, ...]:

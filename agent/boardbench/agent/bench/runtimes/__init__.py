@@ -58,6 +58,14 @@ ENGINES = (
         profiler=f"{_HERE}.openvino",
         more_devices="gpu and npu need the drivers of the hardware (libOpenCL.so.1, Intel compute runtime)",
     ),
+    Engine(
+        "tensorrt",
+        f"{_HERE}.tensorrt",
+        "TensorRtRuntime",
+        ("tensorrt", "onnx"),
+        profiler=f"{_HERE}.tensorrt",
+        more_devices="dla is in some Jetsons (Xavier, Orin)",
+    ),
     Engine("torch", f"{_HERE}.torch", "TorchRuntime", ("torchscript",), profiler=f"{_HERE}.torch"),
     Engine(
         "executorch",
