@@ -68,12 +68,13 @@ def measure(arguments: argparse.Namespace) -> Report:
     named = {family.name: (family, outcomes[family.name]) for family in families}
     return Report(
         "coverage",
-        f"{arguments.experiments} simulated measurements a family, {arguments.independent_experiments} of "
-        "each of independent latencies, each ended by the rule for p50 to 1 % and p99 to 5 %, at latest after "
-        f"{simulate.MOST_RUNS} inferences (median of their number); precise: share that got there; p50, p90, "
-        "p99: share whose 95 % bounds enclose the truth, of those in which the percentile is told; exact: the "
-        "same of order-statistic bounds that take samples for independent; width: median of that of the bounds "
-        "over that of the exact ones; flagged: a warning of dependence or of drift",
+        f"{arguments.experiments} simulated measurements a family, "
+        f"{arguments.independent_experiments} of each of independent latencies. Each is ended by the rule "
+        f"for p50 to 1 % and p99 to 5 %, at latest after {simulate.MOST_RUNS} inferences; their median is "
+        "told. Precise: share that got there. p50, p90, p99: share whose 95 % bounds enclose the truth, of "
+        "those in which the percentile is told. Exact: the same of order-statistic bounds that take "
+        "samples for independent. Width: median of that of the bounds over that of the exact ones. "
+        "Flagged: a warning of dependence or of drift.",
         (
             "traces",
             "inferences",
