@@ -771,6 +771,7 @@ def archive_of_constants_upon_each_other(size: int) -> bytes:
     directory = b""
     entries = [(f"m/data/{number_of:05d}", len(raw), 0) for number_of in range(count)]
     entries.append(("m/data.pkl", len(pickle), len(head) + len(raw)))
+    entries.append(("m/code/x.py", 0, 0))
     for name, length, at in entries:
         directory += (
             b"PK\x01\x02"
@@ -1050,7 +1051,8 @@ def padded(data: bytes, size: int) -> bytes:
             + struct.pack("<I", at + missing)
             + data[end + 20 :]
         )
-    return data + field(99, bytes(missing))
+    # The documentation of an ONNX model; Core ML has no such field.
+    return data + field(6, bytes(missing))
 
 
 @dataclass

@@ -27,7 +27,7 @@ _LONGEST_COMMENT = 0xFFFF
 # More than any model has; keeps the memory for the listing below a few tens of megabytes.
 MOST_ENTRIES = 50_000
 _WHAT = "the ZIP archive"
-_STEPS_PER_ENTRY = 6
+_STEPS_PER_ENTRY = 16
 
 _STORED, _DEFLATED = 0, 8
 

@@ -13,11 +13,12 @@ from typing import Mapping
 from boardbench.inspect.errors import Malformed, TooLarge
 
 # A TensorFlow Lite file of 20,000 convolutions, far more than any for an edge board, takes 2,150,000; an ONNX
-# file of 20,000 nodes takes 900,000.
-MOST_STEPS = 2_100_000
-# The densest real files, graphs without constants: TensorFlow Lite takes a step for some 5 bytes, ONNX for 3.
+# file of 20,000 nodes takes 1,250,000.
+MOST_STEPS = 2_200_000
+# The densest real files are graphs without constants: TensorFlow Lite takes a step for some 5 bytes, ONNX for
+# 2. What a step leaves in memory differs as much.
 _STEPS_AT_LEAST, _BYTES_PER_STEP = 60_000, 2
-_BYTES_PER_STEP_OF: Mapping[str, int] = {"tflite": 4, "executorch": 4}
+_BYTES_PER_STEP_OF: Mapping[str, int] = {"tflite": 4, "executorch": 4, "onnx": 1, "coreml": 1}
 # Every byte is looked at once, as a constant or as structure; writers share equal vectors and texts.
 _LOOKS_PER_BYTE, _LOOKS_AT_LEAST = 2, 1 << 20
 # What archives hold is text and small pickles beside the constants, which do not get smaller by packing.

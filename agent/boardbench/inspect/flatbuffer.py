@@ -34,8 +34,10 @@ F32 = struct.Struct("<f")
 _LONGEST_NAME = 4096
 # How many steps of the budget things take.
 _STEPS_PER_TABLE, _STEPS_PER_VECTOR = 3, 2
+# A table that is asked field by field takes more.
+_STEPS_PER_FIELDS = 6
 # A table's description is read once, and the plan for reading its fields made.
-_STEPS_PER_DESCRIPTION = 24
+_STEPS_PER_DESCRIPTION = 70
 # Elements of a vector, or bytes of a text, that take about as long as a step.
 _ELEMENTS_PER_STEP, _BYTES_PER_STEP = 4, 256
 # No table of any format that is read here has as many fields.
@@ -206,6 +208,7 @@ class FlatBuffer:
 
     def table_at(self, at: int, purpose: str = GRAPH) -> "Table":
         """The table at a position."""
+        self.budget.steps_left -= _STEPS_PER_FIELDS
         size, fields = self._description(self.vtable_of(at))
         if at + size > self.size:
             raise self.broken("has a table that ends outside the file", at)

@@ -57,7 +57,7 @@ _LARGEST = 1 << 62
 # A message up to this size is copied before it is read, which is faster.
 _COPIED_BYTES = 1 << 14
 # What is done with a node, and with a value that it reads or writes, takes about as long as so many steps.
-_STEPS_PER_NODE, _STEPS_PER_EDGE = 10, 3
+_STEPS_PER_NODE, _STEPS_PER_EDGE, _STEPS_PER_CONSTANT = 8, 4, 16
 
 
 class Constant(NamedTuple):
@@ -112,6 +112,7 @@ class _Reader:
         """The constant in a TensorProto; its bytes are noted for ``op_type``, or for who reads it."""
         data, base = self._near(start, stop)
         wire = self.wire
+        wire.budget.spend(_STEPS_PER_CONSTANT, wire.what)
         type_number = 0
         shape: List[int] = []
         name = ""

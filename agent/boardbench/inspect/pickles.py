@@ -14,6 +14,8 @@ from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 
 _LONGEST_NAME = 512
+# Of an object that is made, beside the operation that makes it; and of a name of two lines.
+_STEPS_PER_CALL, _STEPS_PER_GLOBAL = 3, 4
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class _Machine:
     # ---- what the operations do
 
     def call(self, arguments: Any, callee: Any) -> None:
+        self.budget.spend(_STEPS_PER_CALL, "a pickle in the file")
         made = Call(callee, arguments)
         self.calls.append(made)
         self.push(made)
@@ -196,8 +199,13 @@ def _raw(kind: struct.Struct) -> Callable[[_Machine], None]:
 
 def _tuple(count: int) -> Callable[[_Machine], None]:
     def make(machine: _Machine) -> None:
-        found = tuple(machine.pop() for _ in range(count))
-        machine.push(found[::-1])
+        stack = machine.stack
+        found = tuple(stack[-count:])
+        del stack[-count:]
+        # By identity: to compare what a pickle holds could take as long as it likes.
+        if len(found) < count or any(each is _MARK for each in found):
+            raise Malformed("a pickle in the file is damaged: a mark where a value belongs")
+        stack.append(found)
 
     return make
 
@@ -212,6 +220,7 @@ def _long(machine: _Machine) -> None:
 
 
 def _global(machine: _Machine) -> None:
+    machine.budget.spend(_STEPS_PER_GLOBAL, "a pickle in the file")
     module = machine.line()
     machine.push(Global(module, machine.line()))
 

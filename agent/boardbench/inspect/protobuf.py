@@ -22,7 +22,7 @@ Readable = Union[bytes, memoryview]
 _F32 = struct.Struct("<f")
 _LONGEST_TEXT = 4096
 # Of a message that is kept with all its fields.
-_STEPS_PER_MESSAGE = 3
+_STEPS_PER_MESSAGE = 6
 _NOTHING: "array[int]" = array("Q")
 
 
@@ -101,7 +101,7 @@ class Message:
     __slots__ = ("_fields", "start", "stop", "wire")
 
     def __init__(self, wire: Wire, start: int, stop: int) -> None:
-        wire.budget.steps_left -= _STEPS_PER_MESSAGE
+        wire.budget.spend(_STEPS_PER_MESSAGE, wire.what)
         self.wire = wire
         self.start = start
         self.stop = stop

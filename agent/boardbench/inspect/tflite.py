@@ -198,12 +198,14 @@ _OPERATOR = Fields(
     (11, "B", 0),
     (12, "I", 0),
 )
+# An input or output of a graph is written out.
+_STEPS_PER_TOLD, _STEPS_PER_GRAPH = 8, 30
 _LONGEST_NAME, _LONGEST_TYPE = 4096, 256
 _NO_NAME = (0, 0)
 # Interpreters have six dimensions or so; what has more could keep every rule busy that looks at sizes.
 _MOST_DIMENSIONS = 64
 # What is done with a tensor that an operation reads or writes takes about as long as so many steps.
-_STEPS_PER_EDGE, _STEPS_PER_OPERATOR, _STEPS_PER_TENSOR = 3, 16, 1
+_STEPS_PER_EDGE, _STEPS_PER_OPERATOR, _STEPS_PER_TENSOR = 3, 7, 2
 
 
 def read_model(data: memoryview, ledger: Ledger) -> Model:
@@ -423,6 +425,7 @@ class _Reader:
     ) -> Subgraph:
         """The graph in the table."""
         buffer = self.buffer
+        buffer.budget.spend(_STEPS_PER_GRAPH, buffer.what)
         tensors = tuple([self.tensor(i, at, buffers) for i, at in enumerate(table.places(0))])
         inputs, outputs = table.values(1, "i", 4), table.values(2, "i", 4)
         for tensor in (*inputs, *outputs):
@@ -430,7 +433,7 @@ class _Reader:
                 raise buffer.broken(f"has a graph on tensor {tensor} of {len(tensors)}", table.at)
             name_start, name_stop = tensors[tensor].name_span
             buffer.budget.look(name_stop - name_start, buffer.what)
-        buffer.budget.spend(_STEPS_PER_EDGE * (len(inputs) + len(outputs)), buffer.what)
+        buffer.budget.spend(_STEPS_PER_TOLD * (len(inputs) + len(outputs)), buffer.what)
         costs = [_STEPS_PER_EDGE + len(tensor.shape) // 4 for tensor in tensors]
         operators = tuple(
             [self.operator(i, at, codes, tensors, costs) for i, at in enumerate(table.places(3))]
