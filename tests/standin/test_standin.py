@@ -259,6 +259,9 @@ def test_it_waits_at_least_as_long_as_told(drive: Drive, python: str) -> None:
     [end] = drive.events("destroy")
     assert end["invokes"] == 3
     assert 3 * steady + 0.040 <= end["injected_nanoseconds"] / 1e9 <= sum(answer["seconds"])
+    assert sum(run["waited_nanoseconds"] for run in end["runs"]) == end["injected_nanoseconds"]
+    for run, seconds in zip(end["runs"], answer["seconds"], strict=True):
+        assert run["waited_nanoseconds"] <= run["taken_nanoseconds"] <= seconds * 1e9
 
 
 def test_bytes_that_cross_and_a_low_clock_cost_time(drive: Drive, litert: str) -> None:

@@ -49,7 +49,9 @@ def reason(outcome: Any) -> str:
 def test_the_profile_comes_after_the_result_and_adds_to_its_placement(worker: Any, fake_job: FakeJob) -> None:
     outcome = worker.run(job(fake_job, []))
     assert outcome.exit_code == 0
-    assert [event["event"] for event in outcome.events[-3:]] == ["result", "profiling", "profile"]
+    told = [event["event"] for event in outcome.events if event["event"] != "warning"]
+    assert told[-3:] == ["result", "profiling", "profile"]
+    assert outcome.events[-1]["event"] == "profile"
     before, after = outcome.result["placement"], outcome.of("profile")[0]["placement"]
     assert [op["seconds"] for op in after["ops"]] == [0.001] * 4
     found = after["fallback_cost"]
@@ -152,7 +154,7 @@ def test_hanging_uses_up_the_time_of_both_attempts(fake_job: FakeJob) -> None:
         found,
         wanted="",
         runs=0,
-        latency_seconds=0.0,
+        counted_nanoseconds=[0],
         create_seconds=(3.0 - profiling._START_SECONDS) / 4.0,  # 3 seconds in all
     )
     assert "took too long" in told.evidence_reports[-1].detail
@@ -201,6 +203,9 @@ def _alive(pid: int) -> bool:
 
 # Joining
 
+COUNTED = [10_000_000] * 20
+"""Nanoseconds, as long as the profiled inferences."""
+
 
 def known(*units: Unit) -> Placement:
     ops = [
@@ -222,9 +227,8 @@ def profile_of(*units: Unit, **more: Any) -> Profile:
 
 
 def test_a_profile_of_other_places_is_told_and_its_times_are_not() -> None:
-    found = profiling.merged(
-        known(Unit.TPU, Unit.TPU), profile_of(Unit.TPU, Unit.CPU), wanted="tpu.so", latency_seconds=0.01
-    )
+    profile = profile_of(Unit.TPU, Unit.CPU)
+    found = profiling.merged(known(Unit.TPU, Unit.TPU), profile, wanted="tpu.so", counted_nanoseconds=COUNTED)
     assert found.fallback_cost is None
     assert [op.seconds for op in found.ops] == [None, None]
     partition, profiled = found.evidence_reports
@@ -239,7 +243,8 @@ def test_causes_are_added_where_none_is_known() -> None:
     ops = (*before.ops[:2], OpPlacement(2, "OP2", unit=Unit.CPU, cause="known before"))
     causes = {1: Cause("refused", True, "replace it"), 2: Cause("overwritten")}
     placed = placement.known(ops, evidence=Evidence.PARTITION, detail="", wanted="tpu.so")
-    found = profiling.merged(placed, profile_of(*units, causes=causes), wanted="tpu.so", latency_seconds=0.01)
+    profile = profile_of(*units, causes=causes)
+    found = profiling.merged(placed, profile, wanted="tpu.so", counted_nanoseconds=COUNTED)
     assert [(op.cause, op.root_cause) for op in found.ops] == [
         ("", None),
         ("refused", True),
@@ -251,13 +256,51 @@ def test_causes_are_added_where_none_is_known() -> None:
 
 def test_crossings_of_the_placement_stand_before_those_of_the_profile() -> None:
     profile = profile_of(Unit.TPU, crossings=Crossings(3, 7))
-    found = profiling.merged(known(Unit.TPU), profile, wanted="tpu.so", latency_seconds=0.01)
+    found = profiling.merged(known(Unit.TPU), profile, wanted="tpu.so", counted_nanoseconds=COUNTED)
     assert found.crossings == Crossings(3, 7)
+
+
+def partly(**profile: Any) -> Placement:
+    """Of two operations one fell back, and takes a fifth of the time."""
+    ops = [OpPlacement(0, "OP0", unit=Unit.TPU, delegate="tpu.so"), OpPlacement(1, "OP1", unit=Unit.CPU)]
+    placed = placement.known(ops, evidence=Evidence.PARTITION, detail="", wanted="tpu.so")
+    found = profile_of(Unit.TPU, Unit.CPU, accelerator_apart=True, **profile)
+    return profiling.merged(placed, found, wanted="tpu.so", counted_nanoseconds=COUNTED)
+
+
+DISTURBED = {"whole_queued_seconds": (0.001,) * 10, "fallback_queued_seconds": (0.0,) * 10}
+
+
+def test_what_other_work_took_in_the_profile_is_no_cost() -> None:
+    """Of ten milliseconds the accelerator took eight, and its result waited one for a processor."""
+    alone, disturbed = partly(), partly(**DISTURBED)
+    assert alone.fallback_cost is not None
+    assert disturbed.fallback_cost is not None
+    assert alone.fallback_cost.seconds == pytest.approx(0.002)
+    # The counted ones took as long, so they waited as long.
+    assert disturbed.fallback_cost.seconds == pytest.approx(0.002)
+    assert disturbed.fallback_cost.seconds_high == pytest.approx(0.003)
+
+
+def test_a_cost_that_says_little_is_doubted_with_its_bounds() -> None:
+    certain = partly()
+    assert list(profiling.doubts_of(certain)) == []
+    assert list(profiling.doubts_of(known(Unit.TPU))) == []
+    uncertain = partly(**DISTURBED)
+    (doubt,) = profiling.doubts_of(uncertain)
+    assert doubt.code == "cost_uncertain"
+    assert doubt.message.startswith("fallback costs 20 % of the time, by its bounds 20 to 30 %: ")
+    assert doubt.evidence == pytest.approx({"share": 0.2, "share_low": 0.2, "share_high": 0.3})
 
 
 def test_a_profile_survives_the_way_between_the_processes() -> None:
     profile = profile_of(
-        Unit.TPU, Unit.UNSPECIFIED, causes={1: Cause("why", False, "what to do")}, crossings=Crossings(1)
+        Unit.TPU,
+        Unit.UNSPECIFIED,
+        causes={1: Cause("why", False, "what to do")},
+        crossings=Crossings(1),
+        whole_queued_seconds=(0.001,) * 10,
+        fallback_queued_seconds=(0.0005,) * 10,
     )
     import json
 
