@@ -1,6 +1,6 @@
 # The two commands a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help same-python demo test lint protos docs bench soak build clean
+.PHONY: help same-python demo test test-engines lint protos docs bench soak build clean
 
 # The newest Python on the PATH that boardbench runs on; `make PYTHON=…` chooses another.
 PYTHON ?= $(shell deploy/find_python.sh)
@@ -58,6 +58,20 @@ $(SYSTEM)/.prometheus:
 .cache/engines/.made: tests/engine_venvs.sh | $(BIN)/python
 	@tests/engine_venvs.sh .cache/engines $(BIN)/python
 	@touch $@
+
+.cache/engines/.heavy: tests/engine_venvs.sh | $(BIN)/python
+	@tests/engine_venvs.sh .cache/engines $(BIN)/python heavy
+	@touch $@
+
+# PyTorch comes with ExecuTorch, and has an environment of its own only where that has no wheel.
+TORCH = $(firstword $(wildcard $(addsuffix /bin/python,$(addprefix $(CURDIR)/.cache/engines/,executorch torch))))
+EXECUTORCH = $(wildcard $(CURDIR)/.cache/engines/executorch/bin/python)
+test-engines: $(VENV)/.dev .cache/engines/.made .cache/engines/.heavy  ## Every engine, also those of gigabytes (PyTorch, ExecuTorch)
+	@test -n "$(TORCH)" || { echo "neither ExecuTorch nor PyTorch could be installed: see .cache/engines/*.log"; exit 1; }
+	BOARDBENCH_TORCH_PYTHON="$(TORCH)" BOARDBENCH_EXECUTORCH_PYTHON="$(EXECUTORCH)" $(BIN)/python -m pytest \
+		tests/agent/bench/test_runtime_contract.py tests/agent/bench/test_foreign_engines.py $(PYTEST_ARGS)
+	PYTHONPATH="$(CURDIR)/agent" "$(TORCH)" -m pytest -p no:cacheprovider -k torch tests/agent/bench/test_runtime_contract.py \
+		tests/agent/bench/test_torch.py tests/agent/bench/test_executorch.py $(PYTEST_ARGS)
 
 .cache/protos/.installed: pyproject.toml
 	@test -x .cache/protos/bin/python || "$(PYTHON)" -m venv .cache/protos

@@ -479,10 +479,11 @@ def _settled(
         wanted[argument.name] = shape
     if missing:
         raise InputsRejected(_what_to_give(model, tensors, missing))
-    others.update(_values(model, arguments, examples, wishes.values))
     if batch is not None:
         wanted[sizes.EVERY] = batch
-    return sizes.settle(infos, wanted), others
+    settled = sizes.settle(infos, wanted)
+    others.update(_values(model, arguments, examples, wishes.values))
+    return settled, others
 
 
 def _what_to_give(model: Path, tensors: Sequence[Argument], missing: Sequence[Argument]) -> str:
