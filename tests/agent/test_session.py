@@ -18,7 +18,7 @@ from boardbench.agent.board.identify import identify
 from boardbench.agent.config import AgentConfig, DeadlinesConfig
 from boardbench.agent.plan import Job, plan
 from boardbench.agent.session import ERRORS, Session, turns
-from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
+from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2, scenario_pb2
 
 FAKE = board_pb2.RuntimeStatus(
     name="fake", available=True, version="boardbench-fake 1", formats=["fake"], devices=["cpu", "faketpu"]
@@ -419,6 +419,31 @@ async def test_precision_that_all_processes_together_do_not_have_is_told(
     assert result.stopping.targets[0].reached_ratio > 0.01
     (warning,) = (each for each in result.warnings if each.code == "precision_not_reached")
     assert "p50" in warning.message and "±1.00%" in warning.message
+
+
+async def test_scenario_of_several_processes(
+    harness: Harness, counting_program: Callable[[str], str]
+) -> None:
+    program = counting_program("""
+        samples = [1_000_000 + 100 * (n * 37 % 99) for n in range(99)]
+        service = {"count": 99, "samples_nanoseconds": [each // 2 for each in samples]}
+        hertz = {1: 90.0, 2: 100.0, 3: 110.0}[turn]
+        result(samples, scenario={"kind": "SCENARIO_KIND_PERIODIC", "throughput_hertz": hertz,
+            "throughput_low_hertz": hertz - 1, "throughput_high_hertz": hertz + 1, "deadline_seconds": 0.01,
+            "deadline_misses": turn, "most_waiting": 4 - turn, "worst_start_delay_seconds": turn / 1000,
+            "service": service})
+        """)
+    rate = scenario_pb2.Scenario(kind=scenario_pb2.SCENARIO_KIND_PERIODIC, rate_hertz=100)
+    harness.add("a", "none", spec(processes=3, scenario=rate), program)
+    result = (await harness.execute())["a"]
+    found = result.scenario
+    assert (found.deadline_misses, found.most_waiting, found.worst_start_delay_seconds) == (6, 3, 0.003)
+    # As many inferences in each, so that each counts by the time that it took.
+    assert found.throughput_hertz == pytest.approx(3 / (1 / 90 + 1 / 100 + 1 / 110))
+    assert found.throughput_low_hertz < 90 < 110 < found.throughput_high_hertz, "for other processes, too"
+    assert (found.service.count, len(found.service.samples_nanoseconds)) == (297, 297)
+    assert {each.percentile for each in found.service.percentiles} >= {50}
+    assert result.effective_spec.scenario.deadline_seconds == pytest.approx(0.01)
 
 
 # --- taking turns

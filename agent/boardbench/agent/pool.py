@@ -203,6 +203,10 @@ def _scenario(used: Sequence[result_pb2.RunResult], plan: Plan) -> scenario_pb2.
         whole.ClearField(name)
         if all(values):
             setattr(whole, name, rate(values))
+    limits = of_others([part.throughput_hertz for part in parts], plan.spec.confidence)
+    if limits is not None and whole.HasField("throughput_low_hertz"):
+        whole.throughput_low_hertz = min(whole.throughput_low_hertz, limits[0])
+        whole.throughput_high_hertz = max(whole.throughput_high_hertz, limits[1])
     merge.fold(whole, parts, {"deadline_misses": sum, "most_waiting": max, "worst_start_delay_seconds": max})
     if all(part.HasField("service") for part in parts):
         whole.service.CopyFrom(_latency([part.service for part in parts], plan))
