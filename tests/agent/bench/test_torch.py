@@ -123,12 +123,13 @@ def test_the_type_of_an_input_can_be_given(load: Any) -> None:
 
 @pytest.mark.parametrize("name", ["bundled", "bundled.flat"])
 def test_a_bundled_input_tells_sizes_and_a_given_one_is_preferred(load: Any, name: str) -> None:
-    assert load(name).inputs[0].shape == (1, 4)
+    assert [(tensor.name, tensor.shape) for tensor in load(name).inputs] == [("x", (1, 4))]
+    assert [op.type.partition(".")[0] for op in load(name).placement().ops] == ["aten::relu", "aten::add"]
     assert load(name, shapes={"arr_0": (5, 7)}).inputs[0].shape == (5, 7)
     assert ran(load(name, shapes={"*": (3,)}))["output0"].shape == (3, 4)
 
 
-@pytest.mark.parametrize("form", ["full", "lite"])
+@pytest.mark.parametrize("form", ["full", "lite", "flat"])
 def test_without_shapes_it_says_what_to_give(load: Any, form: str) -> None:
     with pytest.raises(InputsRejected) as caught:
         load(f"several.{form}", shapes={"x": (2, 3)})
@@ -167,13 +168,11 @@ def test_the_lite_interpreter_optimises_nothing(load: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "types"),
-    [
-        ("full", ["aten::conv2d", "aten::relu", "aten::cumsum", "aten::conv2d"]),
-        ("lite", ["aten::conv2d", "aten::relu", "aten::cumsum", "aten::conv2d"]),
-    ],
+    "form",
+    ["full", "lite", "flat"],
 )
-def test_operations_are_listed_and_all_on_the_cpu(load: Any, form: str, types: list[str]) -> None:
+def test_operations_are_listed_and_all_on_the_cpu(load: Any, form: str) -> None:
+    types = ["aten::conv2d", "aten::relu", "aten::cumsum", "aten::conv2d"]
     found = load(f"between.{form}", shapes={"x": SHAPE}).placement()
     assert [op.type for op in found.ops] == types
     assert {op.unit for op in found.ops} == {Unit.CPU}
@@ -211,7 +210,7 @@ def request(path: Path, **changes: Any) -> ProfileRequest:
     return ProfileRequest(**arguments)
 
 
-@pytest.mark.parametrize("form", ["full", "lite"])
+@pytest.mark.parametrize("form", ["full", "lite", "flat"])
 def test_every_operation_has_a_time_of_its_own(files: Path, form: str) -> None:
     found = engine.profile(engine.TorchRuntime(), request(files / f"between.{form}"), lambda: range(5))
     assert set(found.op_seconds) == {0, 1, 2, 3}

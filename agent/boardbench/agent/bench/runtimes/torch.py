@@ -33,11 +33,14 @@ from boardbench.agent.bench.runtime import (
     RuntimeUnavailable,
 )
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo, Unit
+from boardbench.inspect import torch_mobile
 from boardbench.inspect.archive import is_archive, read_archive, read_entry
 from boardbench.inspect.budget import Budget
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import InspectError, Unreadable
+from boardbench.inspect.ledger import Ledger
 from boardbench.inspect.pickles import Call, Global, read_pickle
+from boardbench.inspect.report import ModelReport
 from boardbench.inspect.sniff import check
 
 if TYPE_CHECKING:
@@ -268,12 +271,12 @@ class TorchModel:
                 )
                 for each in self._module.forward.schema.arguments[1:]
             )
-        if self._program is not None:
+        if self._program is not None and len(bundled) in (0, len(self._program.arguments)):
             return self._program.arguments
         if bundled:
             kinds = ["Tensor" if self._is_tensor(each) else type(each).__name__ for each in bundled]
             return tuple(Argument(f"input{at}", kind) for at, kind in enumerate(kinds))
-        # A FlatBuffer that names nothing: as many as are given, in their order.
+        # A file that names nothing: as many as are given, in their order.
         number = sum(name != sizes.EVERY for name in given)
         return tuple(Argument(f"input{at}", "Tensor") for at in range(max(1, number)))
 
@@ -574,7 +577,7 @@ def _read(model: Path) -> Tuple[str, Optional[Program]]:
         with Opened(model, mapped=True) as data:
             head = bytes(data[:8])
             if head[4:8] == _MOBILE_FLATBUFFER:
-                return "lite", None
+                return "lite", _read_flat(data)
             if not is_archive(head):
                 raise ModelRejected(
                     f"{model.name} is no TorchScript: neither an archive, as torch.jit.save and "
@@ -583,6 +586,17 @@ def _read(model: Path) -> Tuple[str, Optional[Program]]:
             return _read_archive(data)
     except Unreadable as error:
         raise ModelRejected(f"{model.name} can't be read: {error}") from error
+
+
+def _read_flat(data: memoryview) -> Optional[Program]:
+    """What the FlatBuffer says: its tensors by name, and the operations of all of its methods."""
+    try:
+        found = torch_mobile.report(ModelReport("", "", len(data), "torchscript"), data, Ledger())
+    except InspectError:
+        return None
+    return Program(
+        tuple(Argument(tensor.name, "Tensor") for tensor in found.inputs), tuple(op.type for op in found.ops)
+    )
 
 
 def _read_archive(data: memoryview) -> Tuple[str, Optional[Program]]:
