@@ -83,6 +83,32 @@ def test_an_openvino_model_goes_with_its_weights(tmp_path):
         assert again.sha256 == source.sha256, "equal parts are one model, whenever they were written"
 
 
+def test_a_core_ml_package_goes_as_one(tmp_path):
+    package = tmp_path / "net.mlpackage"
+    (package / "Data" / "weights").mkdir(parents=True)
+    (package / "Manifest.json").write_text("{}")
+    (package / "Data" / "weights" / "weight.bin").write_bytes(bytes(3 << 20))
+    with Source(package) as source:
+        content = b"".join(data for _, data in source.chunks(0))
+        assert (source.name, source.size_bytes) == ("net.mlpackage", len(content))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.namelist() == ["Data/weights/weight.bin", "Manifest.json"]
+        assert archive.read("Data/weights/weight.bin") == bytes(3 << 20)
+    os.utime(package / "Manifest.json", (1, 1))
+    moved = package.rename(tmp_path / "other.mlpackage")
+    with Source(moved) as again:
+        assert again.sha256 == source.sha256, "equal packages are one model, wherever they are"
+
+
+def test_a_package_is_of_plain_files_only(tmp_path):
+    package = tmp_path / "net.mlpackage"
+    package.mkdir()
+    (package / "Manifest.json").write_text("{}")
+    (package / "link").symlink_to("/etc/hostname")
+    with pytest.raises(WrongUse, match="link is not a regular file"):
+        Source(package)
+
+
 def test_an_xml_alone_goes_as_it_is(tmp_path):
     path = tmp_path / "net.xml"
     path.write_text("<net version='11'/>")

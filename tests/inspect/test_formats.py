@@ -198,6 +198,19 @@ def test_coreml_package(files: Path, tmp_path: Path) -> None:
     assert _sums(again)
 
 
+def test_coreml_says_which_system_takes_it_and_which_sizes_are_open(files: Path) -> None:
+    assert "run it on macOS 12 or iOS 15, or later" in _placement(files / "small.mlpackage")
+    assert "run it on macOS 10.15 or iOS 13, or later" in _placement(files / "small.mlmodel")
+    made = files.parents[1] / "coreml" / "affine_open.mlpackage"
+    assert [tensor.shape for tensor in analyse.inspect(made).inputs] == [(-1, 4)]
+
+
+def _placement(path: Path) -> str:
+    placement = analyse.inspect(path).placement
+    assert placement is not None
+    return placement.detail
+
+
 # ---- ONNX ------------------------------------------------------------------------------------------------
 
 

@@ -82,6 +82,7 @@ _CLAIMS = {
     ".ptl": "torchscript",
     ".torchscript": "torchscript",
     ".mlmodel": "coreml",
+    ".mlpackage": "coreml",
     ".engine": "tensorrt",
     ".plan": "tensorrt",
     ".trt": "tensorrt",

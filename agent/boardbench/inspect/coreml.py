@@ -48,6 +48,19 @@ _DEEPEST = 8
 _MOST_FILES = 1000
 _LARGEST_SPECIFICATION_BYTES = 512 << 20
 _SENTINEL = 0xDEADBEEF
+# By the version of the specification, from Model.proto; each also takes those before it.
+_SYSTEMS: Dict[int, str] = {
+    1: "macOS 10.13 or iOS 11",
+    2: "macOS 10.13.2 or iOS 11.2",
+    3: "macOS 10.14 or iOS 12",
+    4: "macOS 10.15 or iOS 13",
+    5: "macOS 11 or iOS 14",
+    6: "macOS 12 or iOS 15",
+    7: "macOS 13 or iOS 16",
+    8: "macOS 14 or iOS 17",
+    9: "macOS 15 or iOS 18",
+    10: "macOS 26 or iOS 26",
+}
 _BLOB = struct.Struct("<IIQQ")
 _IMAGE_CHANNELS = {10: 1, 20: 3, 30: 3, 40: 1}
 
@@ -205,6 +218,7 @@ def _read(base: ModelReport, data: memoryview, ledger: Ledger) -> Tuple[ModelRep
             ops=tuple(OpPlacement(index, each.type, each.name) for index, each in enumerate(operations)),
             placement=Placement(
                 detail="the file does not say where its operations run; Core ML chooses on the device: run it"
+                + _needs(root.integer(1))
             ),
             parameter_count=found.parameters if operations else None,
             multiply_accumulates=found.macs if operations and not found.nested else None,
@@ -212,6 +226,12 @@ def _read(base: ModelReport, data: memoryview, ledger: Ledger) -> Tuple[ModelRep
         ),
         found,
     )
+
+
+def _needs(version: int) -> str:
+    """Where Core ML takes it."""
+    system = _SYSTEMS.get(version)
+    return f" on {system}, or later" if system else ""
 
 
 def _model(root: Message, found: _Found, ledger: Ledger, depth: int) -> str:
@@ -415,6 +435,20 @@ def _weights(data: memoryview, found: Optional[_Found], budget: Budget) -> Tuple
     return ledger.uses(data)
 
 
+def _sizes(array: Message) -> Tuple[int, ...]:
+    """Dimensions of an array; -1 where one may have several sizes."""
+    own, ranges, listed = array.integers(1), array.message(31), array.message(21)
+    if ranges is not None:
+        bounds = [(each.integer(1), each.integer(2)) for each in ranges.messages(1)]
+        return tuple(least if least == most else -1 for least, most in bounds)
+    if listed is not None:
+        choices = [own, *(each.integers(1) for each in listed.messages(1))]
+        if len({len(each) for each in choices}) > 1:
+            return tuple(-1 for _ in own)
+        return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*choices))
+    return own
+
+
 def _feature(message: Message) -> TensorInfo:
     kind = message.message(3)
     name = message.text(1)
@@ -422,11 +456,7 @@ def _feature(message: Message) -> TensorInfo:
         return TensorInfo(name, "", ())
     array, image = kind.message(5), kind.message(4)
     if array is not None:
-        flexible = 31 in array or 21 in array
-        shape = array.integers(1)
-        return TensorInfo(
-            name, ARRAYS.get(array.integer(2), ""), tuple(-1 for _ in shape) if flexible else shape
-        )
+        return TensorInfo(name, ARRAYS.get(array.integer(2), ""), _sizes(array))
     if image is not None:
         channels = _IMAGE_CHANNELS.get(image.integer(3), 0)
         return TensorInfo(

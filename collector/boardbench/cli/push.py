@@ -43,7 +43,8 @@ Examples:
     metavar="MODEL...",
     nargs=-1,
     required=True,
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    # A folder may be an .mlpackage.
+    type=click.Path(exists=True, readable=True, path_type=Path),
 )
 @click.option(
     "--to",

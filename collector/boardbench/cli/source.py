@@ -22,16 +22,45 @@ CHUNK_BYTES = (
 _HASH_BYTES = 1 << 20  # stays in the cache of a laptop between read and hash
 
 
-def _packed(*parts: Path) -> IO[bytes]:
-    """An unnamed file that holds the parts as one archive: OpenVINO's model is an .xml and its .bin.
+# A Core ML package is a folder with this file in it, and one or two more.
+_MANIFEST = "Manifest.json"
+_MOST_FILES = 1000
+
+
+def _parts(path: Path) -> dict[str, Path]:
+    """What belongs to a model, by its name in the archive; one file alone where it is no more than that.
+
+    OpenVINO's model is an .xml and its .bin, Core ML's an .mlpackage. Raises WrongUse for any other folder.
+    """
+    if not path.is_dir():
+        weights = path.with_suffix(".bin")
+        both = path.suffix == ".xml" and weights.is_file()
+        return {part.name: part for part in ((path, weights) if both else (path,))}
+    if not (path / _MANIFEST).is_file():
+        raise WrongUse(
+            f"{path} is not a regular file: give the path of a model file, or of an .mlpackage, which holds "
+            f"a {_MANIFEST}"
+        )
+    # By name and not by place on the disk, so that equal packages have one hash.
+    inside = sorted(part for part in path.rglob("*") if part.is_symlink() or not part.is_dir())
+    if len(inside) > _MOST_FILES:
+        raise WrongUse(f"{path} holds {len(inside)} files: no .mlpackage has more than {_MOST_FILES}")
+    for part in inside:
+        if part.is_symlink() or not part.is_file():
+            raise WrongUse(f"{part} is not a regular file, and an .mlpackage is of nothing else")
+    return {part.relative_to(path).as_posix(): part for part in inside}
+
+
+def _packed(parts: dict[str, Path]) -> IO[bytes]:
+    """An unnamed file that holds the parts as one archive.
 
     Nothing is compressed and no time is kept, so that equal parts have equal bytes and one hash.
     """
     packed: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with its Source
     try:
         with zipfile.ZipFile(packed, "w") as archive:
-            for part in parts:
-                entry = zipfile.ZipInfo(part.name)
+            for name, part in parts.items():
+                entry = zipfile.ZipInfo(name)
                 with part.open("rb") as source, archive.open(entry, "w", force_zip64=True) as target:
                     shutil.copyfileobj(source, target, _HASH_BYTES)
         packed.seek(0)
@@ -54,13 +83,12 @@ class Source:
         self.name = path.name.encode("utf-8", "replace").decode("utf-8")
         self._lock = threading.Lock()
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
+            mode = path.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise WrongUse(f"{path} is not a regular file: give the path of a model file")
-            weights = path.with_suffix(".bin")
-            if path.suffix == ".xml" and weights.is_file():
-                self._file = _packed(path, weights)
-            else:
-                self._file = path.open("rb", buffering=0)
+            parts = _parts(path)
+            alone = list(parts.values()) == [path]
+            self._file = path.open("rb", buffering=0) if alone else _packed(parts)
         except OSError as error:
             raise WrongUse(f"{path} can't be read: {error.strerror or error}") from error
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import struct
 import subprocess
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +296,22 @@ def ell_affine(*defines: str) -> bytes:
         command = [compiler, "-std=gnu11", "-O1", "-shared", "-fPIC", *(f"-D{each}" for each in defines)]
         subprocess.run([*command, "-o", os.fspath(made), os.fspath(source)], check=True)
         return made.read_bytes()
+
+
+def coreml_affine(*, batch: int = 1) -> bytes:
+    """A Core ML package as it travels: y = max(x, 0) + x on [batch, 4]; -1 leaves the batch open.
+
+    Made by coremltools, see ``tests/coreml/make_models.py``.
+    """
+    name = "affine.mlpackage" if batch == 1 else "affine_open.mlpackage"
+    return zipped(Path(__file__).resolve().parents[2] / "coreml" / name)
+
+
+def zipped(folder: Path) -> bytes:
+    """The files of a folder as an archive."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder).as_posix())
+    return packed.getvalue()

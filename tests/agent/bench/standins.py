@@ -46,8 +46,7 @@ def tensorrt_environment(*, version: str = "10.13.0.35", dla: int = 0) -> dict[s
 
 
 def coremltools(patch: pytest.MonkeyPatch) -> None:
-    """Puts the fake of Apple's package in place, and says that this is macOS."""
-    patch.setenv("BOARDBENCH_COREML_STANDIN", "1")
+    """Puts the fake of Apple's package in place, as it is on macOS."""
     _package(patch, "coremltools", TESTS / "coreml")
 
 

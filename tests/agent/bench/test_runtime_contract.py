@@ -67,6 +67,14 @@ SUBJECTS = (
         device="gpu",
         standin=standins.tensorrt,
     ),
+    Subject(
+        "coreml",
+        ".mlpackage.zip",
+        models.coreml_affine,
+        lambda: models.coreml_affine(batch=-1),
+        threads=False,
+        standin=standins.coremltools,
+    ),
 )
 WITH_OPEN_SIZES = pytest.mark.parametrize(
     "subject", [each for each in SUBJECTS if each.open], ids=lambda subject: subject.name, indirect=True

@@ -75,6 +75,13 @@ ENGINES = (
         profiler=f"{_HERE}.executorch",
         more_devices="another build of ExecuTorch may have its delegate",
     ),
+    Engine(
+        "coreml",
+        f"{_HERE}.coreml",
+        "CoreMlRuntime",
+        ("coreml",),
+        more_devices="gpu and npu (the neural engine) are there where the Mac has them",
+    ),
     Engine("ell", f"{_HERE}.ell", "EllRuntime", ("ell",), profiler=f"{_HERE}.ell"),
     Engine(
         "fake",
