@@ -570,7 +570,7 @@ def number(number: int, value: int) -> bytes:
 
 def onnx_of(*graph: bytes, more: bytes = b"") -> bytes:
     """A model with the graph's fields."""
-    return number(1, 8) + field(7, b"".join(graph)) + more
+    return number(1, 8) + field(7, b"".join(graph) or field(2, b"g")) + more
 
 
 def repeated(piece: bytes, around: Callable[[bytes], bytes] = onnx_of) -> Callable[[int], bytes]:
@@ -901,7 +901,10 @@ def torch_mobile(kind: int) -> Callable[[int], bytes]:
             flat.table(quantised, {3: scales, 4: scales})
             flat.table(scales, {1: ("b", 6), 3: listed, 4: listed})
         elif kind == 16:
-            flat.table(value, {0: name, 1: instructions, 2: operators})
+            again, other = places(2)
+            flat.table(value, {0: name, 1: instructions, 2: again})
+            flat.pointers(again, [other])
+            flat.table(other, {0: name, 1: name})
         else:
             flat.table(value, {0: listed, 1: name, 2: listed})
         flat.numbers(listed, "I", [1, 2, 3, 4])

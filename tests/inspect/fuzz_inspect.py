@@ -5,8 +5,9 @@
     fuzz/bin/python tests/inspect/fuzz_inspect.py -max_len=65536 CORPUS SEEDS       # until something breaks
     fuzz/bin/python tests/inspect/fuzz_inspect.py -max_total_time=600 -max_len=65536 CORPUS SEEDS
 
-Whatever is not a report or an InspectError is a defect; so is a report whose bytes don't add up, one that does
-not fit the wire, and a second for one file (libFuzzer's ``-timeout=1`` ends with the file that takes longer).
+Whatever is not a report or an InspectError is a defect; so is a report whose bytes don't add up, one that
+does not fit the wire, and a second for one file (libFuzzer's ``-timeout=1`` ends with the file that takes
+it).
 Every defect found becomes a test before it is mended (tests/inspect/test_hostile.py).
 """
 

@@ -359,6 +359,7 @@ def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
         {name: (constant.dtype, constant.shape) for name, constant in reader.constants.items()},
         {name: constant.values for name, constant in reader.constants.items() if constant.values is not None},
         {tensor.name: (tensor.dtype, tensor.shape) for tensor in known.values() if tensor.dtype},
+        reader.wire.budget,
     )
     results = [_completed(each, values) for each in outputs]
     macs, arena = costs(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
+from boardbench.inspect.budget import Budget
 from boardbench.inspect.cost import product
 from boardbench.inspect.elements import BITS, aligned_bytes
 
@@ -21,6 +22,8 @@ _LARGEST = 1 << 62
 # gathered doubles the number of dimensions, again and again.
 _MOST_DIMENSIONS = 16
 _MOST_NUMBERS = 64
+# So many are worth no step of their own.
+_FEW = 6
 
 
 class Node(NamedTuple):
@@ -44,10 +47,11 @@ def infer(
     constants: Mapping[str, Tuple[str, Shape]],
     contents: Mapping[str, Tuple[int, ...]],
     known: Mapping[str, Tuple[str, Shape]],
+    budget: Budget,
 ) -> Dict[str, Value]:
     """Type and shape of every value that is known or follows; a shape has no open sizes.
 
-    One of more than _MOST_DIMENSIONS counts as unknown.
+    One of more than _MOST_DIMENSIONS counts as unknown. Long ones take steps of the budget.
     """
     values: Dict[str, Value] = {
         name: (dtype, shape if len(shape) <= _MOST_DIMENSIONS else None)
@@ -59,12 +63,16 @@ def infer(
     numbers: Dict[str, Tuple[int, ...]] = dict(contents)
     for node in nodes:
         _follow_numbers(node, values, numbers)
+        if node.outputs and len(numbers.get(node.outputs[0], ())) > _FEW:
+            budget.spend(len(numbers[node.outputs[0]]), "the ONNX model")
         inputs: List[Value] = [values.get(name, ("", None)) if name else ("", None) for name in node.inputs]
         if not inputs and node.type != "Constant":
             continue
         for position, name in enumerate(node.outputs):
             if not name:
                 continue
+            if inputs and inputs[0][1] is not None and len(inputs[0][1]) > _FEW:
+                budget.spend(len(inputs), "the ONNX model")
             told: Value = values.get(name, ("", None))
             found = _shape(node, inputs, numbers, position) if told[1] is None else told[1]
             if found is not None and len(found) > _MOST_DIMENSIONS:

@@ -14,8 +14,9 @@ from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
 
 _LONGEST_NAME = 512
-# Of an object that is made, beside the operation that makes it; and of a name of two lines.
-_STEPS_PER_CALL, _STEPS_PER_GLOBAL = 3, 4
+_STEPS_PER_OPERATION = 2
+# Beside the operation itself: of an object that is made, of a name of two lines, of a single item.
+_STEPS_PER_CALL, _STEPS_PER_GLOBAL, _STEPS_PER_ITEM = 3, 4, 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class _Machine:
     def run(self) -> Pickle:
         data, budget = self.data, self.budget
         while True:
-            budget.steps_left -= 1
+            budget.steps_left -= _STEPS_PER_OPERATION
             if budget.steps_left < 0:
                 budget.exhausted("a pickle in the file")
             code = data[self.at]
@@ -177,6 +178,7 @@ class _Machine:
         self.push(Global(module[:_LONGEST_NAME], name[:_LONGEST_NAME]))
 
     def set_item(self) -> None:
+        self.budget.spend(_STEPS_PER_ITEM, "a pickle in the file")
         value, key = self.pop(), self.pop()
         self.set_items([key, value])
 
@@ -202,9 +204,12 @@ def _tuple(count: int) -> Callable[[_Machine], None]:
         stack = machine.stack
         found = tuple(stack[-count:])
         del stack[-count:]
-        # By identity: to compare what a pickle holds could take as long as it likes.
-        if len(found) < count or any(each is _MARK for each in found):
-            raise Malformed("a pickle in the file is damaged: a mark where a value belongs")
+        if len(found) < count:
+            raise IndexError
+        for each in found:
+            # By identity: to compare what a pickle holds could take as long as it likes.
+            if each is _MARK:
+                raise Malformed("a pickle in the file is damaged: a mark where a value belongs")
         stack.append(found)
 
     return make

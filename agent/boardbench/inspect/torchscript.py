@@ -44,7 +44,7 @@ _CALLS = re.compile(r"\b(?:torch\.([A-Za-z_]\w*)|ops\.(\w+)\.(\w+))\(")
 _MOBILE_FLATBUFFER = b"PTMF"
 _MOST_ELEMENTS = 1 << 48
 _LONGEST_TYPE = 256
-_STEPS_PER_OPERATION = 4
+_STEPS_PER_OPERATION = 6
 _WHAT = "the TorchScript archive"
 _EXECUTED = frozenset(("OP", "OPN"))
 
@@ -223,7 +223,7 @@ def _bytecode(value: Any, budget: Budget) -> Iterator[str]:
         listed, instructions = parts.get("operators"), parts.get("instructions")
         if not isinstance(listed, tuple) or not isinstance(instructions, tuple):
             continue
-        budget.spend(len(listed) + _STEPS_PER_OPERATION * len(instructions), _WHAT)
+        budget.spend(3 * len(listed) + _STEPS_PER_OPERATION * len(instructions), _WHAT)
         operators = [_operator_name(each) for each in listed]
         for instruction in instructions:
             if not isinstance(instruction, tuple) or len(instruction) < 2 or instruction[0] not in _EXECUTED:

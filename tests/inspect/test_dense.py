@@ -1,0 +1,129 @@
+"""Files made to take long: the work that they cause stays within the budget, which stands for what it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, ModuleType
+
+import pytest
+
+from boardbench.inspect import analyse
+from boardbench.inspect.budget import MOST_STEPS, Budget
+from boardbench.inspect.errors import InspectError, Malformed, TooLarge
+from boardbench.inspect.sniff import check, sniff_bytes
+
+
+def _load() -> ModuleType:
+    path = Path(__file__).with_name("dense.py")
+    spec = importlib.util.spec_from_file_location("inspect_dense", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+dense = _load()
+SIZE = 60_000
+# Of what Python does for a step, calls are what can be counted: of its own functions and of C's.
+CALLS_PER_STEP, CALLS_AT_LEAST = 6, 60_000
+# As in test_hostile.py.
+MEMORY_RATIO, MEMORY_BYTES = 24, 8 << 20
+
+
+def _calls(work: Callable[[], object]) -> int:
+    count = 0
+
+    def counted(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", dense.DENSE)
+def test_a_step_stands_for_what_is_done(name: str) -> None:
+    data = memoryview(dense.DENSE[name](SIZE))
+    budget = Budget(len(data), sniff_bytes(data))
+    told = []
+
+    def inspect() -> None:
+        try:
+            report = analyse.inspect_bytes(
+                "m", data, target="edgetpu" if bytes(data[4:8]) == b"TFL3" else "", budget=budget
+            )
+            assert sum(use.size_bytes for use in report.bytes) == report.size_bytes
+        except InspectError as error:
+            told.append(error)
+
+    calls = _calls(inspect)
+    # What is asked for beyond the budget is refused, and not done.
+    steps = min(budget.steps, budget.most_steps)
+    assert calls <= CALLS_PER_STEP * steps + CALLS_AT_LEAST
+    assert budget.steps <= budget.most_steps or told
+    for error in told:
+        # Either what the file is, or what is wrong with it, or that it is too much.
+        assert isinstance(error, (Malformed, TooLarge)) or "not a model format" in str(error)
+        assert str(error)
+
+
+@pytest.mark.parametrize("name", dense.DENSE)
+def test_memory_is_a_small_multiple_of_the_file(name: str) -> None:
+    data = dense.DENSE[name](SIZE)
+    effort = dense.attempt(name, data, memory=True)
+    assert effort.peak_bytes < MEMORY_RATIO * len(data) + MEMORY_BYTES
+
+
+def test_dense_files_of_some_size_are_refused_and_say_why() -> None:
+    outcome = dense.attempt("m", dense.DENSE["tflite operators bare"](1 << 20)).outcome
+    assert "more parts than any model of its size: damaged, or made to harm" in outcome
+
+
+def test_what_is_too_large_may_be_sound(tmp_path: Path) -> None:
+    data = dense.padded(dense.DENSE["tflite operators bare"](1 << 20), 12 << 20)
+    with pytest.raises(TooLarge, match="too large to be inspected, or made to harm"):
+        analyse.inspect_bytes("m", memoryview(data))
+    # It is no reason not to send it to a board.
+    path = tmp_path / "m.tflite"
+    path.write_bytes(data)
+    assert check(path, "tflite") is None
+
+
+def test_no_size_allows_more_than_the_most() -> None:
+    assert Budget(1 << 40, "onnx").most_steps == Budget(1 << 24, "onnx").most_steps == MOST_STEPS
+    assert Budget(0).most_steps > 0
+
+
+def test_many_operations_are_read() -> None:
+    # As many as any model has, and 100 MB beside them.
+    nodes = b"".join(
+        dense.node(
+            "Conv",
+            (f"v{number}", f"w{number}"),
+            (f"v{number + 1}",),
+            *(dense.field(1, name) + dense.field(8, b"\1\1") for name in (b"strides", b"kernel_shape")),
+        )
+        for number in range(20_000)
+    )
+    weights = dense.field(5, dense.field(1, b"\x01") + dense.number(2, 1) + dense.field(9, bytes(100 << 20)))
+    report = analyse.inspect_bytes("m.onnx", memoryview(dense.onnx_of(nodes, weights)))
+    assert report.op_types == {"Conv": 20_000}
+    assert sum(use.size_bytes for use in report.bytes) == report.size_bytes > 100 << 20
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("megabytes", [4, 12])
+@pytest.mark.parametrize("name", dense.DENSE)
+def test_nothing_takes_a_second(name: str, megabytes: int) -> None:
+    found, _ = dense.worst(name, megabytes << 20)
+    assert found.seconds < 1.0, found
