@@ -36,7 +36,10 @@ Truth = Callable[[str, int], float]
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of trace; ``kind`` is "independent", "dependent", "rare", "drifting" or "wandering"."""
+    """A kind of trace.
+
+    ``kind`` is "independent", "dependent", "recorded", "rare", "drifting" or "wandering".
+    """
 
     name: str
     kind: str
@@ -196,7 +199,7 @@ def recorded(name: str, block: int | None) -> Family:
         places = (begins[:, None] + numpy.arange(length)[None, :]).ravel()[:count]
         return samples[places % len(samples)]
 
-    kind = "wandering" if block is None else "independent" if block == 1 else "dependent"
+    kind = "wandering" if block is None else "independent" if block == 1 else "recorded"
     how = {None: "as it was", 1: "shuffled"}.get(block, f"in blocks of {block}")
     return Family(
         f"{name}, {how}",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -73,7 +74,7 @@ def test_it_ends_when_every_target_holds_and_half_as_many_inferences_again_confi
 
 def test_it_does_not_end_where_the_confirmation_fails() -> None:
     sequential = stopping.Sequential([Target("50", 0.01)])
-    calm = [1_000_000 + place % 7 for place in range(64)]
+    calm = random.Random(2).sample(range(1_000_000, 1_000_064), 64)
     assert not sequential.look(calm).over
     assert sequential.next_look == 96
     # A third of them so slow that the median's upper bound is among them.
@@ -172,6 +173,13 @@ def test_samples_of_nothing_are_as_precise_as_can_be() -> None:
     sequential = stopping.Sequential([Target("50", 0.01)])
     assert sequential.look([0] * 64).reached[0].holds
     assert sequential.look([0] * 96).over
+
+
+def test_a_median_of_zero_between_others_is_never_precise() -> None:
+    samples = random.Random(1).sample([0] * 40 + [1000] * 24, 64)
+    look = stopping.Sequential([Target("50", 0.01)]).look(samples)
+    assert look.reached[0].ratio == math.inf and not look.reached[0].holds
+    assert look.runs_needed > 10**11
 
 
 def test_nothing_to_reach_is_refused() -> None:
