@@ -13,6 +13,7 @@ import enum
 import json
 import os
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,7 @@ class ILayer:
 class INetworkDefinition:
     def __init__(self) -> None:
         self.graph: dict[str, Any] = {}
+        self._weights: Any = lambda: None
 
     num_inputs = property(lambda self: len(self.graph["inputs"]))
     num_layers = property(lambda self: len(self.graph["nodes"]))
@@ -192,6 +194,7 @@ class OnnxParser:
             if node.op_type not in _LAYER_TYPES:
                 self._errors.append(ParserError(f"No importer registered for op: {node.op_type}"))
                 return False
+        self._network._weights = weakref.ref(self)
         self._network.graph = {
             "inputs": [_value(each) for each in graph.input],
             "outputs": [_value(each) for each in graph.output],
@@ -280,6 +283,10 @@ class Builder:
     def build_serialized_network(
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> IHostMemory | None:
+        if network._weights() is None:
+            raise RuntimeError(
+                "segmentation fault: the parser is gone, and with it the weights of the network"
+            )
         graph, flags = network.graph, {flag.name for flag in config.flags}
         if any(-1 in shape for _, _, shape in graph["inputs"]) and config.profile is None:
             return self._refused(

@@ -414,11 +414,12 @@ def _with_suffix(model: Path, folder: Path) -> Path:
             return link
         if zipfile.is_zipfile(model):
             return _unpacked(model, folder / "model.mlpackage")
-        link = folder / "model.mlmodel"
-        link.symlink_to(model.resolve())
+        # A copy and no link: Core ML follows links, and then looks at the suffix.
+        copy = folder / "model.mlmodel"
+        shutil.copyfile(model, copy)
     except OSError as error:
         raise ModelRejected(f"{model.name} can't be made ready for Core ML: {error}") from error
-    return link
+    return copy
 
 
 def _unpacked(model: Path, package: Path) -> Path:

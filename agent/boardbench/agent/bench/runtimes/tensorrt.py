@@ -414,8 +414,8 @@ class TensorRtModel:
         size_bytes = shapes.size_bytes(tensor)
         address = self._cuda.host_malloc(size_bytes)
         self._host.append(address)
-        held = memoryview((ctypes.c_uint8 * size_bytes).from_address(address))
-        return np.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape)
+        held = memoryview((ctypes.c_uint8 * max(1, size_bytes)).from_address(address))
+        return np.ndarray(tensor.shape, tensor.dtype, buffer=held)
 
     def _failed(self, status: int) -> None:
         self._cuda.check(status)
@@ -514,7 +514,8 @@ class TensorRtModel:
     def timed(self, feeds: Tensors, runs: Iterable[object]) -> Iterator[Tuple[float, Dict[str, float]]]:
         """Seconds of every inference under the profiler, and of each of its layers by name."""
         call, times = self.bind(feeds), _profiler()
-        self._context.profiler = times
+        # The context only points to it.
+        self._times = self._context.profiler = times
         for _ in runs:
             times.seconds.clear()
             began = time.perf_counter()

@@ -190,7 +190,8 @@ class Recipe:
         explicit: Any = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
         old = int(trt.__version__.partition(".")[0]) < 10 and explicit is not None
         network = self._builder.create_network(1 << int(explicit) if old else 0)
-        parser = trt.OnnxParser(network, log)
+        # It holds the weights that the network points to, until an engine is built.
+        self._parser = parser = trt.OnnxParser(network, log)
         if not parser.parse(content):
             faults = "; ".join(
                 " ".join(str(parser.get_error(at).desc()).split()) for at in range(min(3, parser.num_errors))
