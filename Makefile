@@ -64,8 +64,9 @@ $(SYSTEM)/.prometheus:
 	@touch $@
 
 # PyTorch comes with ExecuTorch, and has an environment of its own only where that has no wheel.
-TORCH = $(firstword $(wildcard $(addsuffix /bin/python,$(addprefix $(CURDIR)/.cache/engines/,executorch torch))))
-EXECUTORCH = $(wildcard $(CURDIR)/.cache/engines/executorch/bin/python)
+# Asked of the shell: make keeps in mind what was in a folder before it made it.
+TORCH = $(shell ls $(CURDIR)/.cache/engines/executorch/bin/python $(CURDIR)/.cache/engines/torch/bin/python 2>/dev/null | head -n 1)
+EXECUTORCH = $(shell ls $(CURDIR)/.cache/engines/executorch/bin/python 2>/dev/null)
 test-engines: $(VENV)/.dev .cache/engines/.made .cache/engines/.heavy  ## Every engine, also those of gigabytes (PyTorch, ExecuTorch)
 	@test -n "$(TORCH)" || { echo "neither ExecuTorch nor PyTorch could be installed: see .cache/engines/*.log"; exit 1; }
 	BOARDBENCH_TORCH_PYTHON="$(TORCH)" BOARDBENCH_EXECUTORCH_PYTHON="$(EXECUTORCH)" $(BIN)/python -m pytest \
