@@ -28,11 +28,11 @@ def _load() -> ModuleType:
 
 
 dense = _load()
-SIZE = 60_000
+SIZE = 30_000
 # Of what Python does for a step, calls are what can be counted: of its own functions and of C's.
 CALLS_PER_STEP, CALLS_AT_LEAST = 6, 60_000
 # As in test_hostile.py.
-MEMORY_RATIO, MEMORY_BYTES = 24, 8 << 20
+MEMORY_RATIO = 24
 
 
 def _calls(work: Callable[[], object]) -> int:
@@ -76,11 +76,28 @@ def test_a_step_stands_for_what_is_done(name: str) -> None:
         assert str(error)
 
 
-@pytest.mark.parametrize("name", dense.DENSE)
+# Those that leave most behind for their size.
+HEAVY = (
+    "tflite tensors bare",
+    "tflite tensors described apart",
+    "tflite constants of a byte",
+    "tflite graph of inputs",
+    "onnx empty nodes",
+    "onnx empty constants",
+    "openvino bare layers",
+    "coreml empty layers",
+    "torchscript pickle of dictionaries",
+    "torchscript calls",
+    "executorch values",
+)
+
+
+@pytest.mark.parametrize("name", HEAVY)
 def test_memory_is_a_small_multiple_of_the_file(name: str) -> None:
-    data = dense.DENSE[name](SIZE)
+    # So many of them that they are read to the end, in a file whose size allows it.
+    data = dense.padded(dense.DENSE[name](100_000), 1 << 20)
     effort = dense.attempt(name, data, memory=True)
-    assert effort.peak_bytes < MEMORY_RATIO * len(data) + MEMORY_BYTES
+    assert effort.peak_bytes < MEMORY_RATIO * len(data)
 
 
 def test_dense_files_of_some_size_are_refused_and_say_why() -> None:

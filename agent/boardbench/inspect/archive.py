@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 from boardbench.inspect.budget import Budget
 from boardbench.inspect.errors import Malformed
@@ -32,8 +31,7 @@ _STEPS_PER_ENTRY = 16
 _STORED, _DEFLATED = 0, 8
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One file in the archive and where its bytes are."""
 
     name: str
@@ -44,8 +42,7 @@ class Entry:
     data_start: int
 
 
-@dataclass(frozen=True)
-class Archive:
+class Archive(NamedTuple):
     """The listing of an archive; ``directory_start`` is where the entries end."""
 
     entries: Tuple[Entry, ...]

@@ -129,13 +129,9 @@ class Ledger:
 
     def claimed_up_to(self) -> int:
         """Where the last claim or mark ends."""
-        marks = self._pages.marks
-        end = max((-claim[1] for claim in self._pages.claims), default=0)
-        for start in range(len(marks) - _PIECE_BYTES, end - _PIECE_BYTES, -_PIECE_BYTES):
-            marked = marks[max(0, start) : start + _PIECE_BYTES].rstrip(b"\0")
-            if marked:
-                return max(end, max(0, start) + len(marked))
-        return end
+        pages = self._pages
+        marked = max(pages.marks.rfind(number) for number in range(1, len(pages.purposes) + 1)) + 1
+        return max(marked, max((-claim[1] for claim in pages.claims), default=0))
 
     def fill(self, purpose: str) -> None:
         """Says what all bytes serve that nobody claims, for formats without gaps."""

@@ -57,7 +57,7 @@ _LARGEST = 1 << 62
 # A message up to this size is copied before it is read, which is faster.
 _COPIED_BYTES = 1 << 14
 # What is done with a node, and with a value that it reads or writes, takes about as long as so many steps.
-_STEPS_PER_NODE, _STEPS_PER_EDGE, _STEPS_PER_CONSTANT = 8, 4, 16
+_STEPS_PER_NODE, _STEPS_PER_EDGE, _STEPS_PER_ATTRIBUTE, _STEPS_PER_CONSTANT = 8, 4, 3, 22
 
 
 class Constant(NamedTuple):
@@ -271,6 +271,7 @@ class _Reader:
         wire.budget.spend(_STEPS_PER_NODE + _STEPS_PER_EDGE * (len(inputs) + len(outputs)), wire.what)
         attributes: Dict[str, Tuple[int, ...]] = {}
         constant: Optional[Constant] = None
+        wire.budget.spend(_STEPS_PER_ATTRIBUTE * len(held), wire.what)
         for first, second in held:
             constant = self.attribute(data, base, first, second, attributes, op_type, depth) or constant
         if op_type == "Constant" and outputs and depth == 0:

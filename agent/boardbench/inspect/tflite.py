@@ -6,7 +6,6 @@ Source of the format: tensorflow/tensorflow ``tensorflow/compiler/mlir/lite/sche
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from boardbench.inspect import tflite_schema as schema
@@ -119,11 +118,10 @@ class Operator(NamedTuple):
         return value if self.options is None else self.options.integer(number, kind, value)
 
 
-@dataclass(frozen=True)
-class Subgraph:
+class Subgraph(NamedTuple):
     """One graph; operations are in the order in which they run."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     name: str
     tensors: Tuple[Tensor, ...]
     operators: Tuple[Operator, ...]
@@ -131,8 +129,7 @@ class Subgraph:
     outputs: Tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """Names under which the inputs and outputs of a graph are offered."""
 
     key: str
@@ -141,8 +138,7 @@ class Signature:
     outputs: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A whole file. ``buffers[i]`` is where the i-th constant lies; None where it has no bytes."""
 
     data: memoryview

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Set, Tuple
 
 from boardbench.inspect.budget import Budget
 from boardbench.inspect.cost import arena_bytes, multiply_accumulates
@@ -32,11 +32,12 @@ FILES = "associated files"
 # That of libedgetpu 16.0 and later (api/runtime_version.h).
 _NEWEST_RUNTIME = 14
 _STEPS_PER_CONSTANT = 4
-_ZIP = b"PK\x03\x04"
+_ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+# The end record, and the longest comment behind it.
+_LONGEST_ZIP_END = 22 + 0xFFFF
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """A file that was read: the model, what is compiled in it, and who uses which bytes."""
 
     model: Model
@@ -294,8 +295,11 @@ def _stored_zero(tensor: Tensor) -> int:
 
 def _claim_files(model: Model, ledger: Ledger) -> None:
     """Files that TensorFlow Lite's metadata tools append as a ZIP archive behind the model."""
-    end = ledger.claimed_up_to()
     data = model.data
+    # Few files have any, and to find the end of the model takes longer than to see the end of an archive.
+    if _ZIP_END not in bytes(data[-_LONGEST_ZIP_END:]):
+        return
+    end = ledger.claimed_up_to()
     begin = end
     while begin < len(data) and begin < end + 64 and data[begin] == 0:
         begin += 1
