@@ -300,7 +300,7 @@ DOUBTS = (
     ),
     Doubt(
         "cost_uncertain",
-        DOUBTFUL,
+        NOTE,
         f"the bounds of what fallback costs are further from the figure than {cost.UNCERTAIN:.0%} of it and "
         f"{cost.NEGLIGIBLE:.0%} of the latency",
         "the board did other work, or the profiled inferences took longer or shorter than the counted ones",
