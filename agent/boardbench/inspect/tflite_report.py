@@ -32,9 +32,7 @@ FILES = "associated files"
 # That of libedgetpu 16.0 and later (api/runtime_version.h).
 _NEWEST_RUNTIME = 14
 _STEPS_PER_CONSTANT = 4
-_ZIP, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
-# The end record, and the longest comment behind it.
-_LONGEST_ZIP_END = 22 + 0xFFFF
+_ZIP = b"PK\x03\x04"
 
 
 class Read(NamedTuple):
@@ -296,9 +294,6 @@ def _stored_zero(tensor: Tensor) -> int:
 def _claim_files(model: Model, ledger: Ledger) -> None:
     """Files that TensorFlow Lite's metadata tools append as a ZIP archive behind the model."""
     data = model.data
-    # Few files have any, and to find the end of the model takes longer than to see the end of an archive.
-    if _ZIP_END not in bytes(data[-_LONGEST_ZIP_END:]):
-        return
     end = ledger.claimed_up_to()
     begin = end
     while begin < len(data) and begin < end + 64 and data[begin] == 0:
