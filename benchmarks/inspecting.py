@@ -1,6 +1,6 @@
 """How long `boardbench inspect` takes, beside Python's own start.
 
-The whole command on the largest model of a few megabytes, in its forms, and in turn with them `python -c pass`:
+The whole command on a model of 4 MB, in its forms, and in turn with them `python -c pass`:
 what the command is slower by is what boardbench costs. Each is a fresh process with its bytecode cached. The
 processor's time is told beside it: that hardly changes when something else runs on the machine.
 """
@@ -69,8 +69,8 @@ def measure(arguments: argparse.Namespace) -> Report:
     size = model.stat().st_size / 1e6
     return Report(
         "inspecting a file",
-        f"{model.name}, {size:.1f} MB; {arguments.inspect_rounds} rounds, each form a fresh process in an order "
-        "that is drawn anew; medians in ms; more: than Python's start in the same round",
+        f"{model.name}, {size:.1f} MB; {arguments.inspect_rounds} rounds, each form a fresh process, in an "
+        "order that is drawn anew; medians in ms; more: than Python's start in the same round",
         ("", "whole command ms", "range", "more ms", "processor ms"),
         rows,
         [
@@ -93,4 +93,4 @@ def seconds(command: list[str]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_benchmarks([(measure, add_arguments)], __doc__))
+    sys.exit(run_benchmarks([(measure, add_arguments)], __doc__, section="inspecting"))

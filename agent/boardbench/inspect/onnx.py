@@ -250,11 +250,10 @@ class _Reader:
         for number, kind, first, second in fields(wire, data, base, start - base, stop - base):
             if kind != 2:
                 continue
-            if number == 1:
-                inputs.append(text(data, first, second))
-                names_bytes += second - first
-            elif number == 2:
-                outputs.append(text(data, first, second))
+            if number <= 2:
+                # At once, since a node may have as many of them as the file is long.
+                wire.budget.steps_left -= _STEPS_PER_EDGE
+                (inputs if number == 1 else outputs).append(text(data, first, second))
                 names_bytes += second - first
             elif number == 5:
                 held.append((first, second))
@@ -268,7 +267,7 @@ class _Reader:
             elif number == 6:
                 names_bytes += second - first
         self.ledger.note(names_bytes, NAMES)
-        wire.budget.spend(_STEPS_PER_NODE + _STEPS_PER_EDGE * (len(inputs) + len(outputs)), wire.what)
+        wire.budget.spend(_STEPS_PER_NODE, wire.what)
         attributes: Dict[str, Tuple[int, ...]] = {}
         constant: Optional[Constant] = None
         wire.budget.spend(_STEPS_PER_ATTRIBUTE * len(held), wire.what)
@@ -379,6 +378,7 @@ def report(base: ModelReport, data: memoryview, ledger: Ledger) -> ModelReport:
             for index, node in enumerate(nodes)
         ]
     )
+    reader.wire.budget.spend(_STEPS_PER_ATTRIBUTE * root.count(8), reader.wire.what)
     opsets = {each.text(1) or "ai.onnx": each.integer(2) for each in root.messages(8)}
     version = f"IR {root.integer(1)}"
     if opsets:
