@@ -14,6 +14,7 @@ from boardbench.inspect import analyse
 from boardbench.inspect.budget import MOST_STEPS, Budget
 from boardbench.inspect.errors import InspectError, Malformed, TooLarge
 from boardbench.inspect.sniff import check, sniff_bytes
+from boardbench.inspect.tflite import Model, closure, producers
 
 
 def _load() -> ModuleType:
@@ -113,6 +114,21 @@ def test_what_is_too_large_may_be_sound(tmp_path: Path) -> None:
     path = tmp_path / "m.tflite"
     path.write_bytes(data)
     assert check(path, "tflite") is None
+
+
+def test_walks_through_a_graph_are_counted(
+    conv_chain: Callable[..., bytes], read: Callable[[bytes], Model]
+) -> None:
+    # A compiled file may have many nodes, and for each the original is walked through.
+    graph = read(conv_chain(*["RELU"] * 300)).main
+    made_by = producers(graph)
+    budget = Budget(0)
+    before = budget.steps
+    assert len(closure(graph, set(graph.outputs), set(graph.inputs), made_by, budget)) == 300
+    assert budget.steps - before >= 300
+    with pytest.raises(Malformed, match="more parts than any model"):
+        for _ in range(1000):
+            closure(graph, set(graph.outputs), set(graph.inputs), made_by, budget)
 
 
 def test_no_size_allows_more_than_the_most() -> None:

@@ -38,7 +38,7 @@ _DELEGATE = "delegate"
 _LONGEST_TYPE = 256
 # PyTorch's own limit.
 _MOST_DIMENSIONS = 64
-_STEPS_PER_OPERATION = 6
+_STEPS_PER_OPERATION = 12
 
 SCALARS: Mapping[int, str] = {
     0: "uint8",

@@ -57,7 +57,7 @@ _LARGEST = 1 << 62
 # A message up to this size is copied before it is read, which is faster.
 _COPIED_BYTES = 1 << 14
 # What is done with a node, and with a value that it reads or writes, takes about as long as so many steps.
-_STEPS_PER_NODE, _STEPS_PER_EDGE, _STEPS_PER_ATTRIBUTE, _STEPS_PER_CONSTANT = 8, 4, 3, 22
+_STEPS_PER_NODE, _STEPS_PER_EDGE, _STEPS_PER_ATTRIBUTE, _STEPS_PER_CONSTANT = 12, 4, 3, 22
 
 
 class Constant(NamedTuple):

@@ -51,7 +51,7 @@ _DEEPEST, _LONGEST_SHAPE = 64, 2048
 _LONGEST_ELEMENT_BYTES, _PIECE_BYTES = 1 << 19, 1 << 16
 # How long what is done for an element takes: its beginning and end, and what is kept of some.
 _STEPS_PER_ELEMENT = 3
-_STEPS_KEPT = {"layer": 6, "edge": 4, "port": 4, "dim": 1}
+_STEPS_KEPT = {"layer": 12, "edge": 4, "port": 4, "dim": 1}
 # Those attributes of a layer's <data> that anybody asks for.
 _KEPT = ("element_type", "shape", "offset", "size", "transpose_a")
 _WHAT = "the OpenVINO model"

@@ -33,7 +33,7 @@ _RUNS = (0, 1)
 _LONGEST_TYPE = 256
 # PyTorch's own limit.
 _MOST_DIMENSIONS = 64
-_STEPS_PER_OPERATION = 8
+_STEPS_PER_OPERATION = 12
 _METHOD = ".forward"
 
 

@@ -44,7 +44,7 @@ _CALLS = re.compile(r"\b(?:torch\.([A-Za-z_]\w*)|ops\.(\w+)\.(\w+))\(")
 _MOBILE_FLATBUFFER = b"PTMF"
 _MOST_ELEMENTS = 1 << 48
 _LONGEST_TYPE = 256
-_STEPS_PER_OPERATION = 6
+_STEPS_PER_OPERATION = 12
 _WHAT = "the TorchScript archive"
 _EXECUTED = frozenset(("OP", "OPN"))
 
