@@ -17,11 +17,11 @@ The first is told for an accelerator of its own whose parts were timed by themse
 On a busy board the accelerator's result waits for a processor, too, and that is no cost of fallback. How
 long can't be seen in a counted inference. Where those took as long as the profiled ones, it is taken to be
 the same as there, and at most what they took longer than they would have by themselves; where they did not,
-it is left out, and the bounds say how long it can have been: at most so long that nothing but fallback's own
-time is left.
+it is left out.
 
-The bounds are the hull of those of several ways: of share and seen; of rest, with and without that wait, and
-share; or of rest and fallback's own time. Those of each are order statistics of the profiled inferences,
+The bounds are the hull of those of several ways: of share and seen; or of rest, with and without that wait,
+and fallback's own time, as it took no less than that. So they are narrow where other work had no part in the
+counted inferences, and wide where it had. Those of each way are order statistics of the profiled inferences,
 between which the median of as many inferences as were counted lies with at least 95 % probability, whatever
 the distribution: of n further values the j-th has a number of the profiled ones below it that is distributed
 as a negative hypergeometric variable (David & Nagaraja, Order Statistics, 3rd edition, section 7.3, on
@@ -41,7 +41,7 @@ LEAST_INFERENCES = 6
 """Below it the median of a sample has no bounds at 95 %, however many inferences were counted."""
 
 UNCERTAIN = 0.10
-"""Of the cost: with bounds further away than this the figure is called uncertain."""
+"""Of the cost, or of the latency without it: with bounds further away than this it is called uncertain."""
 
 NEGLIGIBLE = 0.01
 """Of the latency: bounds this near to the figure are never called uncertain, as nothing depends on it."""
@@ -103,17 +103,15 @@ def of_fallback(
     def way(seconds: Callable[[Inference], float]) -> _Estimate:
         return _estimate([seconds(each) for each in timed], len(counted_nanoseconds))
 
-    share = way(lambda each: each.fallen / each.whole * latency)
-    if not by_rest:
-        told, beside = share, [way(lambda each: each.fallen)]
-    else:
-        rest = way(lambda each: latency - each.own_accelerator)
+    if by_rest:
+        rest = told = way(lambda each: latency - each.own_accelerator)
         if _equally_long(counted_nanoseconds, [each.whole for each in timed]):
             longer = max(latency - way(lambda each: each.own_whole).middle, 0.0)
             told = way(lambda each: latency - each.own_accelerator - min(each.accelerator_queued, longer))
-            beside = [rest, share]
-        else:
-            told, beside = rest, [way(lambda each: each.own_fallen)]
+        beside = [rest, way(lambda each: each.own_fallen)]
+    else:
+        told = way(lambda each: each.fallen / each.whole * latency)
+        beside = [way(lambda each: each.fallen)]
     seconds, low, high = (
         min(max(each, 0.0), latency)
         for each in (
@@ -135,10 +133,10 @@ def of_fallback(
 
 
 def is_uncertain(cost: FallbackCost) -> bool:
-    """Whether the bounds are so far from the figure that it says little."""
+    """Whether the bounds are so far away that the figure, or what would be left without it, says little."""
     distance = max(cost.seconds_high - cost.seconds, cost.seconds - cost.seconds_low)
     latency = cost.latency_without_seconds + cost.seconds
-    return distance > UNCERTAIN * cost.seconds and distance > NEGLIGIBLE * latency
+    return distance > max(UNCERTAIN * min(cost.seconds, cost.latency_without_seconds), NEGLIGIBLE * latency)
 
 
 def _estimate(values: Sequence[float], counted: int) -> _Estimate:

@@ -301,8 +301,8 @@ DOUBTS = (
     Doubt(
         "cost_uncertain",
         NOTE,
-        f"the bounds of what fallback costs are further from the figure than {cost.UNCERTAIN:.0%} of it and "
-        f"{cost.NEGLIGIBLE:.0%} of the latency",
+        f"the bounds of what fallback costs are further from the figure than {cost.UNCERTAIN:.0%} of it, or "
+        f"of the latency without it, and than {cost.NEGLIGIBLE:.0%} of the latency",
         "the board did other work, or the profiled inferences took longer or shorter than the counted ones",
         "stop other work on the board, or profile more inferences with --profile-runs",
     ),
