@@ -229,10 +229,8 @@ def test_the_oldest_python_is_enough(files: Path, pair: tuple[Path, Path]) -> No
 
 
 def _samples(files: Path) -> list[Path]:
-    return [
-        files / name
-        for name in ("small.xml", "portable.pte", "small.pt", "small.ptl", "small.mlmodel", "small.mlpackage")
-    ]
+    names = ("small.xml", "portable.pte", "small.pt", "small.ptl", "small.mlmodel", "small.mlpackage")
+    return [files / name for name in (*names, "mobile_flatbuffer.ptl")]
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
