@@ -39,7 +39,7 @@ BITS: Dict[str, int] = {
 # Interpreters lay tensors out at multiples of this (TensorFlow Lite's kDefaultTensorAlignment).
 _ALIGNMENT_BYTES = 64
 # A multiple of every element size.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 16
 # Clears the sign, so that a floating point -0.0 counts as the zero it is.
 _UNSIGNED = bytes(value & 0x7F for value in range(256))
 _ZERO_NIBBLES = bytes((value & 0x0F == 0) + (value >> 4 == 0) for value in range(256))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from typing import Dict, List, Optional, Tuple
 
@@ -40,7 +41,7 @@ class _Pages:
         self.budget = budget
         self.claims: List[_Claim] = []
         self.noted: Dict[Kind, List[Optional[int]]] = {}
-        self.marks = bytearray()
+        self.marks: Optional[mmap.mmap] = None
         self.purposes: List[str] = [""]
         self.rest = ""
 
@@ -107,17 +108,19 @@ class Ledger:
             noted = self._pages.noted[purpose, dtype, op_type] = [0, None, None]
         _add(noted, size_bytes, elements, zeros)
 
-    def marks(self, size_bytes: int) -> bytearray:
+    def marks(self, size_bytes: int) -> mmap.mmap:
         """The map of what is marked, for whoever reads the next ``size_bytes`` from ``base`` on.
 
         Whoever marks writes the number of a purpose into it, for each byte, and never beyond its end.
         """
         pages = self._pages
-        end = self.base + size_bytes
-        if not pages.marks:
-            pages.marks = bytearray(end)
-        elif end > len(pages.marks):
-            pages.marks.extend(bytes(end - len(pages.marks)))
+        end = max(1, self.base + size_bytes)
+        if pages.marks is None or end > len(pages.marks):
+            # Memory of its own kind: of a large file, only the pages where something is marked take any.
+            grown = mmap.mmap(-1, end)
+            if pages.marks is not None:
+                grown[: len(pages.marks)] = pages.marks[:]
+            pages.marks = grown
         return pages.marks
 
     def number(self, purpose: str) -> int:
@@ -130,8 +133,14 @@ class Ledger:
     def claimed_up_to(self) -> int:
         """Where the last claim or mark ends."""
         pages = self._pages
-        marked = max(pages.marks.rfind(number) for number in range(1, len(pages.purposes) + 1)) + 1
-        return max(marked, max((-claim[1] for claim in pages.claims), default=0))
+        end = max((-claim[1] for claim in pages.claims), default=0)
+        # Marks before the last claim's end don't matter.
+        for start in range(0 if pages.marks is None else len(pages.marks), end, -_PIECE_BYTES):
+            first = max(end, start - _PIECE_BYTES)
+            marked = pages.marks[first:start].rstrip(b"\0") if pages.marks is not None else b""
+            if marked:
+                return first + len(marked)
+        return end
 
     def fill(self, purpose: str) -> None:
         """Says what all bytes serve that nobody claims, for formats without gaps."""
@@ -181,18 +190,21 @@ class Ledger:
         if pages.noted:
             somewhere = sum(noted[0] or 0 for noted in pages.noted.values())
             return {pages.rest: sum(stop - start for start, stop in gaps) - somewhere}
-        if not pages.marks:
+        marked = pages.marks
+        if marked is None:
             for start, stop in gaps:
                 _count_unmarked(data[start:stop], pages.rest, found)
             return found
-        marks = bytes((_SEAM,)).join(pages.marks[start:stop] for start, stop in gaps)
-        # A gap behind the marks belongs to the last part, and is not marked.
+        marks = bytes((_SEAM,)).join(marked[start:stop] for start, stop in gaps)
         for number, purpose in enumerate(pages.purposes):
             if number:
-                size_bytes = marks.count(number)
+                # To find the first and the last is much faster than to count.
+                first, last = marks.find(number), marks.rfind(number)
+                size_bytes = marks.count(number, first, last + 1) if first >= 0 else 0
                 if size_bytes:
                     found[purpose] = found.get(purpose, 0) + size_bytes
-        content = bytes((_SEAM,)).join(data[start : min(stop, len(pages.marks))] for start, stop in gaps)
+        # What is behind the map is not marked, and is looked at last.
+        content = bytes((_SEAM,)).join(data[start : min(stop, len(marked))] for start, stop in gaps)
         # Mostly all of it is padding, which is seen at once; a step for each run takes much longer.
         unmarked = int.from_bytes(marks.translate(_UNMARKED_BITS), "little")
         if pages.rest or not unmarked & int.from_bytes(content, "little"):
@@ -203,7 +215,7 @@ class Ledger:
             for run in _UNMARKED.finditer(marks):
                 _count_unmarked(memoryview(content)[run.start() : run.end()], "", found)
         for start, stop in gaps:
-            _count_unmarked(data[max(start, len(pages.marks)) : stop], pages.rest, found)
+            _count_unmarked(data[max(start, len(marked)) : stop], pages.rest, found)
         return found
 
 
