@@ -14,15 +14,15 @@ import struct
 from pathlib import Path
 from typing import Iterator, Optional, Sequence, Tuple
 
-from boardbench.inspect.archive import is_archive, read_archive, read_head
 from boardbench.inspect.content import Opened
 from boardbench.inspect.errors import Malformed, TooLarge
-from boardbench.inspect.protobuf import Wire, read_varint
 
 FORMATS = ("tflite", "onnx", "openvino", "executorch", "torchscript", "coreml", "tensorrt", "ell", "npz")
 
 _MANIFEST = "Manifest.json"
 _HEAD_BYTES = 4096
+# A ZIP archive with something in it, and an empty one.
+_ARCHIVE_HEADS = (b"PK\x03\x04", b"PK\x05\x06")
 _LIBRARY_HEADS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xce\xfa\xed\xfe", b"MZ")
 # The first name is in every compiled ELL module, the second only in modules made of a map.
 _ELL_NAMES = (b"_GetInputSize\x00", b"_Predict\x00")
@@ -82,7 +82,7 @@ def sniff_bytes(data: memoryview) -> str:
         return "torchscript"
     if _engine_start(data) is not None:
         return "tensorrt"
-    if is_archive(head):
+    if head[:4] in _ARCHIVE_HEADS:
         return _sniff_archive(data)
     if head[:4] in _LIBRARY_HEADS or head[:2] == b"MZ":
         return "ell" if _holds_all(data, _ELL_NAMES) else ""
@@ -104,6 +104,8 @@ def _engine_start(data: memoryview) -> Optional[int]:
 
 
 def _sniff_archive(data: memoryview) -> str:
+    from boardbench.inspect.archive import read_archive, read_head
+
     try:
         archive = read_archive(data)
     except Malformed:
@@ -153,6 +155,8 @@ def _holds_all(data: memoryview, needles: Tuple[bytes, ...]) -> bool:
 
 def _fields(data: memoryview, start: int, stop: int) -> Iterator[Tuple[int, int, int, int]]:
     """(number, wire type, start, stop) of each field; ends with stop > ``stop`` where one is cut off."""
+    from boardbench.inspect.protobuf import Wire, read_varint
+
     wire = Wire(data, "the file")
     at = start
     for _ in range(_MOST_FIELDS):
@@ -235,6 +239,8 @@ def _check_protobuf(data: memoryview) -> None:
 
 
 def _check_archive(data: memoryview) -> None:
+    from boardbench.inspect.archive import read_archive
+
     read_archive(data)
 
 
@@ -250,11 +256,11 @@ def _check_torchscript(data: memoryview) -> None:
 
 
 def _check_coreml(data: memoryview) -> None:
-    (_check_archive if is_archive(bytes(data[:4])) else _check_protobuf)(data)
+    (_check_archive if bytes(data[:4]) in _ARCHIVE_HEADS else _check_protobuf)(data)
 
 
 def _check_openvino(data: memoryview) -> None:
-    if is_archive(bytes(data[:4])):
+    if bytes(data[:4]) in _ARCHIVE_HEADS:
         _check_archive(data)
     elif not bytes(data[-64:]).rstrip().endswith(b"</net>"):
         raise Malformed("the XML does not end with </net>: the file is truncated; copy it again")
