@@ -91,6 +91,18 @@ def test_a_steady_model_needs_fewer_than_a_hundred() -> None:
     assert len(looks) == 2
 
 
+def test_dependent_samples_are_confirmed_with_more() -> None:
+    draw = random.Random(7)
+    level, samples = 0.0, []
+    for _ in range(200):
+        level = 0.9 * level + draw.gauss(0.0, 0.3)
+        samples.append(round(1e6 * (1 + 0.001 * level)))
+    sequential = stopping.Sequential([Target("50", 0.05)])
+    assert sequential.look(samples[:64]).reached[0].holds
+    assert sequential.next_look == 160
+    assert sequential.look(samples[:160]).over
+
+
 def test_looks_are_few_and_begin_where_the_percentiles_are_supported() -> None:
     assert stopping.Sequential([Target("50", 0.01)]).next_look == stopping.LEAST_RUNS
     assert stopping.Sequential([Target("99", 0.05)]).next_look == stats.least_count("99") == 368

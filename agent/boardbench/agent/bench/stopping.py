@@ -13,7 +13,7 @@ the p99 of a heavy tail. The bounds themselves stay the exact ones; the rule mak
 - Once all targets are reached, half as many inferences again are measured, whatever comes, and the figures
   are those of the whole. The measurement ends if they still reach the targets then. So a third of what is
   reported was not seen by the decision, and the bounds have room. Where neighbours resemble each other it is
-  twice as many in all, since how much they do is uncertain, too.
+  two and a half times as many in all, since how much they do is uncertain, too.
 - A dependence among the samples counts from a third less evidence on than in the final figures, so that a
   trace that only may wander is measured longer.
 
@@ -40,8 +40,8 @@ GROWTH = 1.25
 CONFIRMATION = 1.5
 """Times the inferences at which the targets were first reached; with 1.25 coverage still fell to 94.5 %."""
 
-CONFIRMATION_DEPENDENT = 2.0
-"""The same where neighbours resemble each other: with 1.5 bursts were covered 93 % of the time."""
+CONFIRMATION_DEPENDENT = 2.5
+"""The same where neighbours resemble each other: with 1.5 the median of bursts was covered by 93 %."""
 
 DOUBT = 0.65
 """Share of the evidence that the final figures ask for before they take samples for dependent."""
