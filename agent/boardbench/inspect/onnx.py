@@ -112,7 +112,6 @@ class _Reader:
         """The constant in a TensorProto; its bytes are noted for ``op_type``, or for who reads it."""
         data, base = self._near(start, stop)
         wire = self.wire
-        wire.budget.spend(_STEPS_PER_CONSTANT, wire.what)
         type_number = 0
         shape: List[int] = []
         name = ""
@@ -199,10 +198,10 @@ class _Reader:
                 continue
             if number == 1:
                 nodes.append(self.node(first, second, depth))
-            elif number == 5:
-                constants.append((first, second))
-            elif number == 15:
-                sparse.append((first, second))
+            elif number == 5 or number == 15:
+                # At once, since there may be as many as the file is long.
+                self.wire.budget.steps_left -= _STEPS_PER_CONSTANT
+                (constants if number == 5 else sparse).append((first, second))
             elif number in (2, 10):
                 self.ledger.note(second - first, NAMES)
             elif number in (13, 14, 16):
@@ -315,6 +314,7 @@ class _Reader:
                 # Few attributes are text; of those only auto_pad matters to a shape, by its first letters.
                 letters = bytes(data[first : min(second, first + 16)]) if kind == 2 else b""
             elif kind == 2 and number in (5, 10):
+                wire.budget.steps_left -= _STEPS_PER_CONSTANT
                 tensors.append((base + first, base + second))
             elif kind == 2 and number in (6, 11):
                 graphs.append((base + first, base + second))

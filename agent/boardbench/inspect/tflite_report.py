@@ -31,7 +31,7 @@ FILES = "associated files"
 
 # That of libedgetpu 16.0 and later (api/runtime_version.h).
 _NEWEST_RUNTIME = 14
-_STEPS_PER_CONSTANT = 4
+_STEPS_PER_CONSTANT = 6
 _ZIP = b"PK\x03\x04"
 
 
