@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Prometheus and other programs that tests run for real are unpacked here when the system has none.
 SYSTEM := .cache/system
+# Most tests wait for programs that they start; two at a time halve that, and no test minds company.
+PYTEST_WORKERS ?= -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:  ## Say what there is
@@ -39,7 +41,7 @@ demo: $(VENV)/.demo  ## Run the main job here: collector, agent, two models, res
 	$(BIN)/boardbench demo $(DEMO_ARGS)
 
 test: lint $(SYSTEM)/.prometheus .cache/engines/.made  ## Install what the tests need and run them
-	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m 'not soak' $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m 'not soak' $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Style, types, import rules, the wire
 	$(BIN)/ruff check .

@@ -34,8 +34,9 @@ def nothing_left(tmp_path):
 def test_it_plays_to_the_end_and_leaves_nothing(boardbench, nothing_left):
     done = boardbench("demo", "--duration", "0.2", TMPDIR=str(nothing_left))
     assert done.code == 0, done.err + done.out
-    assert "✓ demo_mobilenet_int8.tflite on " in done.out
-    assert "✓ demo_net.onnx on " in done.out
+    # The mark says what the measurement is worth, which is this machine's affair.
+    assert re.search("^[✓!✗] demo_mobilenet_int8.tflite on ", done.out, re.MULTILINE)
+    assert re.search("^[✓!✗] demo_net.onnx on ", done.out, re.MULTILINE)
     assert re.search(r"not taken by \w*XNNPack\w*:", done.out), "an op stays behind, and is named"
     medians = re.findall(
         r'boardbench_latency_seconds\{.*model="(demo_\w+\.\w+)".*percentile="50".*\} (\S+)', done.out

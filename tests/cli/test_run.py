@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import textwrap
 
@@ -35,7 +36,8 @@ def broken_agent(tmp_path):
 def test_a_real_model_is_measured_here(boardbench, small_model, tmp_path):
     done = boardbench("run", small_model, "--duration", "0.1", "--threads", 1, TMPDIR=str(tmp_path))
     assert done.code == 0, done.err
-    assert "✓ mobilenet_v1_0.25_128_quant.tflite on " in done.out
+    # The mark says what the measurement is worth, which is this machine's affair.
+    assert re.search(r"^[✓!✗] mobilenet_v1_0\.25_128_quant\.tflite on ", done.out, re.MULTILINE)
     assert "1 thread" in done.out
     assert "p50" in done.out
     assert "on the CPU, as asked: all 31 ops" in done.out

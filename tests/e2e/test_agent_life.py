@@ -102,7 +102,8 @@ def test_an_engine_in_an_interpreter_that_lacks_it(
     assert not runtimes["tflite"].get("available")
     assert "pip install" in runtimes["tflite"]["reason"]
     assert runtimes["onnxruntime"]["available"]
-    answer = programs.client("push", demo_tflite, "--to", agent.address, *QUICK, code=1)
+    named = ("--runtime", "tflite")
+    answer = programs.client("push", demo_tflite, "--to", agent.address, *named, *QUICK, code=1)
     assert "pip install" in answer.out + answer.err, answer
     programs.client("push", demo_onnx, "--to", agent.address, *QUICK)
 
@@ -113,7 +114,8 @@ def test_an_engine_in_an_interpreter_that_is_not_there(
     configuration = tmp_path / "agent.toml"
     configuration.write_text('[runtimes.onnxruntime]\npython = "/nowhere/python3"\n')
     agent = programs.agent(environment={"BOARDBENCH_AGENT_CONFIG": str(configuration)})
-    answer = programs.client("push", demo_onnx, "--to", agent.address, *QUICK, code=1)
+    named = ("--runtime", "onnxruntime")
+    answer = programs.client("push", demo_onnx, "--to", agent.address, *named, *QUICK, code=1)
     assert "/nowhere/python3" in answer.out + answer.err, answer
 
 

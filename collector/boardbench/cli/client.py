@@ -98,21 +98,22 @@ class Client:
         self.close()
 
     def _ask(
-        self, method: _Unary[_Request, _Response], request: _Request, seconds: float = CALL_SECONDS
+        self, method: _Unary[_Request, _Response], request: _Request, seconds: float | None = None
     ) -> _Response:
         try:
-            return method(request, timeout=seconds)
+            return method(request, timeout=CALL_SECONDS if seconds is None else seconds)
         except grpc.RpcError as error:
             raise self._told(error, seconds) from error
 
-    def _told(self, error: grpc.RpcError, seconds: float = CALL_SECONDS) -> CliError:
+    def _told(self, error: grpc.RpcError, seconds: float | None = None) -> CliError:
         """What a person should know about ``error``."""
         code, details = _code(error), _details(error)
         if code == grpc.StatusCode.UNAVAILABLE:
             return Unreachable(self._unavailable(details))
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return Unreachable(
-                f"{self.address} took the connection and gave no answer within {seconds:.0f} s: "
+                f"{self.address} took the connection and gave no answer within "
+                f"{CALL_SECONDS if seconds is None else seconds:.0f} s: "
                 f"is it overloaded, or is something else than {self.program} listening there?"
             )
         if code == grpc.StatusCode.UNIMPLEMENTED or _is_other_protocol(details):

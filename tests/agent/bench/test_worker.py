@@ -425,6 +425,8 @@ def test_a_missing_engine_has_a_reason_and_a_command(worker: Any) -> None:
     for status in event["runtimes"]:
         if "set BOARDBENCH_NATIVE_MODELS=1" in status["reason"]:
             assert status["name"] == "ell"  # needs no package, but leave to run what is a program
+        elif status["name"] == "coreml" and sys.platform != "darwin":
+            assert "needs macOS" in status["reason"]  # no command on this system brings it
         elif not status["available"] and status["name"] != "fake":
             assert "-m pip install" in status["reason"]
             assert status["reason"].startswith("no ")
