@@ -27,9 +27,10 @@ DEEPLAB = "deeplabv3_mnv2_dm05_pascal_quant"
 SMALL_AND_LARGE = "made in code"
 
 
-def counted(milliseconds: float, count: int = 1000) -> list[int]:
-    """Inferences that all took as long, in nanoseconds."""
-    return [round(milliseconds * 1e6)] * count
+def counted(*milliseconds: float, count: int = 1000, cpu: float | None = None) -> cost.Counted:
+    """Inferences that took so long, each as often."""
+    nanoseconds = [round(each * 1e6) for each in milliseconds for _ in range(count)]
+    return cost.Counted(nanoseconds, None if cpu is None else cpu / 1e3)
 
 
 def of(shares: list[float], *, by_rest: bool = False) -> Any:
@@ -89,18 +90,14 @@ def test_six_inferences_are_bounded_by_the_smallest_and_the_largest() -> None:
 # What other work on the processor takes: an accelerator of 20 ms, fallback of 5 ms
 
 
-def busy(fallback: float, accelerator: float) -> cost.Inference:
+def busy(fallback: float, accelerator: float, *, own: float = 5, cpu: float = 0) -> cost.Inference:
     """A profiled inference in which both waited so many milliseconds for a processor."""
-    return cost.Inference(
-        (5 + fallback) / 1e3,
-        (25 + fallback + accelerator) / 1e3,
-        fallback / 1e3,
-        (fallback + accelerator) / 1e3,
-    )
+    milliseconds = (own + fallback, 20 + own + fallback + accelerator, fallback, fallback + accelerator, cpu)
+    return cost.Inference(*(each / 1e3 for each in milliseconds))
 
 
-def by_rest(inferences: list[cost.Inference], counted_nanoseconds: list[int]) -> Any:
-    return cost.of_fallback(inferences, counted_nanoseconds, "", by_rest=True)
+def by_rest(inferences: list[cost.Inference], counted: cost.Counted) -> Any:
+    return cost.of_fallback(inferences, counted, "", by_rest=True)
 
 
 def test_work_beside_the_profile_does_not_change_the_cost() -> None:
@@ -129,11 +126,20 @@ def test_the_same_work_beside_both_tells_what_waited() -> None:
 
 def test_a_result_waited_no_longer_than_the_inference_took_longer() -> None:
     """Half of the profiled inferences were disturbed, and the middle one of the counted ones hardly was."""
-    found = by_rest(
-        [busy(0, 0)] * 9 + [busy(0, 4)] * 11, [*counted(25, 8), *counted(25.5, 4), *counted(29, 8)]
-    )
+    found = by_rest([busy(0, 0)] * 9 + [busy(0, 4)] * 11, counted(25, 25.5, 29, count=8))
     assert found.seconds == pytest.approx(0.005)
     assert found.seconds_high == pytest.approx(0.0055)
+
+
+@pytest.mark.parametrize(("in_counted", "in_profile"), [(5, 7), (7, 5)])
+def test_a_processor_that_is_slower_in_one_pass_is_no_doubt(in_counted: float, in_profile: float) -> None:
+    """By its clock, or by who shares its caches: the processor time of an inference says so."""
+    inferences = [busy(0, 0, own=in_profile, cpu=in_profile + 1)] * 20
+    found = by_rest(inferences, counted(20 + in_counted, cpu=(in_profile + 1) * in_counted / in_profile))
+    assert found.seconds == pytest.approx(in_counted / 1e3)
+    assert not cost.is_uncertain(found)
+    # Without that it could as well be the accelerator.
+    assert cost.is_uncertain(by_rest(inferences, counted(20 + in_counted)))
 
 
 def test_a_thread_that_never_waited_took_all_of_its_time() -> None:
@@ -225,7 +231,7 @@ def test_bounds_enclose_what_was_counted_as_often_as_they_say() -> None:
         ran, profiled = sample(20), sample(30)
         inferences = [cost.Inference(fallen, fallen + rest) for fallen, rest in profiled]
         nanoseconds = [round((fallen + rest) * 1e9) for fallen, rest in ran]
-        found = by_rest(inferences, nanoseconds)
+        found = by_rest(inferences, cost.Counted(nanoseconds))
         truth = stats.median(nanoseconds) / 1e9 - sorted(rest for _, rest in ran)[9]
         inside += found.seconds_low <= truth <= found.seconds_high
     assert inside / trials >= 0.93

@@ -44,6 +44,7 @@ def test_who_ran_did_not_wait(schedstat: Path) -> None:
     with Track(schedstat) as track:
         ((lap,),) = track.laps([work], range(1))
     assert lap.own_seconds >= 0.019
+    assert lap.cpu_seconds >= 0.019
     assert lap.queued_seconds >= 0.0
 
 
@@ -90,7 +91,11 @@ def test_this_kernel_is_understood() -> None:
 
 
 def test_what_belongs_to_no_call_is_taken_off_its_own_time() -> None:
-    lap = Lap(0.5, 0.25)
-    assert lap.less(0.125) == Lap(0.375, 0.25)
-    assert lap.less(1.0) == Lap(0.25, 0.25)
+    lap = Lap(0.5, 0.25, 0.125)
+    assert lap.less(0.125) == Lap(0.375, 0.25, 0.125)
+    assert lap.less(1.0) == Lap(0.25, 0.25, 0.125)
     assert lap.less(1.0).own_seconds == 0.0
+
+
+def test_laps_add_up() -> None:
+    assert Lap(0.5, 0.25, 0.125) + Lap(1.5, 0.5, 0.25) == Lap(2.0, 0.75, 0.375)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from boardbench.agent.bench import placement, profiling
+from boardbench.agent.bench import cost, placement, profiling
 from boardbench.agent.bench.events import to_json
 from boardbench.agent.bench.runtime import Cause, NoProfile, Profile
 from boardbench.agent.domain import Crossings, Evidence, OpPlacement, Placement, Unit, Verdict
@@ -154,7 +154,7 @@ def test_hanging_uses_up_the_time_of_both_attempts(fake_job: FakeJob) -> None:
         found,
         wanted="",
         runs=0,
-        counted_nanoseconds=[0],
+        counted=cost.Counted([0]),
         create_seconds=(3.0 - profiling._START_SECONDS) / 4.0,  # 3 seconds in all
     )
     assert "took too long" in told.evidence_reports[-1].detail
@@ -203,8 +203,8 @@ def _alive(pid: int) -> bool:
 
 # Joining
 
-COUNTED = [10_000_000] * 20
-"""Nanoseconds, as long as the profiled inferences."""
+COUNTED = cost.Counted([10_000_000] * 20)
+"""They took as long as the profiled ones."""
 
 
 def known(*units: Unit) -> Placement:
@@ -228,7 +228,7 @@ def profile_of(*units: Unit, **more: Any) -> Profile:
 
 def test_a_profile_of_other_places_is_told_and_its_times_are_not() -> None:
     profile = profile_of(Unit.TPU, Unit.CPU)
-    found = profiling.merged(known(Unit.TPU, Unit.TPU), profile, wanted="tpu.so", counted_nanoseconds=COUNTED)
+    found = profiling.merged(known(Unit.TPU, Unit.TPU), profile, wanted="tpu.so", counted=COUNTED)
     assert found.fallback_cost is None
     assert [op.seconds for op in found.ops] == [None, None]
     partition, profiled = found.evidence_reports
@@ -244,7 +244,7 @@ def test_causes_are_added_where_none_is_known() -> None:
     causes = {1: Cause("refused", True, "replace it"), 2: Cause("overwritten")}
     placed = placement.known(ops, evidence=Evidence.PARTITION, detail="", wanted="tpu.so")
     profile = profile_of(*units, causes=causes)
-    found = profiling.merged(placed, profile, wanted="tpu.so", counted_nanoseconds=COUNTED)
+    found = profiling.merged(placed, profile, wanted="tpu.so", counted=COUNTED)
     assert [(op.cause, op.root_cause) for op in found.ops] == [
         ("", None),
         ("refused", True),
@@ -256,7 +256,7 @@ def test_causes_are_added_where_none_is_known() -> None:
 
 def test_crossings_of_the_placement_stand_before_those_of_the_profile() -> None:
     profile = profile_of(Unit.TPU, crossings=Crossings(3, 7))
-    found = profiling.merged(known(Unit.TPU), profile, wanted="tpu.so", counted_nanoseconds=COUNTED)
+    found = profiling.merged(known(Unit.TPU), profile, wanted="tpu.so", counted=COUNTED)
     assert found.crossings == Crossings(3, 7)
 
 
@@ -265,7 +265,7 @@ def partly(**profile: Any) -> Placement:
     ops = [OpPlacement(0, "OP0", unit=Unit.TPU, delegate="tpu.so"), OpPlacement(1, "OP1", unit=Unit.CPU)]
     placed = placement.known(ops, evidence=Evidence.PARTITION, detail="", wanted="tpu.so")
     found = profile_of(Unit.TPU, Unit.CPU, accelerator_apart=True, **profile)
-    return profiling.merged(placed, found, wanted="tpu.so", counted_nanoseconds=COUNTED)
+    return profiling.merged(placed, found, wanted="tpu.so", counted=COUNTED)
 
 
 DISTURBED = {"whole_queued_seconds": (0.001,) * 10, "fallback_queued_seconds": (0.0,) * 10}
@@ -301,6 +301,7 @@ def test_a_profile_survives_the_way_between_the_processes() -> None:
         crossings=Crossings(1),
         whole_queued_seconds=(0.001,) * 10,
         fallback_queued_seconds=(0.0005,) * 10,
+        whole_cpu_seconds=(0.003,) * 10,
     )
     import json
 

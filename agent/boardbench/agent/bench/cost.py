@@ -10,7 +10,8 @@ one. There are these ways to carry over what was seen:
   processor does not disturb;
 - by *share*: the share of a profiled inference is the share of a counted one. Right where whatever slowed
   the board down slowed everything;
-- as *seen*: fallback took as long in the counted inferences as in the profiled ones.
+- as *seen*: fallback took as long in the counted inferences as in the profiled ones; its own time was longer
+  as the processor time of all of an inference was.
 
 The first is told for an accelerator of its own whose parts were timed by themselves, else the second.
 
@@ -50,16 +51,40 @@ _TAIL = 0.025
 
 
 @dataclass(frozen=True)
+class Counted:
+    """What the counted inferences took: nanoseconds of each, and on average seconds on processors."""
+
+    nanoseconds: Sequence[int]
+    cpu_seconds: Optional[float] = None
+
+    @property
+    def median_seconds(self) -> float:
+        """As the latency's median is told."""
+        return stats.median(self.nanoseconds) / 1e9
+
+    def own_fallen(self, profiled: Inference) -> float:
+        """Fallback's own time as in a profiled inference, were the processor as fast as in the counted ones.
+
+        It may not have been, by its clock or by what else uses its caches.
+        """
+        if not self.cpu_seconds or not profiled.cpu:
+            return profiled.own_fallen
+        return profiled.own_fallen * self.cpu_seconds / profiled.cpu
+
+
+@dataclass(frozen=True)
 class Inference:
     """A profiled inference, in seconds: the whole, and what of it went by in fallen-back operations.
 
-    Of either the part in which the thread had no processor because of other work; 0 where that is not known.
+    Of either the part in which the thread had no processor because of other work, and of the whole the
+    processor time of all threads; 0 where that is not known.
     """
 
     fallen: float
     whole: float
     fallen_queued: float = 0.0
     whole_queued: float = 0.0
+    cpu: float = 0.0
 
     @property
     def own_fallen(self) -> float:
@@ -92,23 +117,24 @@ class _Estimate:
 
 
 def of_fallback(
-    inferences: Sequence[Inference], counted_nanoseconds: Sequence[int], method: str, *, by_rest: bool
+    inferences: Sequence[Inference], counted: Counted, method: str, *, by_rest: bool
 ) -> Optional[FallbackCost]:
     """The cost by the profiled inferences; None when there are too few for bounds."""
     timed = [each for each in inferences if each.whole > 0]
-    if len(timed) < LEAST_INFERENCES or not counted_nanoseconds:
+    if len(timed) < LEAST_INFERENCES or not counted.nanoseconds:
         return None
-    latency = stats.median(counted_nanoseconds) / 1e9
+    latency = counted.median_seconds
 
     def way(seconds: Callable[[Inference], float]) -> _Estimate:
-        return _estimate([seconds(each) for each in timed], len(counted_nanoseconds))
+        return _estimate([seconds(each) for each in timed], len(counted.nanoseconds))
 
     if by_rest:
         rest = told = way(lambda each: latency - each.own_accelerator)
-        if _equally_long(counted_nanoseconds, [each.whole for each in timed]):
-            longer = max(latency - way(lambda each: each.own_whole).middle, 0.0)
+        if _equally_long(counted.nanoseconds, [each.whole for each in timed]):
+            undisturbed = way(lambda each: each.own_accelerator + counted.own_fallen(each))
+            longer = max(latency - undisturbed.middle, 0.0)
             told = way(lambda each: latency - each.own_accelerator - min(each.accelerator_queued, longer))
-        beside = [rest, way(lambda each: each.own_fallen)]
+        beside = [rest, way(lambda each: counted.own_fallen(each))]
     else:
         told = way(lambda each: each.fallen / each.whole * latency)
         beside = [way(lambda each: each.fallen)]

@@ -34,6 +34,7 @@ from boardbench.agent.bench import (
     warm_up,
 )
 from boardbench.agent.bench import placement as placements
+from boardbench.agent.bench.cost import Counted
 from boardbench.agent.bench.events import EventWriter
 from boardbench.agent.bench.jobline import Job
 from boardbench.agent.bench.looks import PrecisionLooks
@@ -136,7 +137,7 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
             events.warning(doubts.warn("device_fallback", model.device_fallback))
         for warning in model.watch.doubts() if model.watch else ():
             events.warning(warning)
-        measurement, counted_nanoseconds = _run(job, loaded, events, meter, orders or Unheld())
+        measurement, counted = _run(job, loaded, events, meter, orders or Unheld())
         events.result(measurement)
     finally:
         loaded.close()
@@ -148,7 +149,7 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
             measurement.placement,
             wanted=wanted,
             runs=runs,
-            counted_nanoseconds=counted_nanoseconds,
+            counted=counted,
             create_seconds=loaded.create_seconds,
         )
         for warning in profiling.doubts_of(found):
@@ -268,8 +269,8 @@ class _Loaded:
 
 def _run(
     job: Job, loaded: _Loaded, events: EventWriter, meter: MemoryMeter, orders: Orders
-) -> Tuple[Measurement, Sequence[int]]:
-    """The measurement, and the nanoseconds that the counted inferences took in the engine."""
+) -> Tuple[Measurement, Counted]:
+    """The measurement, and what the counted inferences took in the engine."""
     engine, model = loaded.engine, loaded.model
     events.stage(Stage.INPUTS)
     if job.inputs_path is not None:
@@ -388,11 +389,14 @@ def _run(
     return measurement, _in_engine(run)
 
 
-def _in_engine(run: scenarios.Run) -> Sequence[int]:
-    """Nanoseconds in the engine; of a query of several inferences their mean, once."""
+def _in_engine(run: scenarios.Run) -> Counted:
+    """What inferences took in the engine; of a query of several their mean, once."""
     taken = run.samples if run.service is None else run.service
     inferences = max(round(stats.median(taken) / max(run.inference_nanoseconds, 1)), 1)
-    return [nanoseconds // inferences for nanoseconds in taken] if inferences > 1 else taken
+    return Counted(
+        nanoseconds=[nanoseconds // inferences for nanoseconds in taken] if inferences > 1 else taken,
+        cpu_seconds=run.engine_cpu_seconds / max(run.inferences, 1),
+    )
 
 
 def _terms(job: Job, events: EventWriter) -> scenarios.Terms:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, List, Optional, Sequence, Tuple
 
@@ -19,10 +19,14 @@ SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 @dataclass(frozen=True)
 class Lap:
-    """Seconds that a call took, and those of them in which its thread had no processor."""
+    """Seconds that a call took, those of them in which its thread had no processor, and those on processors.
+
+    The last are those of all threads of the process.
+    """
 
     seconds: float
     queued_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def own_seconds(self) -> float:
@@ -31,7 +35,15 @@ class Lap:
 
     def less(self, seconds: float) -> Lap:
         """The lap without something that belongs to no call and takes so long of its own."""
-        return Lap(max(self.seconds - seconds, self.queued_seconds, 0.0), self.queued_seconds)
+        return replace(self, seconds=max(self.seconds - seconds, self.queued_seconds, 0.0))
+
+    def __add__(self, other: Lap) -> Lap:
+        """Both, one after the other."""
+        return Lap(
+            self.seconds + other.seconds,
+            self.queued_seconds + other.queued_seconds,
+            self.cpu_seconds + other.cpu_seconds,
+        )
 
 
 class Track:
@@ -69,23 +81,21 @@ class Track:
 
     def laps(self, calls: Sequence[Callable[[], object]], turns: Iterable[object]) -> List[Tuple[Lap, ...]]:
         """A lap for each call, for every turn in which all are called one after the other."""
-        clock, cpu_clock = time.perf_counter_ns, time.thread_time_ns
+        clock, cpu_clock, all_cpu_clock = time.perf_counter_ns, time.thread_time_ns, time.process_time_ns
         found = []
         for _ in turns:
             taken = []
             for call in calls:
-                queued, cpu = self._queued_nanoseconds(), cpu_clock()
+                queued, all_cpu, cpu = self._queued_nanoseconds(), all_cpu_clock(), cpu_clock()
                 start = clock()
                 call()
                 nanoseconds = clock() - start
-                cpu = cpu_clock() - cpu
-                if queued is None:
-                    taken.append(Lap(nanoseconds / 1e9))
-                    continue
-                # While the readings themselves were made the thread may have waited, too; it can't have
-                # waited while it ran.
-                queued = min((self._queued_nanoseconds() or queued) - queued, max(nanoseconds - cpu, 0))
-                taken.append(Lap(nanoseconds / 1e9, queued / 1e9))
+                cpu, all_cpu = cpu_clock() - cpu, all_cpu_clock() - all_cpu
+                if queued is not None:
+                    # While the readings themselves were made the thread may have waited, too; it can't have
+                    # waited while it ran.
+                    queued = min((self._queued_nanoseconds() or queued) - queued, max(nanoseconds - cpu, 0))
+                taken.append(Lap(nanoseconds / 1e9, (queued or 0) / 1e9, all_cpu / 1e9))
             found.append(tuple(taken))
         return found
 

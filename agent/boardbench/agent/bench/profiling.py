@@ -16,9 +16,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from boardbench.agent.bench import cost, doubts, placement, stats
+from boardbench.agent.bench import cost, doubts, placement
 from boardbench.agent.bench.runtime import Cause, NoProfile, Profile
 from boardbench.agent.domain import (
     Crossings,
@@ -50,7 +50,13 @@ _START_SECONDS = 60.0
 """For Python and the engine, from the slowest card, and for what an engine finds out besides."""
 
 _LONGEST_ANSWER_BYTES = 16 << 20
-_BY_INFERENCE = ("whole_seconds", "fallback_seconds", "whole_queued_seconds", "fallback_queued_seconds")
+_BY_INFERENCE = (
+    "whole_seconds",
+    "fallback_seconds",
+    "whole_queued_seconds",
+    "fallback_queued_seconds",
+    "whole_cpu_seconds",
+)
 _WORKER = Path(__file__).with_name("__main__.py")
 
 
@@ -84,17 +90,15 @@ def profiled(
     *,
     wanted: str,
     runs: int,
-    counted_nanoseconds: Sequence[int],
+    counted: cost.Counted,
     create_seconds: float,
     python: str = sys.executable,
 ) -> Placement:
     """``found`` with everything that a profile adds to it; with the reason when there is none.
 
-    ``job`` is the job line of the run. ``runs`` is only for how long to wait. ``counted_nanoseconds`` are the
-    durations of the counted inferences.
+    ``job`` is the job line of the run. ``runs`` is only for how long to wait.
     """
-    latency_seconds = stats.median(counted_nanoseconds) / 1e9
-    limit = _START_SECONDS + 4.0 * create_seconds + 4.0 * runs * latency_seconds
+    limit = _START_SECONDS + 4.0 * create_seconds + 4.0 * runs * counted.median_seconds
     avoid: List[str] = []
     end = time.monotonic() + limit
     while True:
@@ -113,7 +117,7 @@ def profiled(
                 avoid.append(tried[-1])
                 continue
         return placement.with_report(found, _no_profile(reason))
-    return merged(found, profile, wanted=wanted, counted_nanoseconds=counted_nanoseconds)
+    return merged(found, profile, wanted=wanted, counted=counted)
 
 
 class _Died(Exception):
@@ -219,9 +223,7 @@ def _parsed(content: Mapping[str, Any]) -> Profile:
 # Joining
 
 
-def merged(
-    found: Placement, profile: Profile, *, wanted: str, counted_nanoseconds: Sequence[int]
-) -> Placement:
+def merged(found: Placement, profile: Profile, *, wanted: str, counted: cost.Counted) -> Placement:
     """The placement with the time of its operations, what fallback costs, and the profile as evidence."""
     if profile.units != tuple(op.unit for op in found.ops):
         return placement.with_report(
@@ -242,7 +244,7 @@ def merged(
             found,
             ops=ops,
             crossings=found.crossings or profile.crossings,
-            fallback_cost=_cost(found, profile, wanted, counted_nanoseconds),
+            fallback_cost=_cost(found, profile, wanted, counted),
         ),
         _report(profile, ops, wanted),
     )
@@ -268,9 +270,7 @@ def _report(profile: Profile, ops: Tuple[OpPlacement, ...], wanted: str) -> Evid
     )
 
 
-def _cost(
-    found: Placement, profile: Profile, wanted: str, counted_nanoseconds: Sequence[int]
-) -> Optional[FallbackCost]:
+def _cost(found: Placement, profile: Profile, wanted: str, counted: cost.Counted) -> Optional[FallbackCost]:
     """What the operations cost that are not where they were asked to be.
 
     None where nothing was asked for, where nothing got there (everything would be the cost), or where it is
@@ -280,11 +280,10 @@ def _cost(
         return None
     if not placement.fallen_back(found, wanted):
         method = "no operation is away from the device that was asked for"
-        latency_seconds = stats.median(counted_nanoseconds) / 1e9
-        return FallbackCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, latency_seconds, method)
+        return FallbackCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, counted.median_seconds, method)
     inferences = _inferences(profile)
     method = f"{profile.method}, {len(inferences)} inferences"
-    return cost.of_fallback(inferences, counted_nanoseconds, method, by_rest=profile.accelerator_apart)
+    return cost.of_fallback(inferences, counted, method, by_rest=profile.accelerator_apart)
 
 
 def _inferences(profile: Profile) -> List[cost.Inference]:
@@ -296,6 +295,7 @@ def _inferences(profile: Profile) -> List[cost.Inference]:
             profile.whole_seconds,
             profile.fallback_queued_seconds or unknown,
             profile.whole_queued_seconds or unknown,
+            profile.whole_cpu_seconds or unknown,
         )
     ]
 

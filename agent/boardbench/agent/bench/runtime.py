@@ -246,6 +246,9 @@ class Profile:
     fallback_queued_seconds: Tuple[float, ...] = ()
     """The same, of the part in operations that are not where they were asked to be."""
 
+    whole_cpu_seconds: Tuple[float, ...] = ()
+    """Of each, the processor time of all threads; empty: not known."""
+
     accelerator_apart: bool = False
     """Whether the rest of each is the time of hardware of its own, timed by itself to its end."""
 

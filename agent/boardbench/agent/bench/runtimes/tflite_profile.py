@@ -207,6 +207,7 @@ def _profile(work: _Work, request: ProfileRequest, runs: Callable[[], Iterable[i
         fallback_seconds=tuple(lap.seconds for lap in fallen),
         whole_queued_seconds=tuple(lap.queued_seconds for lap in whole if queues),
         fallback_queued_seconds=tuple(lap.queued_seconds for lap in fallen if queues),
+        whole_cpu_seconds=tuple(lap.cpu_seconds for lap in whole) if timed is not None else (),
         accelerator_apart=work.apart,
         op_seconds=seconds,
     )
@@ -215,10 +216,7 @@ def _profile(work: _Work, request: ProfileRequest, runs: Callable[[], Iterable[i
 def _fallback(segments: Sequence[Part], timed: _Timed) -> List[Lap]:
     """What of every run was in parts on the CPU."""
     away = [at for at, segment in enumerate(segments) if not segment.accelerated]
-    return [
-        Lap(sum(run[at].seconds for at in away), sum(run[at].queued_seconds for at in away))
-        for run in timed.runs
-    ]
+    return [sum((run[at] for at in away), Lap(0.0)) for run in timed.runs]
 
 
 def _detail(work: _Work, timed: Optional[_Timed], seconds: Mapping[int, float], ways: Sequence[str]) -> str:
@@ -284,9 +282,7 @@ def _all_in_turn(
     )
     how = "parts of the model timed in turn" if len(segments) > 1 else "the model timed whole"
     # A whole inference costs an invocation once, as a counted one does.
-    whole = tuple(
-        Lap(sum(lap.seconds for lap in turn) + hot, sum(lap.queued_seconds for lap in turn)) for turn in laps
-    )
+    whole = tuple(sum(turn, Lap(hot)) for turn in laps)
     return _Timed(how, laps, whole, track.knows_queue)
 
 
@@ -317,9 +313,10 @@ def _after_the_whole(
     for total, *rest in track.laps([whole.invoke, *calls], runs()):
         parts = {at: rest[at].less(overhead) for at in on_cpu}
         # What is left is the accelerator's, and can't be divided among its parts.
+        known = sum(parts.values(), Lap(overhead))
         left = Lap(
-            max(total.seconds - overhead - sum(lap.seconds for lap in parts.values()), 0.0) / elsewhere,
-            max(total.queued_seconds - sum(lap.queued_seconds for lap in parts.values()), 0.0) / elsewhere,
+            max(total.seconds - known.seconds, 0.0) / elsewhere,
+            max(total.queued_seconds - known.queued_seconds, 0.0) / elsewhere,
         )
         timed.append(tuple(parts.get(at, left) for at in range(len(segments))))
         totals.append(total)
