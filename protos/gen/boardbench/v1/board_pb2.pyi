@@ -142,6 +142,22 @@ class RuntimeStatus(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class OptionsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     AVAILABLE_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
@@ -149,6 +165,10 @@ class RuntimeStatus(google.protobuf.message.Message):
     FORMATS_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
     INTERPRETER_FIELD_NUMBER: builtins.int
+    DEFAULT_FORMATS_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    PLUGIN_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the runtime: "tflite", "onnxruntime", …."""
     available: builtins.bool
@@ -157,6 +177,8 @@ class RuntimeStatus(google.protobuf.message.Message):
     """Package and version ("ai-edge-litert 2.3.0"); empty when not available."""
     reason: builtins.str
     """Why it is not available and the command that mends it; empty when it is available."""
+    plugin: builtins.str
+    """Distribution and version that it comes from, when that is not boardbench ("boardbench-hailo 1.2")."""
     @property
     def formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Model formats it takes."""
@@ -169,6 +191,18 @@ class RuntimeStatus(google.protobuf.message.Message):
     def interpreter(self) -> Global___Interpreter:
         """Python interpreter that runs it."""
 
+    @property
+    def default_formats(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Formats for which it is the default on this board."""
+
+    @property
+    def settings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Settings of the common vocabulary that it takes: "threads", "compute_precision", "cache", …."""
+
+    @property
+    def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Engine options that it takes, by name, each with what it does."""
+
     def __init__(
         self,
         *,
@@ -179,9 +213,13 @@ class RuntimeStatus(google.protobuf.message.Message):
         formats: collections.abc.Iterable[builtins.str] | None = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         interpreter: Global___Interpreter | None = ...,
+        default_formats: collections.abc.Iterable[builtins.str] | None = ...,
+        settings: collections.abc.Iterable[builtins.str] | None = ...,
+        options: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        plugin: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_available", b"_available", "available", b"available", "interpreter", b"interpreter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_available", b"_available", "available", b"available", "devices", b"devices", "formats", b"formats", "interpreter", b"interpreter", "name", b"name", "reason", b"reason", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_available", b"_available", "available", b"available", "default_formats", b"default_formats", "devices", b"devices", "formats", b"formats", "interpreter", b"interpreter", "name", b"name", "options", b"options", "plugin", b"plugin", "reason", b"reason", "settings", b"settings", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_available", b"_available"]) -> typing.Literal["available"] | None: ...
 
 Global___RuntimeStatus: typing_extensions.TypeAlias = RuntimeStatus

@@ -23,47 +23,64 @@ _sym_db = _symbol_database.Default()
 
 
 from boardbench.v1 import board_pb2 as boardbench_dot_v1_dot_board__pb2
+from boardbench.v1 import job_pb2 as boardbench_dot_v1_dot_job__pb2
 from boardbench.v1 import result_pb2 as boardbench_dot_v1_dot_result__pb2
+from boardbench.v1 import telemetry_pb2 as boardbench_dot_v1_dot_telemetry__pb2
+from boardbench.v1 import update_pb2 as boardbench_dot_v1_dot_update__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62oardbench/v1/collector.proto\x12\rboardbench.v1\x1a\x19\x62oardbench/v1/board.proto\x1a\x1a\x62oardbench/v1/result.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa0\x01\n\rReportRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.boardbench.v1.HelloH\x00\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.boardbench.v1.SpooledResultH\x00\x12-\n\theartbeat\x18\x03 \x01(\x0b\x32\x18.boardbench.v1.HeartbeatH\x00\x42\t\n\x07request\"\x96\x01\n\x05Hello\x12#\n\x05\x62oard\x18\x01 \x01(\x0b\x32\x14.boardbench.v1.Board\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12.\n\x08runtimes\x18\x03 \x03(\x0b\x32\x1c.boardbench.v1.RuntimeStatus\x12\x10\n\x08spool_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\"]\n\rSpooledResult\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x18.boardbench.v1.RunResult\"\xa9\x01\n\tHeartbeat\x12\x1a\n\rspool_pending\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rspool_dropped\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\x0erunning_run_id\x18\x03 \x01(\t\x12\x18\n\x0bqueued_runs\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x10\n\x0e_spool_pendingB\x10\n\x0e_spool_droppedB\x0e\n\x0c_queued_runs\"\xb1\x01\n\x0eReportResponse\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.boardbench.v1.WelcomeH\x00\x12\x39\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32\x1e.boardbench.v1.AcknowledgementH\x00\x12-\n\trejection\x18\x03 \x01(\x0b\x32\x18.boardbench.v1.RejectionH\x00\x42\n\n\x08response\"^\n\x07Welcome\x12\x19\n\x11\x63ollector_version\x18\x01 \x01(\t\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x02 \x01(\x04\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\x01\"5\n\x0f\x41\x63knowledgement\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"?\n\tRejection\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x14\n\x12ListDevicesRequest\"=\n\x13ListDevicesResponse\x12&\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x15.boardbench.v1.Device\"\xd1\x02\n\x06\x44\x65vice\x12#\n\x05\x62oard\x18\x01 \x01(\x0b\x32\x14.boardbench.v1.Board\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12.\n\x08runtimes\x18\x03 \x03(\x0b\x32\x1c.boardbench.v1.RuntimeStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0f\n\x02up\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\x0clast_seen_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rfirst_seen_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\theartbeat\x18\x08 \x01(\x0b\x32\x18.boardbench.v1.Heartbeat\x12\x14\n\x07results\x18\t \x01(\x04H\x01\x88\x01\x01\x42\x05\n\x03_upB\n\n\x08_results\"\xd4\x01\n\x12ListResultsRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07runtime\x18\x03 \x01(\t\x12(\n\x06status\x18\x04 \x01(\x0e\x32\x18.boardbench.v1.RunStatus\x12)\n\x05since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x06 \x01(\r\x12\x12\n\npage_token\x18\x07 \x01(\t\x12\x0f\n\x07summary\x18\x08 \x01(\x08\"Y\n\x13ListResultsResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.boardbench.v1.RunResult\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10GetResultRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\x11GetResultResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.boardbench.v1.RunResult2\xd9\x02\n\x10\x43ollectorService\x12I\n\x06Report\x12\x1c.boardbench.v1.ReportRequest\x1a\x1d.boardbench.v1.ReportResponse(\x01\x30\x01\x12T\n\x0bListDevices\x12!.boardbench.v1.ListDevicesRequest\x1a\".boardbench.v1.ListDevicesResponse\x12T\n\x0bListResults\x12!.boardbench.v1.ListResultsRequest\x1a\".boardbench.v1.ListResultsResponse\x12N\n\tGetResult\x12\x1f.boardbench.v1.GetResultRequest\x1a .boardbench.v1.GetResultResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62oardbench/v1/collector.proto\x12\rboardbench.v1\x1a\x19\x62oardbench/v1/board.proto\x1a\x17\x62oardbench/v1/job.proto\x1a\x1a\x62oardbench/v1/result.proto\x1a\x1d\x62oardbench/v1/telemetry.proto\x1a\x1a\x62oardbench/v1/update.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"X\n\rEnrollRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12#\n\x05\x62oard\x18\x02 \x01(\x0b\x32\x14.boardbench.v1.Board\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\"\x8e\x01\n\x0e\x45nrollResponse\x12\x12\n\ndevice_key\x18\x01 \x01(\t\x12\x39\n\x06labels\x18\x02 \x03(\x0b\x32).boardbench.v1.EnrollResponse.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf8\x01\n\rReportRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.boardbench.v1.HelloH\x00\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.boardbench.v1.SpooledResultH\x00\x12-\n\theartbeat\x18\x03 \x01(\x0b\x32\x18.boardbench.v1.HeartbeatH\x00\x12\'\n\x03job\x18\x04 \x01(\x0b\x32\x18.boardbench.v1.JobReportH\x00\x12-\n\x06update\x18\x05 \x01(\x0b\x32\x1b.boardbench.v1.UpdateReportH\x00\x42\t\n\x07request\"\xa7\x02\n\x05Hello\x12#\n\x05\x62oard\x18\x01 \x01(\x0b\x32\x14.boardbench.v1.Board\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12.\n\x08runtimes\x18\x03 \x03(\x0b\x32\x1c.boardbench.v1.RuntimeStatus\x12\x10\n\x08spool_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\x12\x0f\n\x07life_id\x18\x07 \x01(\t\x12+\n\x07sent_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07sensors\x18\t \x03(\t\x12\x12\n\ntakes_jobs\x18\n \x01(\x08\x12\x17\n\x0fmetrics_address\x18\x0b \x01(\t\"]\n\rSpooledResult\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x18.boardbench.v1.RunResult\"\xbb\x02\n\tHeartbeat\x12\x1a\n\rspool_pending\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rspool_dropped\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\x0erunning_run_id\x18\x03 \x01(\t\x12\x18\n\x0bqueued_runs\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x0f\n\x07job_ids\x18\x05 \x03(\t\x12(\n\x08readings\x18\x06 \x03(\x0b\x32\x16.boardbench.v1.Reading\x12+\n\x07sent_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x0bspool_bytes\x18\x08 \x01(\x03H\x03\x88\x01\x01\x42\x10\n\x0e_spool_pendingB\x10\n\x0e_spool_droppedB\x0e\n\x0c_queued_runsB\x0e\n\x0c_spool_bytes\"\xe8\x02\n\x0eReportResponse\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.boardbench.v1.WelcomeH\x00\x12\x39\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32\x1e.boardbench.v1.AcknowledgementH\x00\x12-\n\trejection\x18\x03 \x01(\x0b\x32\x18.boardbench.v1.RejectionH\x00\x12(\n\x05offer\x18\x04 \x01(\x0b\x32\x17.boardbench.v1.JobOfferH\x00\x12\x32\n\nwithdrawal\x18\x05 \x01(\x0b\x32\x1c.boardbench.v1.JobWithdrawalH\x00\x12)\n\x07renewal\x18\x06 \x01(\x0b\x32\x16.boardbench.v1.RenewalH\x00\x12,\n\x06update\x18\x07 \x01(\x0b\x32\x1a.boardbench.v1.UpdateOfferH\x00\x42\n\n\x08response\"^\n\x07Welcome\x12\x19\n\x11\x63ollector_version\x18\x01 \x01(\t\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x02 \x01(\x04\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\x01\"5\n\x0f\x41\x63knowledgement\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"-\n\x07Renewal\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"?\n\tRejection\x12\x10\n\x08spool_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\" \n\x12ListDevicesRequest\x12\n\n\x02on\x18\x01 \x03(\t\"=\n\x13ListDevicesResponse\x12&\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x15.boardbench.v1.Device\"\xe9\x04\n\x06\x44\x65vice\x12#\n\x05\x62oard\x18\x01 \x01(\x0b\x32\x14.boardbench.v1.Board\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12.\n\x08runtimes\x18\x03 \x03(\x0b\x32\x1c.boardbench.v1.RuntimeStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0f\n\x02up\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\x0clast_seen_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rfirst_seen_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\theartbeat\x18\x08 \x01(\x0b\x32\x18.boardbench.v1.Heartbeat\x12\x14\n\x07results\x18\t \x01(\x04H\x01\x88\x01\x01\x12\x31\n\x06labels\x18\n \x03(\x0b\x32!.boardbench.v1.Device.LabelsEntry\x12!\n\x14\x63lock_offset_seconds\x18\x0b \x01(\x01H\x02\x88\x01\x01\x12\x10\n\x08problems\x18\x0c \x03(\t\x12/\n\x0breservation\x18\r \x01(\x0b\x32\x1a.boardbench.v1.Reservation\x12\x16\n\topen_jobs\x18\x0e \x01(\rH\x03\x88\x01\x01\x12\x0f\n\x07sensors\x18\x0f \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x05\n\x03_upB\n\n\x08_resultsB\x17\n\x15_clock_offset_secondsB\x0c\n\n_open_jobs\"\xd4\x01\n\x12ListResultsRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07runtime\x18\x03 \x01(\t\x12(\n\x06status\x18\x04 \x01(\x0e\x32\x18.boardbench.v1.RunStatus\x12)\n\x05since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x06 \x01(\r\x12\x12\n\npage_token\x18\x07 \x01(\t\x12\x0f\n\x07summary\x18\x08 \x01(\x08\"Y\n\x13ListResultsResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.boardbench.v1.RunResult\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10GetResultRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\x11GetResultResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.boardbench.v1.RunResult2\xa0\x03\n\x10\x43ollectorService\x12I\n\x06Report\x12\x1c.boardbench.v1.ReportRequest\x1a\x1d.boardbench.v1.ReportResponse(\x01\x30\x01\x12\x45\n\x06\x45nroll\x12\x1c.boardbench.v1.EnrollRequest\x1a\x1d.boardbench.v1.EnrollResponse\x12T\n\x0bListDevices\x12!.boardbench.v1.ListDevicesRequest\x1a\".boardbench.v1.ListDevicesResponse\x12T\n\x0bListResults\x12!.boardbench.v1.ListResultsRequest\x1a\".boardbench.v1.ListResultsResponse\x12N\n\tGetResult\x12\x1f.boardbench.v1.GetResultRequest\x1a .boardbench.v1.GetResultResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'boardbench.v1.collector_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPORTREQUEST']._serialized_start=137
-  _globals['_REPORTREQUEST']._serialized_end=297
-  _globals['_HELLO']._serialized_start=300
-  _globals['_HELLO']._serialized_end=450
-  _globals['_SPOOLEDRESULT']._serialized_start=452
-  _globals['_SPOOLEDRESULT']._serialized_end=545
-  _globals['_HEARTBEAT']._serialized_start=548
-  _globals['_HEARTBEAT']._serialized_end=717
-  _globals['_REPORTRESPONSE']._serialized_start=720
-  _globals['_REPORTRESPONSE']._serialized_end=897
-  _globals['_WELCOME']._serialized_start=899
-  _globals['_WELCOME']._serialized_end=993
-  _globals['_ACKNOWLEDGEMENT']._serialized_start=995
-  _globals['_ACKNOWLEDGEMENT']._serialized_end=1048
-  _globals['_REJECTION']._serialized_start=1050
-  _globals['_REJECTION']._serialized_end=1113
-  _globals['_LISTDEVICESREQUEST']._serialized_start=1115
-  _globals['_LISTDEVICESREQUEST']._serialized_end=1135
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=1137
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=1198
-  _globals['_DEVICE']._serialized_start=1201
-  _globals['_DEVICE']._serialized_end=1538
-  _globals['_LISTRESULTSREQUEST']._serialized_start=1541
-  _globals['_LISTRESULTSREQUEST']._serialized_end=1753
-  _globals['_LISTRESULTSRESPONSE']._serialized_start=1755
-  _globals['_LISTRESULTSRESPONSE']._serialized_end=1844
-  _globals['_GETRESULTREQUEST']._serialized_start=1846
-  _globals['_GETRESULTREQUEST']._serialized_end=1880
-  _globals['_GETRESULTRESPONSE']._serialized_start=1882
-  _globals['_GETRESULTRESPONSE']._serialized_end=1943
-  _globals['_COLLECTORSERVICE']._serialized_start=1946
-  _globals['_COLLECTORSERVICE']._serialized_end=2291
+  _globals['_ENROLLRESPONSE_LABELSENTRY']._loaded_options = None
+  _globals['_ENROLLRESPONSE_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_DEVICE_LABELSENTRY']._loaded_options = None
+  _globals['_DEVICE_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_ENROLLREQUEST']._serialized_start=220
+  _globals['_ENROLLREQUEST']._serialized_end=308
+  _globals['_ENROLLRESPONSE']._serialized_start=311
+  _globals['_ENROLLRESPONSE']._serialized_end=453
+  _globals['_ENROLLRESPONSE_LABELSENTRY']._serialized_start=408
+  _globals['_ENROLLRESPONSE_LABELSENTRY']._serialized_end=453
+  _globals['_REPORTREQUEST']._serialized_start=456
+  _globals['_REPORTREQUEST']._serialized_end=704
+  _globals['_HELLO']._serialized_start=707
+  _globals['_HELLO']._serialized_end=1002
+  _globals['_SPOOLEDRESULT']._serialized_start=1004
+  _globals['_SPOOLEDRESULT']._serialized_end=1097
+  _globals['_HEARTBEAT']._serialized_start=1100
+  _globals['_HEARTBEAT']._serialized_end=1415
+  _globals['_REPORTRESPONSE']._serialized_start=1418
+  _globals['_REPORTRESPONSE']._serialized_end=1778
+  _globals['_WELCOME']._serialized_start=1780
+  _globals['_WELCOME']._serialized_end=1874
+  _globals['_ACKNOWLEDGEMENT']._serialized_start=1876
+  _globals['_ACKNOWLEDGEMENT']._serialized_end=1929
+  _globals['_RENEWAL']._serialized_start=1931
+  _globals['_RENEWAL']._serialized_end=1976
+  _globals['_REJECTION']._serialized_start=1978
+  _globals['_REJECTION']._serialized_end=2041
+  _globals['_LISTDEVICESREQUEST']._serialized_start=2043
+  _globals['_LISTDEVICESREQUEST']._serialized_end=2075
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=2077
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=2138
+  _globals['_DEVICE']._serialized_start=2141
+  _globals['_DEVICE']._serialized_end=2758
+  _globals['_DEVICE_LABELSENTRY']._serialized_start=408
+  _globals['_DEVICE_LABELSENTRY']._serialized_end=453
+  _globals['_LISTRESULTSREQUEST']._serialized_start=2761
+  _globals['_LISTRESULTSREQUEST']._serialized_end=2973
+  _globals['_LISTRESULTSRESPONSE']._serialized_start=2975
+  _globals['_LISTRESULTSRESPONSE']._serialized_end=3064
+  _globals['_GETRESULTREQUEST']._serialized_start=3066
+  _globals['_GETRESULTREQUEST']._serialized_end=3100
+  _globals['_GETRESULTRESPONSE']._serialized_start=3102
+  _globals['_GETRESULTRESPONSE']._serialized_end=3163
+  _globals['_COLLECTORSERVICE']._serialized_start=3166
+  _globals['_COLLECTORSERVICE']._serialized_end=3582
 # @@protoc_insertion_point(module_scope)

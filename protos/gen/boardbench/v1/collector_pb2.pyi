@@ -4,7 +4,10 @@ isort:skip_file
 """
 
 import boardbench.v1.board_pb2
+import boardbench.v1.job_pb2
 import boardbench.v1.result_pb2
+import boardbench.v1.telemetry_pb2
+import boardbench.v1.update_pb2
 import builtins
 import collections.abc
 import google.protobuf.descriptor
@@ -22,6 +25,75 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class EnrollRequest(google.protobuf.message.Message):
+    """Asks to be one of the collector's boards."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    BOARD_FIELD_NUMBER: builtins.int
+    INSTANCE_ID_FIELD_NUMBER: builtins.int
+    token: builtins.str
+    """The token that the operator made for it; it is used up by this."""
+    instance_id: builtins.str
+    """Identity of the agent's data folder."""
+    @property
+    def board(self) -> boardbench.v1.board_pb2.Board:
+        """The board."""
+
+    def __init__(
+        self,
+        *,
+        token: builtins.str = ...,
+        board: boardbench.v1.board_pb2.Board | None = ...,
+        instance_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["board", b"board"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["board", b"board", "instance_id", b"instance_id", "token", b"token"]) -> None: ...
+
+Global___EnrollRequest: typing_extensions.TypeAlias = EnrollRequest
+
+@typing.final
+class EnrollResponse(google.protobuf.message.Message):
+    """It is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    DEVICE_KEY_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    device_key: builtins.str
+    """Shown in the metadata boardbench-device-key of every report. The collector keeps only its hash."""
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels that the token gives to the board."""
+
+    def __init__(
+        self,
+        *,
+        device_key: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_key", b"device_key", "labels", b"labels"]) -> None: ...
+
+Global___EnrollResponse: typing_extensions.TypeAlias = EnrollResponse
+
+@typing.final
 class ReportRequest(google.protobuf.message.Message):
     """One message of an agent."""
 
@@ -30,6 +102,8 @@ class ReportRequest(google.protobuf.message.Message):
     HELLO_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    UPDATE_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
         """Who speaks; first and once."""
@@ -42,16 +116,26 @@ class ReportRequest(google.protobuf.message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Nothing new; the board is there."""
 
+    @property
+    def job(self) -> boardbench.v1.job_pb2.JobReport:
+        """What the board does with a job."""
+
+    @property
+    def update(self) -> boardbench.v1.update_pb2.UpdateReport:
+        """How far the board is with an update."""
+
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         result: Global___SpooledResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        job: boardbench.v1.job_pb2.JobReport | None = ...,
+        update: boardbench.v1.update_pb2.UpdateReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "request", b"request", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "request", b"request", "result", b"result"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "result", "heartbeat"] | None: ...
+    def HasField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "job", b"job", "request", b"request", "result", b"result", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "job", b"job", "request", b"request", "result", b"result", "update", b"update"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "result", "heartbeat", "job", "update"] | None: ...
 
 Global___ReportRequest: typing_extensions.TypeAlias = ReportRequest
 
@@ -66,12 +150,28 @@ class Hello(google.protobuf.message.Message):
     RUNTIMES_FIELD_NUMBER: builtins.int
     SPOOL_ID_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
+    INSTANCE_ID_FIELD_NUMBER: builtins.int
+    LIFE_ID_FIELD_NUMBER: builtins.int
+    SENT_AT_FIELD_NUMBER: builtins.int
+    SENSORS_FIELD_NUMBER: builtins.int
+    TAKES_JOBS_FIELD_NUMBER: builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: builtins.int
     agent_version: builtins.str
     """Version of the agent."""
     spool_id: builtins.str
     """Identity of the spool that the results come from."""
     address: builtins.str
     """Address on which the agent takes pushes; empty when it takes none."""
+    instance_id: builtins.str
+    """Identity of the agent's data folder. Two streams of one device_id and different instances are two agents
+    with one identity.
+    """
+    life_id: builtins.str
+    """Identity of this life of the agent, new at every start."""
+    takes_jobs: builtins.bool
+    """Whether it takes jobs from the collector."""
+    metrics_address: builtins.str
+    """Address on which the agent serves its own metrics over HTTP; empty when it does not."""
     @property
     def board(self) -> boardbench.v1.board_pb2.Board:
         """The board; its device_id names the sender."""
@@ -79,6 +179,14 @@ class Hello(google.protobuf.message.Message):
     @property
     def runtimes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[boardbench.v1.board_pb2.RuntimeStatus]:
         """What it can run."""
+
+    @property
+    def sent_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When the hello was sent, by the board's clock."""
+
+    @property
+    def sensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Kinds of sensors that the board has."""
 
     def __init__(
         self,
@@ -88,9 +196,15 @@ class Hello(google.protobuf.message.Message):
         runtimes: collections.abc.Iterable[boardbench.v1.board_pb2.RuntimeStatus] | None = ...,
         spool_id: builtins.str = ...,
         address: builtins.str = ...,
+        instance_id: builtins.str = ...,
+        life_id: builtins.str = ...,
+        sent_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        sensors: collections.abc.Iterable[builtins.str] | None = ...,
+        takes_jobs: builtins.bool = ...,
+        metrics_address: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["board", b"board"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "board", b"board", "runtimes", b"runtimes", "spool_id", b"spool_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["board", b"board", "sent_at", b"sent_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "agent_version", b"agent_version", "board", b"board", "instance_id", b"instance_id", "life_id", b"life_id", "metrics_address", b"metrics_address", "runtimes", b"runtimes", "sensors", b"sensors", "sent_at", b"sent_at", "spool_id", b"spool_id", "takes_jobs", b"takes_jobs"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -133,6 +247,10 @@ class Heartbeat(google.protobuf.message.Message):
     SPOOL_DROPPED_FIELD_NUMBER: builtins.int
     RUNNING_RUN_ID_FIELD_NUMBER: builtins.int
     QUEUED_RUNS_FIELD_NUMBER: builtins.int
+    JOB_IDS_FIELD_NUMBER: builtins.int
+    READINGS_FIELD_NUMBER: builtins.int
+    SENT_AT_FIELD_NUMBER: builtins.int
+    SPOOL_BYTES_FIELD_NUMBER: builtins.int
     spool_pending: builtins.int
     """Results in the spool that are not acknowledged."""
     spool_dropped: builtins.int
@@ -141,6 +259,20 @@ class Heartbeat(google.protobuf.message.Message):
     """The run that is being measured; empty when idle."""
     queued_runs: builtins.int
     """Runs that wait on the board."""
+    spool_bytes: builtins.int
+    """Bytes that the spool uses."""
+    @property
+    def job_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Jobs that the board has and that have not ended: their leases go on."""
+
+    @property
+    def readings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[boardbench.v1.telemetry_pb2.Reading]:
+        """What the sensors say now."""
+
+    @property
+    def sent_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was sent, by the board's clock."""
+
     def __init__(
         self,
         *,
@@ -148,11 +280,17 @@ class Heartbeat(google.protobuf.message.Message):
         spool_dropped: builtins.int | None = ...,
         running_run_id: builtins.str = ...,
         queued_runs: builtins.int | None = ...,
+        job_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        readings: collections.abc.Iterable[boardbench.v1.telemetry_pb2.Reading] | None = ...,
+        sent_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        spool_bytes: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_queued_runs", b"_queued_runs", "_spool_dropped", b"_spool_dropped", "_spool_pending", b"_spool_pending", "queued_runs", b"queued_runs", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_queued_runs", b"_queued_runs", "_spool_dropped", b"_spool_dropped", "_spool_pending", b"_spool_pending", "queued_runs", b"queued_runs", "running_run_id", b"running_run_id", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_queued_runs", b"_queued_runs", "_spool_bytes", b"_spool_bytes", "_spool_dropped", b"_spool_dropped", "_spool_pending", b"_spool_pending", "queued_runs", b"queued_runs", "sent_at", b"sent_at", "spool_bytes", b"spool_bytes", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_queued_runs", b"_queued_runs", "_spool_bytes", b"_spool_bytes", "_spool_dropped", b"_spool_dropped", "_spool_pending", b"_spool_pending", "job_ids", b"job_ids", "queued_runs", b"queued_runs", "readings", b"readings", "running_run_id", b"running_run_id", "sent_at", b"sent_at", "spool_bytes", b"spool_bytes", "spool_dropped", b"spool_dropped", "spool_pending", b"spool_pending"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_queued_runs", b"_queued_runs"]) -> typing.Literal["queued_runs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_spool_bytes", b"_spool_bytes"]) -> typing.Literal["spool_bytes"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_spool_dropped", b"_spool_dropped"]) -> typing.Literal["spool_dropped"] | None: ...
     @typing.overload
@@ -169,6 +307,10 @@ class ReportResponse(google.protobuf.message.Message):
     WELCOME_FIELD_NUMBER: builtins.int
     ACKNOWLEDGEMENT_FIELD_NUMBER: builtins.int
     REJECTION_FIELD_NUMBER: builtins.int
+    OFFER_FIELD_NUMBER: builtins.int
+    WITHDRAWAL_FIELD_NUMBER: builtins.int
+    RENEWAL_FIELD_NUMBER: builtins.int
+    UPDATE_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome:
         """The hello was taken; results may follow."""
@@ -181,16 +323,36 @@ class ReportResponse(google.protobuf.message.Message):
     def rejection(self) -> Global___Rejection:
         """A result can never be stored; the agent drops it and says so."""
 
+    @property
+    def offer(self) -> boardbench.v1.job_pb2.JobOffer:
+        """A run that the board is asked to make."""
+
+    @property
+    def withdrawal(self) -> boardbench.v1.job_pb2.JobWithdrawal:
+        """A job that is not wanted any more."""
+
+    @property
+    def renewal(self) -> Global___Renewal:
+        """The spool's identity was used by somebody else."""
+
+    @property
+    def update(self) -> boardbench.v1.update_pb2.UpdateOffer:
+        """A release that the board is asked to take."""
+
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         acknowledgement: Global___Acknowledgement | None = ...,
         rejection: Global___Rejection | None = ...,
+        offer: boardbench.v1.job_pb2.JobOffer | None = ...,
+        withdrawal: boardbench.v1.job_pb2.JobWithdrawal | None = ...,
+        renewal: Global___Renewal | None = ...,
+        update: boardbench.v1.update_pb2.UpdateOffer | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["acknowledgement", b"acknowledgement", "rejection", b"rejection", "response", b"response", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acknowledgement", b"acknowledgement", "rejection", b"rejection", "response", b"response", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["response", b"response"]) -> typing.Literal["welcome", "acknowledgement", "rejection"] | None: ...
+    def HasField(self, field_name: typing.Literal["acknowledgement", b"acknowledgement", "offer", b"offer", "rejection", b"rejection", "renewal", b"renewal", "response", b"response", "update", b"update", "welcome", b"welcome", "withdrawal", b"withdrawal"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acknowledgement", b"acknowledgement", "offer", b"offer", "rejection", b"rejection", "renewal", b"renewal", "response", b"response", "update", b"update", "welcome", b"welcome", "withdrawal", b"withdrawal"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["response", b"response"]) -> typing.Literal["welcome", "acknowledgement", "rejection", "offer", "withdrawal", "renewal", "update"] | None: ...
 
 Global___ReportResponse: typing_extensions.TypeAlias = ReportResponse
 
@@ -243,6 +405,30 @@ class Acknowledgement(google.protobuf.message.Message):
 Global___Acknowledgement: typing_extensions.TypeAlias = Acknowledgement
 
 @typing.final
+class Renewal(google.protobuf.message.Message):
+    """Another result is stored under the place in the spool that this one has: the spool was copied to a second
+    board, or set back. The agent takes a new identity for its spool and sends everything from there on again.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPOOL_ID_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    spool_id: builtins.str
+    """Identity of the spool."""
+    sequence: builtins.int
+    """The first result that is not the one stored in its place."""
+    def __init__(
+        self,
+        *,
+        spool_id: builtins.str = ...,
+        sequence: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sequence", b"sequence", "spool_id", b"spool_id"]) -> None: ...
+
+Global___Renewal: typing_extensions.TypeAlias = Renewal
+
+@typing.final
 class Rejection(google.protobuf.message.Message):
     """Can never be stored."""
 
@@ -274,9 +460,17 @@ class ListDevicesRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    ON_FIELD_NUMBER: builtins.int
+    @property
+    def on(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Terms that a board must all meet, as in SubmitJobsRequest; empty: all boards."""
+
     def __init__(
         self,
+        *,
+        on: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["on", b"on"]) -> None: ...
 
 Global___ListDevicesRequest: typing_extensions.TypeAlias = ListDevicesRequest
 
@@ -306,6 +500,22 @@ class Device(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     BOARD_FIELD_NUMBER: builtins.int
     AGENT_VERSION_FIELD_NUMBER: builtins.int
     RUNTIMES_FIELD_NUMBER: builtins.int
@@ -315,6 +525,12 @@ class Device(google.protobuf.message.Message):
     FIRST_SEEN_AT_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
     RESULTS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    CLOCK_OFFSET_SECONDS_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    RESERVATION_FIELD_NUMBER: builtins.int
+    OPEN_JOBS_FIELD_NUMBER: builtins.int
+    SENSORS_FIELD_NUMBER: builtins.int
     agent_version: builtins.str
     """Version of its agent."""
     address: builtins.str
@@ -323,6 +539,10 @@ class Device(google.protobuf.message.Message):
     """Whether its stream is up."""
     results: builtins.int
     """Results stored for it."""
+    clock_offset_seconds: builtins.float
+    """Its clock less the collector's in seconds, as far as it can be told: the way of the message is in it."""
+    open_jobs: builtins.int
+    """Jobs that wait for it or that it has."""
     @property
     def board(self) -> boardbench.v1.board_pb2.Board:
         """The board, as it last described itself."""
@@ -343,6 +563,22 @@ class Device(google.protobuf.message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """What it said last about itself."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels that the operator gave it; they go before those of the agent."""
+
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What is wrong with it, each in a sentence; empty when nothing is known to be."""
+
+    @property
+    def reservation(self) -> boardbench.v1.job_pb2.Reservation:
+        """Who has reserved it; absent when nobody has."""
+
+    @property
+    def sensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Kinds of sensors that it has."""
+
     def __init__(
         self,
         *,
@@ -355,9 +591,19 @@ class Device(google.protobuf.message.Message):
         first_seen_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         results: builtins.int | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        clock_offset_seconds: builtins.float | None = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+        reservation: boardbench.v1.job_pb2.Reservation | None = ...,
+        open_jobs: builtins.int | None = ...,
+        sensors: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_results", b"_results", "_up", b"_up", "board", b"board", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at", "results", b"results", "up", b"up"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_results", b"_results", "_up", b"_up", "address", b"address", "agent_version", b"agent_version", "board", b"board", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at", "results", b"results", "runtimes", b"runtimes", "up", b"up"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_clock_offset_seconds", b"_clock_offset_seconds", "_open_jobs", b"_open_jobs", "_results", b"_results", "_up", b"_up", "board", b"board", "clock_offset_seconds", b"clock_offset_seconds", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "last_seen_at", b"last_seen_at", "open_jobs", b"open_jobs", "reservation", b"reservation", "results", b"results", "up", b"up"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_clock_offset_seconds", b"_clock_offset_seconds", "_open_jobs", b"_open_jobs", "_results", b"_results", "_up", b"_up", "address", b"address", "agent_version", b"agent_version", "board", b"board", "clock_offset_seconds", b"clock_offset_seconds", "first_seen_at", b"first_seen_at", "heartbeat", b"heartbeat", "labels", b"labels", "last_seen_at", b"last_seen_at", "open_jobs", b"open_jobs", "problems", b"problems", "reservation", b"reservation", "results", b"results", "runtimes", b"runtimes", "sensors", b"sensors", "up", b"up"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clock_offset_seconds", b"_clock_offset_seconds"]) -> typing.Literal["clock_offset_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_open_jobs", b"_open_jobs"]) -> typing.Literal["open_jobs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_results", b"_results"]) -> typing.Literal["results"] | None: ...
     @typing.overload

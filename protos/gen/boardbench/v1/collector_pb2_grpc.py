@@ -40,6 +40,11 @@ class CollectorServiceStub(object):
                 request_serializer=boardbench_dot_v1_dot_collector__pb2.ReportRequest.SerializeToString,
                 response_deserializer=boardbench_dot_v1_dot_collector__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.Enroll = channel.unary_unary(
+                '/boardbench.v1.CollectorService/Enroll',
+                request_serializer=boardbench_dot_v1_dot_collector__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=boardbench_dot_v1_dot_collector__pb2.EnrollResponse.FromString,
+                _registered_method=True)
         self.ListDevices = channel.unary_unary(
                 '/boardbench.v1.CollectorService/ListDevices',
                 request_serializer=boardbench_dot_v1_dot_collector__pb2.ListDevicesRequest.SerializeToString,
@@ -64,6 +69,13 @@ class CollectorServiceServicer(object):
     def Report(self, request_iterator, context):
         """An agent reports: hello first, then results in order. A result is acknowledged only after
         it was committed; the same (device, spool, sequence) again is acknowledged and not stored twice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Enroll(self, request, context):
+        """A board shows a token once and gets a key of its own, which it shows from then on at every report.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +109,11 @@ def add_CollectorServiceServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=boardbench_dot_v1_dot_collector__pb2.ReportRequest.FromString,
                     response_serializer=boardbench_dot_v1_dot_collector__pb2.ReportResponse.SerializeToString,
+            ),
+            'Enroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enroll,
+                    request_deserializer=boardbench_dot_v1_dot_collector__pb2.EnrollRequest.FromString,
+                    response_serializer=boardbench_dot_v1_dot_collector__pb2.EnrollResponse.SerializeToString,
             ),
             'ListDevices': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDevices,
@@ -142,6 +159,33 @@ class CollectorService(object):
             '/boardbench.v1.CollectorService/Report',
             boardbench_dot_v1_dot_collector__pb2.ReportRequest.SerializeToString,
             boardbench_dot_v1_dot_collector__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/boardbench.v1.CollectorService/Enroll',
+            boardbench_dot_v1_dot_collector__pb2.EnrollRequest.SerializeToString,
+            boardbench_dot_v1_dot_collector__pb2.EnrollResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,22 @@ _CollectorServiceReportType = typing_extensions.TypeVar(
     ],
 )
 
+_CollectorServiceEnrollType = typing_extensions.TypeVar(
+    '_CollectorServiceEnrollType',
+    grpc.UnaryUnaryMultiCallable[
+        boardbench.v1.collector_pb2.EnrollRequest,
+        boardbench.v1.collector_pb2.EnrollResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        boardbench.v1.collector_pb2.EnrollRequest,
+        boardbench.v1.collector_pb2.EnrollResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        boardbench.v1.collector_pb2.EnrollRequest,
+        boardbench.v1.collector_pb2.EnrollResponse,
+    ],
+)
+
 _CollectorServiceListDevicesType = typing_extensions.TypeVar(
     '_CollectorServiceListDevicesType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,7 +105,7 @@ _CollectorServiceGetResultType = typing_extensions.TypeVar(
     ],
 )
 
-class CollectorServiceStub(typing.Generic[_CollectorServiceReportType, _CollectorServiceListDevicesType, _CollectorServiceListResultsType, _CollectorServiceGetResultType]):
+class CollectorServiceStub(typing.Generic[_CollectorServiceReportType, _CollectorServiceEnrollType, _CollectorServiceListDevicesType, _CollectorServiceListResultsType, _CollectorServiceGetResultType]):
     """Runs on the user's side: keeps the results of many boards."""
 
     @typing.overload
@@ -97,6 +113,10 @@ class CollectorServiceStub(typing.Generic[_CollectorServiceReportType, _Collecto
         grpc.StreamStreamMultiCallable[
             boardbench.v1.collector_pb2.ReportRequest,
             boardbench.v1.collector_pb2.ReportResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            boardbench.v1.collector_pb2.EnrollRequest,
+            boardbench.v1.collector_pb2.EnrollResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             boardbench.v1.collector_pb2.ListDevicesRequest,
@@ -119,6 +139,10 @@ class CollectorServiceStub(typing.Generic[_CollectorServiceReportType, _Collecto
             boardbench.v1.collector_pb2.ReportResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            boardbench.v1.collector_pb2.EnrollRequest,
+            boardbench.v1.collector_pb2.EnrollResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             boardbench.v1.collector_pb2.ListDevicesRequest,
             boardbench.v1.collector_pb2.ListDevicesResponse,
         ],
@@ -137,6 +161,9 @@ class CollectorServiceStub(typing.Generic[_CollectorServiceReportType, _Collecto
     it was committed; the same (device, spool, sequence) again is acknowledged and not stored twice.
     """
 
+    Enroll: _CollectorServiceEnrollType
+    """A board shows a token once and gets a key of its own, which it shows from then on at every report."""
+
     ListDevices: _CollectorServiceListDevicesType
     """Boards that have reported."""
 
@@ -150,6 +177,10 @@ CollectorServiceAsyncStub: typing_extensions.TypeAlias = CollectorServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         boardbench.v1.collector_pb2.ReportRequest,
         boardbench.v1.collector_pb2.ReportResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        boardbench.v1.collector_pb2.EnrollRequest,
+        boardbench.v1.collector_pb2.EnrollResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         boardbench.v1.collector_pb2.ListDevicesRequest,
@@ -177,6 +208,14 @@ class CollectorServiceServicer(metaclass=abc.ABCMeta):
         """An agent reports: hello first, then results in order. A result is acknowledged only after
         it was committed; the same (device, spool, sequence) again is acknowledged and not stored twice.
         """
+
+    @abc.abstractmethod
+    def Enroll(
+        self,
+        request: boardbench.v1.collector_pb2.EnrollRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[boardbench.v1.collector_pb2.EnrollResponse, collections.abc.Awaitable[boardbench.v1.collector_pb2.EnrollResponse]]:
+        """A board shows a token once and gets a key of its own, which it shows from then on at every report."""
 
     @abc.abstractmethod
     def ListDevices(

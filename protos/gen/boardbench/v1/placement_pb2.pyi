@@ -449,6 +449,7 @@ class OpPlacement(google.protobuf.message.Message):
     ROOT_CAUSE_FIELD_NUMBER: builtins.int
     REMEDY_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
     index: builtins.int
     """Position in the model's own order, from 0."""
     type: builtins.str
@@ -469,6 +470,8 @@ class OpPlacement(google.protobuf.message.Message):
     """Seconds that it takes in one inference: the mean of the middle half of its times in the profiling
     pass. Absent when not measured.
     """
+    precision: builtins.str
+    """Arithmetic that it was executed in ("float16", "int8", "bfloat16"); empty when the engine does not tell."""
     def __init__(
         self,
         *,
@@ -481,9 +484,10 @@ class OpPlacement(google.protobuf.message.Message):
         root_cause: builtins.bool | None = ...,
         remedy: builtins.str = ...,
         seconds: builtins.float | None = ...,
+        precision: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_index", b"_index", "_root_cause", b"_root_cause", "_seconds", b"_seconds", "index", b"index", "root_cause", b"root_cause", "seconds", b"seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_index", b"_index", "_root_cause", b"_root_cause", "_seconds", b"_seconds", "cause", b"cause", "delegate", b"delegate", "index", b"index", "name", b"name", "remedy", b"remedy", "root_cause", b"root_cause", "seconds", b"seconds", "type", b"type", "unit", b"unit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_index", b"_index", "_root_cause", b"_root_cause", "_seconds", b"_seconds", "cause", b"cause", "delegate", b"delegate", "index", b"index", "name", b"name", "precision", b"precision", "remedy", b"remedy", "root_cause", b"root_cause", "seconds", b"seconds", "type", b"type", "unit", b"unit"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_index", b"_index"]) -> typing.Literal["index"] | None: ...
     @typing.overload

@@ -190,6 +190,34 @@ GROUP_MODE_CONCURRENT: GroupMode.ValueType  # 2
 """Each by itself first, then all at the same time."""
 Global___GroupMode: typing_extensions.TypeAlias = GroupMode
 
+class _CacheUse:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CacheUseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CacheUse.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CACHE_USE_UNSPECIFIED: _CacheUse.ValueType  # 0
+    """As the agent is configured: without its word, nothing is kept."""
+    CACHE_USE_NONE: _CacheUse.ValueType  # 1
+    """Nothing: every load is a first one."""
+    CACHE_USE_KEEP: _CacheUse.ValueType  # 2
+    """Kept in the agent's data folder, by model, engine and version."""
+    CACHE_USE_RENEW: _CacheUse.ValueType  # 3
+    """What was kept is thrown away before the load, and kept anew after it."""
+
+class CacheUse(_CacheUse, metaclass=_CacheUseEnumTypeWrapper):
+    """What an engine may keep on disk from one load to the next."""
+
+CACHE_USE_UNSPECIFIED: CacheUse.ValueType  # 0
+"""As the agent is configured: without its word, nothing is kept."""
+CACHE_USE_NONE: CacheUse.ValueType  # 1
+"""Nothing: every load is a first one."""
+CACHE_USE_KEEP: CacheUse.ValueType  # 2
+"""Kept in the agent's data folder, by model, engine and version."""
+CACHE_USE_RENEW: CacheUse.ValueType  # 3
+"""What was kept is thrown away before the load, and kept anew after it."""
+Global___CacheUse: typing_extensions.TypeAlias = CacheUse
+
 class _MemoryPhase:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -306,6 +334,8 @@ class RunResult(google.protobuf.message.Message):
     ENERGY_FIELD_NUMBER: builtins.int
     INTERFERENCE_FIELD_NUMBER: builtins.int
     COMPARISONS_FIELD_NUMBER: builtins.int
+    CACHES_FIELD_NUMBER: builtins.int
+    TRANSFERS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Identity of the run, unique over all boards."""
     status: Global___RunStatus.ValueType
@@ -434,6 +464,14 @@ class RunResult(google.protobuf.message.Message):
     def comparisons(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Comparison]:
         """This run against each other one of an interleaved group."""
 
+    @property
+    def caches(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Cache]:
+        """What the engine kept from earlier loads, or left for later ones; empty when it keeps nothing."""
+
+    @property
+    def transfers(self) -> Global___Transfers:
+        """Where the time of an inference goes on an accelerator with memory of its own; absent when not known."""
+
     def __init__(
         self,
         *,
@@ -471,9 +509,11 @@ class RunResult(google.protobuf.message.Message):
         energy: boardbench.v1.telemetry_pb2.Energy | None = ...,
         interference: Global___Interference | None = ...,
         comparisons: collections.abc.Iterable[Global___Comparison] | None = ...,
+        caches: collections.abc.Iterable[Global___Cache] | None = ...,
+        transfers: Global___Transfers | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "processes", b"processes", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "started_at", b"started_at", "stopping", b"stopping", "telemetry", b"telemetry", "warm_up", b"warm_up"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "comparisons", b"comparisons", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "processes", b"processes", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "started_at", b"started_at", "stopping", b"stopping", "telemetry", b"telemetry", "transfers", b"transfers", "warm_up", b"warm_up"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "caches", b"caches", "comparisons", b"comparisons", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "transfers", b"transfers", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_create_seconds", b"_create_seconds"]) -> typing.Literal["create_seconds"] | None: ...
     @typing.overload
@@ -482,6 +522,84 @@ class RunResult(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_import_seconds", b"_import_seconds"]) -> typing.Literal["import_seconds"] | None: ...
 
 Global___RunResult: typing_extensions.TypeAlias = RunResult
+
+@typing.final
+class Cache(google.protobuf.message.Message):
+    """Something that an engine keeps on disk so that the next load is faster."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    WARM_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """What it is: "compiled blobs", "timing cache", "engine"."""
+    warm: builtins.bool
+    """Whether the load of this run found it there. A load with it and a load without are different figures."""
+    size_bytes: builtins.int
+    """Its size after the run in bytes."""
+    path: builtins.str
+    """Where it is on the board."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        warm: builtins.bool | None = ...,
+        size_bytes: builtins.int | None = ...,
+        path: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_size_bytes", b"_size_bytes", "_warm", b"_warm", "size_bytes", b"size_bytes", "warm", b"warm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_size_bytes", b"_size_bytes", "_warm", b"_warm", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "warm", b"warm"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_size_bytes", b"_size_bytes"]) -> typing.Literal["size_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_warm", b"_warm"]) -> typing.Literal["warm"] | None: ...
+
+Global___Cache: typing_extensions.TypeAlias = Cache
+
+@typing.final
+class Transfers(google.protobuf.message.Message):
+    """Medians over inferences that were timed by the accelerator's own events."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TO_DEVICE_SECONDS_FIELD_NUMBER: builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: builtins.int
+    FROM_DEVICE_SECONDS_FIELD_NUMBER: builtins.int
+    INFERENCES_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    to_device_seconds: builtins.float
+    """Seconds to copy the inputs to the device."""
+    compute_seconds: builtins.float
+    """Seconds of computing."""
+    from_device_seconds: builtins.float
+    """Seconds to copy the outputs back."""
+    inferences: builtins.int
+    """Inferences that they are medians of; they are apart from the counted ones."""
+    method: builtins.str
+    """How it was measured."""
+    def __init__(
+        self,
+        *,
+        to_device_seconds: builtins.float | None = ...,
+        compute_seconds: builtins.float | None = ...,
+        from_device_seconds: builtins.float | None = ...,
+        inferences: builtins.int | None = ...,
+        method: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_compute_seconds", b"_compute_seconds", "_from_device_seconds", b"_from_device_seconds", "_inferences", b"_inferences", "_to_device_seconds", b"_to_device_seconds", "compute_seconds", b"compute_seconds", "from_device_seconds", b"from_device_seconds", "inferences", b"inferences", "to_device_seconds", b"to_device_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_compute_seconds", b"_compute_seconds", "_from_device_seconds", b"_from_device_seconds", "_inferences", b"_inferences", "_to_device_seconds", b"_to_device_seconds", "compute_seconds", b"compute_seconds", "from_device_seconds", b"from_device_seconds", "inferences", b"inferences", "method", b"method", "to_device_seconds", b"to_device_seconds"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_compute_seconds", b"_compute_seconds"]) -> typing.Literal["compute_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_from_device_seconds", b"_from_device_seconds"]) -> typing.Literal["from_device_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_inferences", b"_inferences"]) -> typing.Literal["inferences"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_to_device_seconds", b"_to_device_seconds"]) -> typing.Literal["to_device_seconds"] | None: ...
+
+Global___Transfers: typing_extensions.TypeAlias = Transfers
 
 @typing.final
 class Comparison(google.protobuf.message.Message):
@@ -1022,10 +1140,14 @@ class BenchmarkSpec(google.protobuf.message.Message):
     TUNE_FIELD_NUMBER: builtins.int
     GROUP_FIELD_NUMBER: builtins.int
     PRECISION_SECONDS_FIELD_NUMBER: builtins.int
+    CPU_AFFINITY_FIELD_NUMBER: builtins.int
+    COMPUTE_PRECISION_FIELD_NUMBER: builtins.int
+    POWER_MODE_FIELD_NUMBER: builtins.int
+    CACHE_FIELD_NUMBER: builtins.int
     runtime: builtins.str
     """Runtime to use; empty: the board's default for the format."""
     device: builtins.str
-    """Device to use; empty: "cpu"."""
+    """Device to use; empty: the engine's own default, which is the first that it lists."""
     threads: builtins.int
     """Threads that the engine may use; absent: the engine's own default."""
     inputs_sha256: builtins.str
@@ -1068,6 +1190,14 @@ class BenchmarkSpec(google.protobuf.message.Message):
     """Set the board up for measuring (governor, clocks, …) for the time of the run, then put it back."""
     precision_seconds: builtins.float
     """With a precision: the measurement ends after this time even so."""
+    compute_precision: builtins.str
+    """Arithmetic to execute in: "float32", "float16", "bfloat16", "int8"; empty: the engine's own choice. An
+    engine that can't be told is an error.
+    """
+    power_mode: builtins.str
+    """Power mode of the board for the time of the run, as the board names it; empty: as it is."""
+    cache: Global___CacheUse.ValueType
+    """What the engine may keep from one load to the next; an engine that keeps nothing takes only the default."""
     @property
     def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Engine options; one that the engine does not know is an error."""
@@ -1087,6 +1217,10 @@ class BenchmarkSpec(google.protobuf.message.Message):
     @property
     def group(self) -> Global___RunGroup:
         """The group that the run belongs to; absent: it runs by itself."""
+
+    @property
+    def cpu_affinity(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Processors that the worker may use; empty: those that the agent may."""
 
     def __init__(
         self,
@@ -1118,9 +1252,13 @@ class BenchmarkSpec(google.protobuf.message.Message):
         tune: builtins.bool = ...,
         group: Global___RunGroup | None = ...,
         precision_seconds: builtins.float | None = ...,
+        cpu_affinity: collections.abc.Iterable[builtins.int] | None = ...,
+        compute_precision: builtins.str = ...,
+        power_mode: builtins.str = ...,
+        cache: Global___CacheUse.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "device", b"device", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "precision", b"precision", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "runtime", b"runtime", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "tune", b"tune", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "cache", b"cache", "compute_precision", b"compute_precision", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "cpu_affinity", b"cpu_affinity", "device", b"device", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "power_mode", b"power_mode", "precision", b"precision", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "runtime", b"runtime", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "tune", b"tune", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_confidence", b"_confidence"]) -> typing.Literal["confidence"] | None: ...
     @typing.overload

@@ -118,6 +118,32 @@ class Series(google.protobuf.message.Message):
 Global___Series: typing_extensions.TypeAlias = Series
 
 @typing.final
+class Reading(google.protobuf.message.Message):
+    """What one sensor says now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    quantity: builtins.str
+    """What it is, unit last: "temperature_celsius", "power_watts", "frequency_hertz"."""
+    source: builtins.str
+    """Of which part: "cpu-thermal", "VDD_IN"."""
+    value: builtins.float
+    """The value."""
+    def __init__(
+        self,
+        *,
+        quantity: builtins.str = ...,
+        source: builtins.str = ...,
+        value: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["quantity", b"quantity", "source", b"source", "value", b"value"]) -> None: ...
+
+Global___Reading: typing_extensions.TypeAlias = Reading
+
+@typing.final
 class Mark(google.protobuf.message.Message):
     """A moment on the time axis."""
 
