@@ -15,7 +15,7 @@ from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
 # Only these hold services; for the others gRPC's generator would write empty files.
-SERVICES = ("agent.proto", "collector.proto")
+SERVICES = ("agent.proto", "collector.proto", "job.proto", "update.proto")
 
 
 def generate(folder: Path) -> None:
