@@ -6,6 +6,7 @@ import sys
 
 import first_inference
 import idle
+import inspecting
 import overhead
 import sensors
 import tools
@@ -17,7 +18,7 @@ if __name__ == "__main__":
         run(
             [
                 (each.measure, each.add_arguments)
-                for each in (overhead, tools, sensors, upload, first_inference, idle)
+                for each in (overhead, tools, sensors, upload, first_inference, idle, inspecting)
             ],
             __doc__,
         )

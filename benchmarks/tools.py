@@ -207,7 +207,7 @@ def _rows(subject: Subject, found: dict[str, list[dict[float, float]]]) -> list[
                 _median(rounds, 50) * 1e3,
                 f"{statistics.median(against):.4f}",
                 f"{min(against):.3f} … {max(against):.3f}",
-                *(_median(rounds, p) * 1e3 for p in (90, 99)),
+                *(_median(rounds, p) * 1e3 if any(p in each for each in rounds) else "" for p in (90, 99)),
             ]
         )
     return rows

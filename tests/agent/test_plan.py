@@ -105,6 +105,7 @@ def group(**fields: Any) -> result_pb2.RunGroup:
         ),
         (spec(scenario=scenario("SUSTAINED"), processes=2), ["sustained", "one process"]),
         (spec(scenario=scenario("SUSTAINED"), precision=[target(50, 0.01)]), ["sustained", "precision"]),
+        (spec(scenario=scenario("OFFLINE"), precision=[target(50, 0.01)]), ["offline", "precision"]),
         (spec(scenario=scenario_pb2.Scenario(kind=77)), ["no scenario 77"]),
         (spec(cool_down_celsius=200), ["cool_down_celsius", "150"]),
         (spec(cool_down_celsius=float("nan")), ["cool_down_celsius", "nan"]),

@@ -336,6 +336,8 @@ async def test_rail_makes_idling_the_default_and_without_one_there_is_none(
     result = await harness.execute(steady, idle_seconds=5.0)
     assert "IDLE" not in harness.stages()
     assert result.effective_spec.idle_seconds == 0
+    (told,) = [warning for warning in result.warnings if warning.code == "idle_not_measured"]
+    assert told.severity == result_pb2.SEVERITY_NOTE
 
 
 @pytest.mark.parametrize("stage", ["COOL_DOWN", "IDLE"])
@@ -401,7 +403,7 @@ class Refusing:
 
     def release(self, owner: str) -> list[str]:
         self.held.remove(owner)
-        return ["turbo: permission denied"]
+        return ["turbo: not put back, permission denied"]
 
 
 async def test_what_could_not_be_set_or_put_back_is_noted(harness: Harness, steady: Path) -> None:
@@ -410,7 +412,7 @@ async def test_what_could_not_be_set_or_put_back_is_noted(harness: Harness, stea
     told = [warning for warning in result.warnings if warning.code == "not_tuned"]
     assert [warning.severity for warning in told] == [result_pb2.SEVERITY_NOTE] * 2
     assert "cpu0 governor: permission denied" in told[0].message
-    assert "not put back: turbo" in told[1].message
+    assert told[1].message == "turbo: not put back, permission denied"
     assert tuner.held == []
 
 

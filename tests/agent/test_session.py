@@ -47,6 +47,7 @@ class Harness:
         self.on_event: Callable[[str, Any], None] = lambda run_id, event: None
         self.deadlines: dict[str, float] = {}
         self.jobs: list[Job] = []
+        self.tuner: Any = None
 
     def add(
         self,
@@ -78,7 +79,7 @@ class Harness:
         return AgentConfig(deadlines=DeadlinesConfig(**self.deadlines))
 
     def session(self) -> Session:
-        return Session(self.jobs, self.config(), self._take, self._ended)
+        return Session(self.jobs, self.config(), self._take, self._ended, self.tuner)
 
     async def execute(self) -> dict[str, result_pb2.RunResult]:
         await self.session().execute()
@@ -206,6 +207,56 @@ async def test_every_process_is_a_fresh_one_and_their_samples_are_one_result(
     assert (done.processes, done.min_runs, done.duration_seconds) == (3, 32, pytest.approx(0.3))
     assert result.environment.wall_seconds >= 0.3
     assert harness.left() == []
+
+
+class NotedTuner:
+    """A tuner that notes who has it; it can't put back what it set."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.holders: list[str] = []
+        self.put_back = 0
+
+    def acquire(self, owner: str) -> list[str]:
+        self.holders.append(owner)
+        return ["cpu0 governor: ondemand → performance"]
+
+    def release(self, owner: str) -> list[str]:
+        self.holders.remove(owner)
+        if self.holders:
+            return []
+        self.put_back += 1
+        return ["cpu0 governor: not put back, permission denied"]
+
+
+async def test_board_is_set_up_once_for_all_processes(
+    harness: Harness, fake_model: Callable[..., Path]
+) -> None:
+    harness.tuner = tuner = NotedTuner()
+    held: list[bool] = []
+
+    def note(_: str, event: Any) -> None:
+        if isinstance(event, agent_pb2.StageEvent) and event.stage == result_pb2.STAGE_START:
+            held.append(bool(tuner.holders) and tuner.put_back == 0)
+
+    harness.on_event = note
+    harness.add("a", fake_model(), spec(processes=3, tune=True))
+    result = (await harness.execute())["a"]
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert held == [True] * 3
+    assert (tuner.put_back, tuner.holders) == (1, [])
+    (told,) = [warning.message for warning in result.warnings if warning.code == "not_tuned"]
+    assert told.startswith("cpu0 governor: not put back, permission denied")
+
+
+async def test_board_is_put_back_when_the_first_process_fails(
+    harness: Harness, fake_model: Callable[..., Path]
+) -> None:
+    harness.tuner = tuner = NotedTuner()
+    harness.add("a", fake_model(create=[{"signal": "SIGSEGV"}]), spec(processes=3, tune=True))
+    result = (await harness.execute())["a"]
+    assert result.error.code == "worker_killed"
+    assert (tuner.put_back, tuner.holders) == (1, [])
 
 
 async def test_watchers_see_one_run(harness: Harness, fake_model: Callable[..., Path]) -> None:

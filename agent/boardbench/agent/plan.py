@@ -60,6 +60,8 @@ _OFFLINE = scenario_pb2.SCENARIO_KIND_OFFLINE
 _MULTI_STREAM = scenario_pb2.SCENARIO_KIND_MULTI_STREAM
 _SUSTAINED = scenario_pb2.SCENARIO_KIND_SUSTAINED
 _AT_A_RATE = (scenario_pb2.SCENARIO_KIND_PERIODIC, scenario_pb2.SCENARIO_KIND_POISSON)
+# They end by time: what they are about is not a percentile of one inference's latency.
+_WITHOUT_PRECISION = (_OFFLINE, _SUSTAINED)
 # The scenarios that a field says something to, and its bounds.
 _SCENARIO_FIELDS: Mapping[str, tuple[tuple[int, ...], float, float]] = {
     "rate_hertz": (_AT_A_RATE, 1e-3, 1e6),
@@ -144,6 +146,12 @@ def _check_precision(spec: result_pb2.BenchmarkSpec) -> None:
     named = [target.percentile for target in spec.precision]
     if len(named) > _MOST_TARGETS or len(set(named)) < len(named):
         raise InvalidRequest(f"precision names a percentile twice, or more than {_MOST_TARGETS}")
+    if spec.precision and spec.scenario.kind in _WITHOUT_PRECISION:
+        kind = scenario_pb2.ScenarioKind.Name(spec.scenario.kind).removeprefix("SCENARIO_KIND_").lower()
+        raise InvalidRequest(
+            f"precision is asked for and the scenario is {kind}, which lasts as long as it is told to: leave "
+            "one of them out"
+        )
     if _given(spec, "confidence") and not 0.5 <= spec.confidence <= 0.999:
         raise InvalidRequest(f"confidence is {spec.confidence:g}; it must be from 0.5 to 0.999")
     if not _given(spec, "precision_seconds"):
@@ -190,9 +198,9 @@ def _check_scenario(spec: result_pb2.BenchmarkSpec) -> None:
             raise InvalidRequest(f"scenario.{field_name} is {value:g}; it must be from {least:g} to {most:g}")
     if kind in _AT_A_RATE and not _given(scenario, "rate_hertz"):
         raise InvalidRequest(f"{name} needs scenario.rate_hertz: how many inferences a second")
-    if kind == _SUSTAINED and (spec.precision or spec.processes > 1):
+    if kind == _SUSTAINED and spec.processes > 1:
         raise InvalidRequest(
-            "a sustained run lasts its duration_seconds, in one process: leave precision and processes out"
+            "a sustained run lasts its duration_seconds, in one process: leave processes out"
         )
 
 

@@ -272,7 +272,7 @@ class Attempt:
         finally:
             # Also when this task is cancelled: it is put back all the same.
             failed = await asyncio.shield(asyncio.to_thread(tuner.release, owner))
-            self._tell_untuned([f"not put back: {line}" for line in failed])
+            self._tell_untuned(failed)
 
     def _tell_untuned(self, failed: Iterable[str]) -> None:
         if told := "; ".join(failed):
@@ -320,7 +320,17 @@ class Attempt:
         around.sample()
         asked = spec.HasField("idle_seconds")
         seconds = spec.idle_seconds if asked else self._config.spec.idle_seconds
-        if seconds <= 0 or not around.has_rail:
+        if seconds <= 0:
+            return
+        if not around.has_rail:
+            if asked:
+                self._doubt(
+                    validity.warn(
+                        "idle_not_measured",
+                        f"idle_seconds is {seconds:g}, and this board has no power rail or meter that can be read",
+                        validity.NOTE,
+                    )
+                )
             return
         self._enter(result_pb2.STAGE_IDLE)
         around.idle_begins()

@@ -9,10 +9,12 @@ then all are warmed up, let go at once, and kept running until the last of them 
 from __future__ import annotations
 
 import asyncio
+import logging
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import time_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from boardbench.agent import folder, validity, wire
@@ -24,6 +26,8 @@ from boardbench.v1 import agent_pb2, result_pb2
 if TYPE_CHECKING:
     # Loaded when a board is set up: few runs ask for it.
     from boardbench.agent.board.tune import Tuner
+
+_log = logging.getLogger(__name__)
 
 # Why a run of a group failed, when the group did.
 ERRORS = {
@@ -74,6 +78,9 @@ class Session:
         self._emit = emit
         self._ended = ended
         self._members = {job.run_id: _Member(job, config, emit, tuner) for job in jobs}
+        self._tuner = tuner
+        # Who holds the board; empty when nobody of this session does.
+        self._owner = ""
         # Jobs of one session are of one group, or there is only one.
         self._group = jobs[0].asked.group
         self._at_the_same_time = self._group.mode == result_pb2.GROUP_MODE_CONCURRENT
@@ -94,12 +101,42 @@ class Session:
 
     async def execute(self) -> None:
         """Measures all of it; every member has its result then."""
-        if self._at_the_same_time and len(self._members) > 1:
-            await self._measure_at_the_same_time()
-        else:
-            await self._take_turns()
-        while self._ends:
-            await asyncio.gather(*self._ends)
+        await self._set_up()
+        try:
+            if self._at_the_same_time and len(self._members) > 1:
+                await self._measure_at_the_same_time()
+            else:
+                await self._take_turns()
+            while self._ends:
+                await asyncio.gather(*self._ends)
+        finally:
+            # Also when this task is cancelled: it is put back all the same.
+            for line in await asyncio.shield(self._put_back()):
+                _log.warning("%s", line)
+
+    # --- the board's settings
+
+    async def _set_up(self) -> None:
+        """Holds the board as it is set up for measuring: set once, and not again for every process."""
+        jobs = [member.job for member in self._members.values()]
+        if not any(job.plan.spec.tune for job in jobs):
+            return
+        if self._tuner is None:
+            from boardbench.agent.board.tune import Tuner
+
+            self._tuner = Tuner(self._config.sys_root, self._config.data_dir)
+            for member in self._members.values():
+                member.tuner = self._tuner
+        self._owner = f"session {jobs[0].run_id}"
+        # What could not be set, each process tells.
+        await asyncio.to_thread(self._tuner.acquire, self._owner)
+
+    async def _put_back(self) -> list[str]:
+        """Lets go of the board, once; what could not be put back."""
+        if self._tuner is None or not self._owner:
+            return []
+        owner, self._owner = self._owner, ""
+        return await asyncio.to_thread(self._tuner.release, owner)
 
     def stop(self, run_id: str, error: result_pb2.RunError | None = None) -> None:
         """Ends a member at once: failed with that error, or cancelled without one. One that is over stays so.
@@ -244,7 +281,13 @@ class Session:
 
     async def _end_all(self, members: Sequence[_Member]) -> None:
         """Ends members that have measured all that they were to."""
+        not_put_back = await self._put_back()
         results = {member: await asyncio.to_thread(member.pooled) for member in members}
+        for result in results.values():
+            result.warnings.extend(
+                validity.warn("not_tuned", line, validity.NOTE, time=wire.timestamp(time_ns()))
+                for line in not_put_back
+            )
         if len(members) > 1:
             # Most runs are by themselves, and an agent that waits needs no statistics.
             from boardbench.agent import pool
@@ -295,7 +338,7 @@ class _Member:
     ) -> None:
         self.job = job
         self.plan = job.plan
-        self._tuner = tuner
+        self.tuner = tuner
         self.attempt: Attempt | None = None
         # What each process has measured, and what each has by itself before all measured together.
         self.results: list[result_pb2.RunResult] = []
@@ -348,7 +391,7 @@ class _Member:
         scratch = self.job.scratch / str(position)
         scratch.mkdir(mode=0o700)
         job = replace(self.job, plan=plan, scratch=scratch)
-        self.attempt = Attempt(job, self._config, self._heard, tuner=self._tuner, peers=peers)
+        self.attempt = Attempt(job, self._config, self._heard, tuner=self.tuner, peers=peers)
         if not self.quiet:
             self._began.append(asyncio.get_running_loop().time())
         return asyncio.create_task(self._execute(self.attempt, scratch))

@@ -151,6 +151,13 @@ RULES = (
         "a longer --cool-for, a higher --cool-to, or a fan",
     ),
     Rule(
+        "idle_not_measured",
+        "the idle board's power was asked for, and the board has no rail or meter",
+        "note",
+        "nothing can be said about energy",
+        "`boardbench doctor` says which sensors there are; a meter whose driver exposes hwmon",
+    ),
+    Rule(
         "idle_disturbed",
         "while the idle board's power was measured, more than idle_load_note of its processors was busy",
         "note",

@@ -138,6 +138,15 @@ def test_student_is_the_tables(freedom: int) -> None:
         assert stats.student(confidence, freedom) == pytest.approx(expected, abs=6e-4)
 
 
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "expected"),
+    [(0.95, 9, 2.262157), (0.95, 29, 2.045230), (0.99, 19, 2.860935), (0.999, 29, 3.659405),
+     (0.5, 9, 0.702722)],
+)  # fmt: skip
+def test_student_between_the_columns(confidence: float, freedom: int, expected: float) -> None:
+    assert stats.student(confidence, freedom) == pytest.approx(expected, rel=1e-6)
+
+
 def test_student_without_end_is_the_normal() -> None:
     assert stats.student(0.95) == pytest.approx(1.959964, abs=1e-6)
     assert stats.student(0.99) == pytest.approx(2.575829, abs=1e-6)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from boardbench.agent.bench import throughput
-from boardbench.agent.bench.throughput import of_streams, one_after_the_other, student
+from boardbench.agent.bench.throughput import of_streams, one_after_the_other
 
 MILLISECOND = 1_000_000
 
@@ -63,12 +63,3 @@ def test_bounds_enclose_the_truth_as_often_as_is_said(alike: float) -> None:
         hits += found.low_hertz <= truth <= found.high_hertz
     # 95 % of 400 is 380 with a standard deviation of 4.4; stretches of 30 are not quite independent.
     assert hits >= (366 if alike == 0 else 350)
-
-
-@pytest.mark.parametrize(
-    ("confidence", "freedom", "expected"),
-    [(0.95, 9, 2.262157), (0.95, 29, 2.045230), (0.99, 19, 2.860935), (0.999, 29, 3.659405),
-     (0.5, 9, 0.702722)],
-)  # fmt: skip
-def test_quantiles_are_those_of_the_tables(confidence: float, freedom: int, expected: float) -> None:
-    assert student(confidence, freedom) == pytest.approx(expected, rel=1e-4)

@@ -12,8 +12,9 @@ import math
 from array import array
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import NormalDist
 from typing import List, Optional, Sequence, Tuple
+
+from boardbench.agent.bench.stats import student
 
 MOST_STRETCHES = 30
 """More add nothing: t is then 4 % above the normal's, and longer stretches are more independent."""
@@ -80,20 +81,3 @@ def _rates(streams: Sequence[Calls], begin: int, end: int, stretches: int) -> Li
                 done = border
                 place += 1
     return [each / (length / 1e9) for each in work]
-
-
-def student(confidence: float, freedom: int) -> float:
-    """The quantile of Student's t for two-sided bounds.
-
-    By its expansion around the normal's (Abramowitz & Stegun 26.7.5): right to 0.1 % from nine degrees of
-    freedom on, up to 99.9 %.
-    """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    square = z * z
-    terms = (
-        (square + 1) / 4,
-        ((5 * square + 16) * square + 3) / 96,
-        (((3 * square + 19) * square + 17) * square - 15) / 384,
-        ((((79 * square + 776) * square + 1482) * square - 1920) * square - 945) / 92160,
-    )
-    return z * (1 + math.fsum(term / freedom ** (power + 1) for power, term in enumerate(terms)))
