@@ -8,6 +8,7 @@ import first_inference
 import idle
 import inspecting
 import overhead
+import precision
 import sensors
 import tools
 import upload
@@ -18,7 +19,7 @@ if __name__ == "__main__":
         run(
             [
                 (each.measure, each.add_arguments)
-                for each in (overhead, tools, sensors, upload, first_inference, idle, inspecting)
+                for each in (overhead, tools, precision, sensors, upload, first_inference, idle, inspecting)
             ],
             __doc__,
         )

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from overhead import output, percentile
 from programs import program
@@ -168,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 def _measure(arguments: argparse.Namespace, folder: Path) -> Report:
     engines = [name for name in ENGINES if not arguments.engine or name in arguments.engine]
     subjects = [
-        subject for engine in engines for subject in _subjects(engine, folder, arguments.tool_seconds)
+        subject for engine in engines for subject in subjects_of(engine, folder, arguments.tool_seconds)
     ]
     rows: list[list[object]] = []
     checks: list[Check] = []
@@ -254,7 +255,7 @@ def _median(rounds: list[dict[float, float]], p: float) -> float:
 # What is measured
 
 
-def _subjects(engine: str, folder: Path, seconds: float) -> list[Subject]:
+def subjects_of(engine: str, folder: Path, seconds: float) -> list[Subject]:
     if engine == "tflite":
         names = (
             "mobilenet_v1_0.25_128_quant",
@@ -345,8 +346,13 @@ def _script(subject: Subject, body: str, *more: str) -> str:
     )
 
 
-def _bare(subject: Subject, folder: Path) -> dict[float, float]:  # noqa: ARG001 - as all of them
-    return _percentiles(json.loads(_script(subject, BARE)))
+def raw_loop(subject: Subject, folder: Path) -> list[int]:  # noqa: ARG001 - as all of them
+    """Nanoseconds of each inference in a bare loop."""
+    return [int(each) for each in json.loads(_script(subject, BARE))]
+
+
+def _bare(subject: Subject, folder: Path) -> dict[float, float]:
+    return _percentiles(raw_loop(subject, folder))
 
 
 def _loadgen(subject: Subject, folder: Path) -> dict[float, float]:
@@ -357,25 +363,35 @@ def _loadgen(subject: Subject, folder: Path) -> dict[float, float]:
     return {float(p): int(nanoseconds) / 1e9 for p, nanoseconds in found if float(p) in PERCENTILES}
 
 
-def _litert_tool(subject: Subject, folder: Path) -> dict[float, float]:
+def raw_litert_tool(subject: Subject, folder: Path) -> list[int]:
+    """Nanoseconds of each inference, as LiteRT's tool times it."""
     warm_up = max(5, round(WARM_UP_SECONDS * subject.runs / 1.5))
     report = folder / "litert.json"
     output([
         sys.executable, "-c", LITERT_TOOL, str(report), f"--model={subject.model}", "--num_threads=1",
         f"--num_runs={subject.runs}", f"--warmup_runs={warm_up}",
     ])  # fmt: skip
-    return _percentiles(json.loads(report.read_text()))
+    return [int(each) for each in json.loads(report.read_text())]
+
+
+def _litert_tool(subject: Subject, folder: Path) -> dict[float, float]:
+    return _percentiles(raw_litert_tool(subject, folder))
+
+
+def raw_benchmark_app(subject: Subject, folder: Path) -> list[int]:
+    """Nanoseconds of each inference by the engine's own counter, as benchmark_app tells it."""
+    return [int(each) for each in _of_benchmark_app(subject, folder)["samples"]]
 
 
 def _benchmark_app(subject: Subject, folder: Path) -> dict[float, float]:
-    return _percentiles(_of_benchmark_app(subject, folder)["samples"])
+    return _percentiles(raw_benchmark_app(subject, folder))
 
 
 def _benchmark_app_each(subject: Subject, folder: Path) -> dict[float, float]:
     return {50: _of_benchmark_app(subject, folder)["each"]}
 
 
-def _of_benchmark_app(subject: Subject, folder: Path) -> dict[str, object]:
+def _of_benchmark_app(subject: Subject, folder: Path) -> dict[str, Any]:
     report = folder / "benchmark_app.json"
     output([
         sys.executable, "-c", BENCHMARK_APP, str(report), "-m", str(subject.model), "-d", "CPU",
