@@ -81,7 +81,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> Report:
     return Report(
         "time to a precision",
         f"{PRECISION} at 95 %, one thread, {arguments.precision_rounds} rounds; medians. Seconds: of the "
-        "counted inferences. Widths: distance of the farther bound over the percentile; precise: share of the "
+        "counted inferences. Widths: the farther bound's distance over the percentile; precise: share of the "
         f"rounds in which both were reached. LoadGen as MLPerf asks for it takes {LOADGEN_SECONDS:.0f} s, "
         f"benchmark_app as it is {BENCHMARK_APP_SECONDS:.0f} s, whatever the model",
         ("", "inferences", "seconds", "p50 ± %", "p99 ± %", "precise"),
