@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from boardbench.collector.errors import InvalidRequest, OutOfOrder, ResultRefused, StoreUnavailable
 from boardbench.collector.store import (
     LONG,
+    LatestResults,
+    News,
     Places,
     Position,
     ResultFilter,
@@ -566,3 +568,46 @@ def test_places_survive_being_packed(units: list[int]) -> None:
     assert not has_drifted(places, places)
     for length in range(len(places.packed())):
         Places.unpacked(places.packed()[:length])  # what it gives does not matter, that it gives up does
+
+
+async def test_arrivals_come_whole_in_their_order_and_news_name_their_boards(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    assert await store.news(0) == News(0, frozenset())
+    assert await store.arrivals(0, limit=10, max_bytes=10**9) == ()
+    results = [make_result(f"run-{n}", device_id=f"board-{n % 2}") for n in range(5)]
+    for n, result in enumerate(results):
+        await store.append(result.board.device_id, "spool", n + 1, result)
+    arrivals = await store.arrivals(0, limit=10, max_bytes=10**9)
+    assert [entry.result for entry in arrivals] == results
+    assert [entry.device_id for entry in arrivals] == [result.board.device_id for result in results]
+    positions = [entry.position for entry in arrivals]
+    assert positions == sorted(set(positions)) and positions[0] > 0
+    assert all(entry.received_at > 0 for entry in arrivals)
+    assert await store.news(0) == News(positions[-1], frozenset({"board-0", "board-1"}))
+    assert await store.news(positions[3]) == News(positions[-1], frozenset({"board-0"}))
+    assert await store.news(positions[-1]) == News(positions[-1], frozenset())
+
+
+async def test_arrivals_are_bounded_in_number_and_bytes(store: ResultStore, make_result: MakeResult) -> None:
+    for n in range(4):
+        await store.append("pi5", "spool", n + 1, make_result(f"run-{n}"))
+    size = len((await store.arrivals(0, limit=1, max_bytes=1))[0].result.SerializeToString())
+    everything = await store.arrivals(0, limit=100, max_bytes=10**9)
+    assert len(await store.arrivals(0, limit=3, max_bytes=10**9)) == 3
+    assert 1 <= len(await store.arrivals(0, limit=100, max_bytes=2 * size + size // 2)) <= 2
+    behind = await store.arrivals(everything[1].position, limit=100, max_bytes=1)
+    assert [entry.result.run_id for entry in behind] == ["run-2"]
+    with pytest.raises(InvalidRequest):
+        await store.arrivals(0, limit=0, max_bytes=1)
+
+
+async def test_the_latest_of_some_boards_only(store: ResultStore, make_result: MakeResult) -> None:
+    for device_id in ("pi4", "pi5", "nano"):
+        for n in range(3):
+            result = make_result(f"{device_id}-{n}", device_id=device_id, model=f"m{n}.tflite")
+            await store.append(device_id, "spool", n + 1, result)
+    some = await store.latest(received_since=0, per_device=2, devices={"pi5", "nano", "nobody"})
+    assert {entry.device_id for entry in some.results} == {"pi5", "nano"}
+    assert len(some.results) == 4 and some.left_out == {"pi5": 1, "nano": 1}
+    assert await store.latest(received_since=0, per_device=2, devices=()) == LatestResults((), {})

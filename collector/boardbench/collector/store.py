@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -108,6 +108,28 @@ class LatestResults:
     results: tuple[LatestResult, ...]
     left_out: Mapping[str, int]
     """How many series each board has beyond the bound; boards without any are not in it."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A stored result, whole, and its place in the order in which results became readable."""
+
+    position: int
+    """Rising; never below one that was read before."""
+    device_id: str
+    received_at: float
+    """Unix seconds, by the collector's clock."""
+    result: result_pb2.RunResult
+
+
+@dataclass(frozen=True)
+class News:
+    """What came in behind a position."""
+
+    position: int
+    """Of the latest result; 0: there is none. Below the one asked about when the store was set back."""
+    devices: frozenset[str]
+    """Boards that the results behind the position came from."""
 
 
 @dataclass(frozen=True)
@@ -291,9 +313,24 @@ class ResultStore(Protocol):
     async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
         """Returns the result of this run, or else up to two whose run's identity begins so."""
 
-    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+    async def news(self, after: int) -> News:
+        """Returns where the order of arrival ends now, and which boards' results lie behind ``after``.
+
+        A result that becomes readable later has a higher position than every one that was told before.
+        """
+
+    async def arrivals(self, after: int, *, limit: int, max_bytes: int) -> tuple[Arrival, ...]:
+        """Returns at most ``limit`` results behind ``after`` in the order of arrival, long lists included.
+
+        Fewer when they would exceed ``max_bytes``; never none while there is one.
+        """
+
+    async def latest(
+        self, *, received_since: float, per_device: int, devices: Collection[str] | None = None
+    ) -> LatestResults:
         """Returns each series' last SUCCEEDED result that arrived since then, at most so many a board.
 
+        Only of these ``devices``; None: of all.
         Drifts are counted as results are stored, in the order of their arrival, and outlive everything but
         the store: a board that was set up anew is compared with what it did before, too.
         """

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import OutOfOrder, ResultRefused, StoreUnavailable
 from boardbench.collector.store import (
+    Arrival,
     DeviceRecord,
     LatestResult,
     LatestResults,
+    News,
     Outcomes,
     Places,
     Position,
@@ -198,7 +200,32 @@ class MemoryResultStore:
         names = sorted(name for name in self._results if name.startswith(run_id))
         return tuple(self._results[name].read() for name in names[:2])
 
-    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+    async def news(self, after: int) -> News:
+        """See ``ResultStore.news``."""
+        self._check_open()
+        behind = [stored for stored in self._results.values() if stored.position.arrival > after]
+        return News(len(self._results), frozenset(stored.device_id for stored in behind))
+
+    async def arrivals(self, after: int, *, limit: int, max_bytes: int) -> tuple[Arrival, ...]:
+        """See ``ResultStore.arrivals``."""
+        self._check_open()
+        check_limit(limit)
+        found: list[Arrival] = []
+        size = 0
+        for stored in self._results.values():
+            if stored.position.arrival <= after:
+                continue
+            size += len(stored.summary) + len(stored.detail)
+            if len(found) == limit or (found and size > max_bytes):
+                break
+            found.append(
+                Arrival(stored.position.arrival, stored.device_id, stored.received_at, stored.read())
+            )
+        return tuple(found)
+
+    async def latest(
+        self, *, received_since: float, per_device: int, devices: Collection[str] | None = None
+    ) -> LatestResults:
         """See ``ResultStore.latest``."""
         self._check_open()
         kept: list[LatestResult] = []
@@ -207,7 +234,7 @@ class MemoryResultStore:
             self._latest.items(), key=lambda item: (item[0][0], -item[1].position.arrival)
         ):
             device_id = key[0]
-            if stored.received_at < received_since:
+            if stored.received_at < received_since or (devices is not None and device_id not in devices):
                 continue
             counts[device_id] += 1
             if counts[device_id] <= per_device:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import queue
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,11 @@ from boardbench.collector.errors import (
     StoreUnavailable,
 )
 from boardbench.collector.store import (
+    Arrival,
     DeviceRecord,
     LatestResult,
     LatestResults,
+    News,
     Outcomes,
     Places,
     Position,
@@ -509,22 +512,65 @@ class SqliteResultStore:
 
         return await self._read(read)
 
-    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+    async def news(self, after: int) -> News:
+        """See ``ResultStore.news``."""
+
+        def read(db: sqlite3.Connection) -> News:
+            # In one transaction, so that no board is missing whose result the position counts.
+            db.execute("BEGIN")
+            try:
+                (position,) = db.execute("SELECT COALESCE(MAX(arrival), 0) FROM results").fetchone()
+                found = db.execute("SELECT DISTINCT device_id FROM results WHERE arrival > ?", (after,))
+                return News(position, frozenset(device_id for (device_id,) in found))
+            finally:
+                db.execute("COMMIT")
+
+        return await self._read(read)
+
+    async def arrivals(self, after: int, *, limit: int, max_bytes: int) -> tuple[Arrival, ...]:
+        """See ``ResultStore.arrivals``."""
+        check_limit(limit)
+
+        def read(db: sqlite3.Connection) -> tuple[Arrival, ...]:
+            found: list[Arrival] = []
+            size = 0
+            rows = db.execute(
+                "SELECT arrival, device_id, received, summary, detail FROM results WHERE arrival > ?"
+                " ORDER BY arrival LIMIT ?",
+                (after, limit),
+            )
+            with contextlib.closing(rows):
+                for arrival, device_id, received, summary, detail in rows:
+                    size += len(summary) + len(detail)
+                    if found and size > max_bytes:
+                        break
+                    result = result_pb2.RunResult.FromString(summary + detail)
+                    found.append(Arrival(arrival, device_id, received, result))
+            return tuple(found)
+
+        return await self._read(read)
+
+    async def latest(
+        self, *, received_since: float, per_device: int, devices: Collection[str] | None = None
+    ) -> LatestResults:
         """See ``ResultStore.latest``."""
+        # As JSON: the number of parameters is bounded, the length of one is not.
+        only = None if devices is None else json.dumps(list(devices))
 
         def read(db: sqlite3.Connection) -> LatestResults:
             kept: list[LatestResult] = []
             left_out: dict[str, int] = {}
+            chosen = " AND n.device_id IN (SELECT value FROM json_each(?))" if only is not None else ""
             for device_id, received, summary, place, count, drifts in db.execute(
                 "SELECT s.device_id, r.received, r.summary, s.place, s.count, s.drifts FROM ("
                 " SELECT n.device_id, n.arrival,"
                 " CASE WHEN n.places IS NULL THEN NULL ELSE n.drifts END AS drifts,"
                 " ROW_NUMBER() OVER (PARTITION BY n.device_id ORDER BY n.arrival DESC) AS place,"
                 " COUNT(*) OVER (PARTITION BY n.device_id) AS count"
-                " FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= ?"
+                f" FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= ?{chosen}"
                 ") s JOIN results r ON r.arrival = s.arrival WHERE s.place <= ?"
                 " ORDER BY s.device_id, s.place",
-                (received_since, per_device),
+                (received_since, *(() if only is None else (only,)), per_device),
             ):
                 if place == 1 and count > per_device:
                     left_out[device_id] = count - per_device
