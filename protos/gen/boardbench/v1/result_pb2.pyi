@@ -336,6 +336,7 @@ class RunResult(google.protobuf.message.Message):
     COMPARISONS_FIELD_NUMBER: builtins.int
     CACHES_FIELD_NUMBER: builtins.int
     TRANSFERS_FIELD_NUMBER: builtins.int
+    OUTPUT_VALUES_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Identity of the run, unique over all boards."""
     status: Global___RunStatus.ValueType
@@ -472,6 +473,12 @@ class RunResult(google.protobuf.message.Message):
     def transfers(self) -> Global___Transfers:
         """Where the time of an inference goes on an accelerator with memory of its own; absent when not known."""
 
+    @property
+    def output_values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OutputValues]:
+        """Values of the outputs of the first inference, as many as spec.output_values asked for; an output that
+        holds text, or a value that is not finite, is left out.
+        """
+
     def __init__(
         self,
         *,
@@ -511,9 +518,10 @@ class RunResult(google.protobuf.message.Message):
         comparisons: collections.abc.Iterable[Global___Comparison] | None = ...,
         caches: collections.abc.Iterable[Global___Cache] | None = ...,
         transfers: Global___Transfers | None = ...,
+        output_values: collections.abc.Iterable[Global___OutputValues] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "placement", b"placement", "processes", b"processes", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "started_at", b"started_at", "stopping", b"stopping", "telemetry", b"telemetry", "transfers", b"transfers", "warm_up", b"warm_up"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "caches", b"caches", "comparisons", b"comparisons", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "transfers", b"transfers", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_create_seconds", b"_create_seconds", "_first_inference_seconds", b"_first_inference_seconds", "_import_seconds", b"_import_seconds", "accelerator", b"accelerator", "board", b"board", "caches", b"caches", "comparisons", b"comparisons", "create_seconds", b"create_seconds", "created_at", b"created_at", "effective_spec", b"effective_spec", "energy", b"energy", "environment", b"environment", "error", b"error", "finished_at", b"finished_at", "first_inference_seconds", b"first_inference_seconds", "import_seconds", b"import_seconds", "input_data", b"input_data", "inputs", b"inputs", "interference", b"interference", "latency", b"latency", "memory", b"memory", "model", b"model", "output_sha256", b"output_sha256", "output_values", b"output_values", "outputs", b"outputs", "placement", b"placement", "processes", b"processes", "run_id", b"run_id", "runtime", b"runtime", "scenario", b"scenario", "spec", b"spec", "standins", b"standins", "started_at", b"started_at", "status", b"status", "stopping", b"stopping", "telemetry", b"telemetry", "transfers", b"transfers", "validity", b"validity", "warm_up", b"warm_up", "warnings", b"warnings"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_create_seconds", b"_create_seconds"]) -> typing.Literal["create_seconds"] | None: ...
     @typing.overload
@@ -522,6 +530,42 @@ class RunResult(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_import_seconds", b"_import_seconds"]) -> typing.Literal["import_seconds"] | None: ...
 
 Global___RunResult: typing_extensions.TypeAlias = RunResult
+
+@typing.final
+class OutputValues(google.protobuf.message.Message):
+    """Values of one output, to be compared with those of another engine."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of the output."""
+    dtype: builtins.str
+    """Type of its elements as NumPy names it."""
+    count: builtins.int
+    """Elements that it has."""
+    step: builtins.int
+    """Every so many elements one is here, from the first on in the order of memory; 1: all are."""
+    @property
+    def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """These elements."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        dtype: builtins.str = ...,
+        count: builtins.int = ...,
+        step: builtins.int = ...,
+        values: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "dtype", b"dtype", "name", b"name", "step", b"step", "values", b"values"]) -> None: ...
+
+Global___OutputValues: typing_extensions.TypeAlias = OutputValues
 
 @typing.final
 class Cache(google.protobuf.message.Message):
@@ -1144,6 +1188,7 @@ class BenchmarkSpec(google.protobuf.message.Message):
     COMPUTE_PRECISION_FIELD_NUMBER: builtins.int
     POWER_MODE_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
+    OUTPUT_VALUES_FIELD_NUMBER: builtins.int
     runtime: builtins.str
     """Runtime to use; empty: the board's default for the format."""
     device: builtins.str
@@ -1198,6 +1243,10 @@ class BenchmarkSpec(google.protobuf.message.Message):
     """Power mode of the board for the time of the run, as the board names it; empty: as it is."""
     cache: Global___CacheUse.ValueType
     """What the engine may keep from one load to the next; an engine that keeps nothing takes only the default."""
+    output_values: builtins.int
+    """Elements of all outputs together that the result holds, at most 65536; absent or 0: none, only their
+    digests.
+    """
     @property
     def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Engine options; one that the engine does not know is an error."""
@@ -1256,9 +1305,10 @@ class BenchmarkSpec(google.protobuf.message.Message):
         compute_precision: builtins.str = ...,
         power_mode: builtins.str = ...,
         cache: Global___CacheUse.ValueType = ...,
+        output_values: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "cache", b"cache", "compute_precision", b"compute_precision", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "cpu_affinity", b"cpu_affinity", "device", b"device", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "power_mode", b"power_mode", "precision", b"precision", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "runtime", b"runtime", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "tune", b"tune", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_output_values", b"_output_values", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "max_runs", b"max_runs", "min_runs", b"min_runs", "output_values", b"output_values", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_cool_down_celsius", b"_cool_down_celsius", "_cool_down_seconds", b"_cool_down_seconds", "_duration_seconds", b"_duration_seconds", "_idle_seconds", b"_idle_seconds", "_max_runs", b"_max_runs", "_min_runs", b"_min_runs", "_output_values", b"_output_values", "_precision_seconds", b"_precision_seconds", "_processes", b"_processes", "_profile_runs", b"_profile_runs", "_sample_hertz", b"_sample_hertz", "_seed", b"_seed", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "_warm_up_runs", b"_warm_up_runs", "_warm_up_seconds", b"_warm_up_seconds", "allow_fallback", b"allow_fallback", "cache", b"cache", "compute_precision", b"compute_precision", "confidence", b"confidence", "cool_down_celsius", b"cool_down_celsius", "cool_down_seconds", b"cool_down_seconds", "cpu_affinity", b"cpu_affinity", "device", b"device", "duration_seconds", b"duration_seconds", "group", b"group", "idle_seconds", b"idle_seconds", "inputs_sha256", b"inputs_sha256", "max_runs", b"max_runs", "min_runs", b"min_runs", "options", b"options", "output_values", b"output_values", "power_mode", b"power_mode", "precision", b"precision", "precision_seconds", b"precision_seconds", "processes", b"processes", "profile_runs", b"profile_runs", "runtime", b"runtime", "sample_hertz", b"sample_hertz", "scenario", b"scenario", "seed", b"seed", "shapes", b"shapes", "strict", b"strict", "threads", b"threads", "timeout_seconds", b"timeout_seconds", "tune", b"tune", "warm_up_runs", b"warm_up_runs", "warm_up_seconds", b"warm_up_seconds"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_confidence", b"_confidence"]) -> typing.Literal["confidence"] | None: ...
     @typing.overload
@@ -1273,6 +1323,8 @@ class BenchmarkSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_max_runs", b"_max_runs"]) -> typing.Literal["max_runs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_runs", b"_min_runs"]) -> typing.Literal["min_runs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_output_values", b"_output_values"]) -> typing.Literal["output_values"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_precision_seconds", b"_precision_seconds"]) -> typing.Literal["precision_seconds"] | None: ...
     @typing.overload
