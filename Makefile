@@ -40,7 +40,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.demo
 demo: $(VENV)/.demo  ## Run the main job here: collector, agent, two models, results, metrics
 	$(BIN)/boardbench demo $(DEMO_ARGS)
 
-test: lint $(SYSTEM)/.prometheus .cache/engines/.made  ## Install what the tests need and run them
+test: lint $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.made  ## Install what the tests need and run them
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m 'not soak' $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Style, types, import rules, the wire
@@ -55,6 +55,11 @@ lint: $(VENV)/.dev  ## Style, types, import rules, the wire
 $(SYSTEM)/.prometheus:
 	@mkdir -p $(SYSTEM)
 	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter
+	@touch $@
+
+$(SYSTEM)/.postgres:
+	@mkdir -p $(SYSTEM)
+	@tests/unpack_postgres.sh $(SYSTEM)
 	@touch $@
 
 .cache/engines/.made: tests/engine_venvs.sh | $(BIN)/python
@@ -90,11 +95,11 @@ docs: $(VENV)/.demo  ## Build the documentation into site/
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build -W -q -b html docs site
 
-bench: $(VENV)/.dev $(SYSTEM)/.prometheus  ## Measure boardbench against other tools (half an hour; wants a calm machine)
+bench: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres  ## Measure boardbench against other tools (half an hour; wants a calm machine)
 	@$(BIN)/python -m pip install -q --group bench
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python benchmarks/all.py $(BENCH_ARGS)
 
-soak: $(VENV)/.dev $(SYSTEM)/.prometheus .cache/engines/.made  ## The long tests
+soak: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.made  ## The long tests
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
 build: $(BIN)/python  ## Build the wheel and the source distribution into dist/

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,16 +20,21 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
+import psycopg
 import pytest
 
 from boardbench.collector.config import Address, CollectorConfig
 from boardbench.collector.serve import Listening, running
 from boardbench.collector.store import ResultStore
 from boardbench.collector.stores.memory import MemoryResultStore
+from boardbench.collector.stores.postgres import PostgresResultStore
 from boardbench.collector.stores.sqlite import SqliteResultStore
 from boardbench.v1 import board_pb2, collector_pb2, collector_pb2_grpc, placement_pb2, result_pb2
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 DEADLINE_SECONDS = 30.0
 """Nothing here takes a second; a loaded machine may make it several."""
@@ -275,12 +284,151 @@ def local_config(tmp_path: Path) -> CollectorConfig:
     )
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+_NOBODY = 65534
+"""Users that no system lacks; PostgreSQL refuses to run as root."""
+
+
+class PostgresServer:
+    """A PostgreSQL server of our own: its own folder, a free port, its ordinary durability."""
+
+    def __init__(self, bin_: Path, libraries: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="boardbench-postgres-"))
+        self._bin, self._numbers = bin_, itertools.count(1)
+        self._environment = {
+            "PATH": os.environ["PATH"],
+            "LC_ALL": "C.UTF-8",
+            "LD_LIBRARY_PATH": libraries,
+        }
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            os.chown(self.folder, _NOBODY, _NOBODY)
+            self._as = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+        initdb = ("initdb", "-D", "data", "-U", "tester", "--auth", "trust", "--no-sync", "-E", "UTF8")
+        made = self.run(*initdb)
+        if made.returncode:
+            pytest.fail(f"initdb: {made.stdout}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs one of the server's programs to its end."""
+        return subprocess.run(
+            [str(self._bin / program), *arguments],
+            cwd=self.folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=60,
+            **self._as,
+        )
+
+    def start(self) -> None:
+        """Starts it and returns once it answers."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(str(self._bin / "postgres"), "-D", "data", "-k", str(self.folder)),
+                    *("-h", "127.0.0.1", "-p", str(self.port), "-c", "shared_buffers=32MB"),
+                ],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **self._as,
+            )
+        wait_until(self._answers, "PostgreSQL answers")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            pytest.fail(f"PostgreSQL ended: {(self.folder / 'log').read_text()}")
+        with contextlib.suppress(psycopg.OperationalError):
+            psycopg.connect(self.url("postgres")).close()
+            return True
+        return False
+
+    def kill(self) -> None:
+        """Ends all of it at once, as a crash would."""
+        assert self._process is not None
+        # Its children notice that it is gone, and end; the new one waits for the last of them.
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+
+    def stop(self) -> None:
+        """Ends it in its own time, for good."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(DEADLINE_SECONDS)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, database: str) -> str:
+        """Returns the address of a database."""
+        return f"postgresql://tester@127.0.0.1:{self.port}/{database}"
+
+    def new_database(self) -> str:
+        """Returns the address of a database that nobody has used."""
+        name = f"test_{next(self._numbers)}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as db:
+            db.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+
+def _postgres_programs() -> tuple[Path, str] | None:
+    """Returns the folder of a PostgreSQL server's programs and that of its libraries, the newest first."""
+    unpacked = REPOSITORY / ".cache" / "system" / "usr"
+    for root in (Path("/usr"), unpacked):
+        libraries = ":".join(map(str, root.glob("lib/*-linux-*"))) if root == unpacked else ""
+        found = sorted(root.glob("lib/postgresql/*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+        if found:
+            return found[-1].parent, libraries
+    initdb = shutil.which("initdb")
+    return (Path(initdb).resolve().parent, "") if initdb else None
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A real PostgreSQL; skips, saying so, where there is none."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server here; `make test` unpacks Debian's")
+    server = PostgresServer(*programs)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """A fresh database."""
+    return postgres_server.new_database()
+
+
+@pytest.fixture
+def own_postgres_server() -> Iterator[PostgresServer]:
+    """A server that a test may kill."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server here; `make test` unpacks Debian's")
+    server = PostgresServer(*programs)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 async def store(request: pytest.FixtureRequest, local_config: CollectorConfig) -> AsyncIterator[ResultStore]:
     """Every kind of store, one after the other; a new kind is added here."""
     opened: ResultStore
     if request.param == "memory":
         opened = MemoryResultStore(max_result_bytes=100_000)
+    elif request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+        opened = await PostgresResultStore.open(url, max_result_bytes=100_000)
     else:
         opened = await SqliteResultStore.open(local_config.store_path, max_result_bytes=100_000)
     yield opened

@@ -1,0 +1,160 @@
+"""One thread that writes: what arrives within a short window becomes one commit.
+
+A commit costs an fsync, and with a server a way there and back, however much is in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from boardbench.collector.errors import CollectorError, StoreUnavailable
+from boardbench.collector.store import Places
+
+_T = TypeVar("_T")
+_Connection = TypeVar("_Connection")
+
+_BATCH_ENTRIES = 4096
+"""A commit takes no more than this, so that the first record in it is not kept waiting by the last."""
+
+_BATCH_BYTES = 32 * 1024 * 1024
+"""The same in bytes: a batch is held in memory twice, here and on its way to the database."""
+
+
+@dataclass(frozen=True)
+class Append:
+    """A result on its way to the writer."""
+
+    future: asyncio.Future[bool]
+    device_id: str
+    spool_id: str
+    sequence: int
+    after: int
+    row: tuple[Any, ...]
+    series: str | None
+    """None: not a measurement that a graph could show."""
+    places: Places | None
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Call(Generic[_Connection]):
+    """Anything else that writes."""
+
+    future: asyncio.Future[Any]
+    function: Callable[[_Connection], Any]
+    size_bytes: int = 0
+
+
+@dataclass
+class Track:
+    """What a batch adds to one series."""
+
+    arrival: int
+    places: Places | None
+    """The last that are known, those of before the batch included."""
+    drifts: int
+
+
+class Gatherer(Generic[_Connection]):
+    """Takes entries from the loop, and hands batches of them to ``commit`` in a thread of its own.
+
+    ``commit`` returns what to tell each entry, an exception included, or raises when nothing was stored;
+    ``told`` puts what it raised into the collector's words.
+    """
+
+    def __init__(
+        self,
+        commit: Callable[[Sequence[Append | Call[_Connection]]], list[Any]],
+        told: Callable[[BaseException], CollectorError],
+        *,
+        name: str,
+        window_seconds: float,
+    ) -> None:
+        self._commit = commit
+        self._told = told
+        self._name = name
+        self._window_seconds = window_seconds
+        self._loop = asyncio.get_running_loop()
+        self._entries: queue.SimpleQueue[Append | Call[_Connection] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="store-write", daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._closed
+
+    def put(self, entry: Append | Call[_Connection]) -> None:
+        """Takes an entry; its future tells what became of it."""
+        if self._closed:
+            entry.future.set_exception(StoreUnavailable(f"the store {self._name} is closed"))
+        else:
+            self._entries.put(entry)
+
+    async def call(self, function: Callable[[_Connection], _T]) -> _T:
+        """Returns what the function returned, once its writes are committed with their batch."""
+        future: asyncio.Future[_T] = self._loop.create_future()
+        self.put(Call(future, function))
+        return await future
+
+    def close(self) -> None:
+        """Takes nothing more; what was taken is still committed. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._entries.put(None)
+
+    def join(self) -> None:
+        """Returns once everything that was taken is dealt with; not for the loop's thread."""
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            batch, last = self._gather()
+            if batch:
+                try:
+                    outcomes = self._commit(batch)
+                except BaseException as error:
+                    outcomes = [self._told(error)] * len(batch)
+                # The loop may be gone when the process is ending: then nobody waits for the answer.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(_tell, batch, outcomes)
+            if last:
+                return
+
+    def _gather(self) -> tuple[list[Append | Call[_Connection]], bool]:
+        """Returns the next batch in the order of arrival, and whether it is the last one."""
+        first = self._entries.get()
+        if first is None:
+            return [], True
+        batch, size = [first], first.size_bytes
+        if self._window_seconds > 0:
+            time.sleep(self._window_seconds)
+        while len(batch) < _BATCH_ENTRIES and size < _BATCH_BYTES:
+            try:
+                entry = self._entries.get_nowait()
+            except queue.Empty:
+                break
+            if entry is None:
+                return batch, True
+            batch.append(entry)
+            size += entry.size_bytes
+        return batch, False
+
+
+def _tell(batch: Sequence[Append | Call[Any]], outcomes: Sequence[Any]) -> None:
+    """Completes the futures of a batch; runs in the loop. Whoever has gone away is not told."""
+    for entry, outcome in zip(batch, outcomes, strict=True):
+        if entry.future.done():
+            continue
+        if isinstance(outcome, BaseException):
+            entry.future.set_exception(outcome)
+        else:
+            entry.future.set_result(outcome)
