@@ -14,13 +14,13 @@ import tools
 import upload
 from report import run
 
+ALL = (overhead, tools, precision, sensors, upload, first_inference, idle, inspecting)
+
 if __name__ == "__main__":
     sys.exit(
         run(
-            [
-                (each.measure, each.add_arguments)
-                for each in (overhead, tools, precision, sensors, upload, first_inference, idle, inspecting)
-            ],
+            [(each.measure, each.add_arguments) for each in ALL],
             __doc__,
+            section=[each.__name__ for each in ALL],
         )
     )

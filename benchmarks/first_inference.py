@@ -149,4 +149,4 @@ def run_of(client: AgentClient, process: subprocess.Popen[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_benchmarks([(measure, add_arguments)], __doc__))
+    sys.exit(run_benchmarks([(measure, add_arguments)], __doc__, section="first_inference"))

@@ -135,4 +135,4 @@ def _up(http_port: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run([(measure, add_arguments)], __doc__))
+    sys.exit(run([(measure, add_arguments)], __doc__, section="idle"))

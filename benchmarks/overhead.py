@@ -169,4 +169,4 @@ def output(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run([(measure, add_arguments)], __doc__))
+    sys.exit(run([(measure, add_arguments)], __doc__, section="overhead"))

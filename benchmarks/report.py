@@ -101,7 +101,16 @@ def machine() -> dict[str, Any]:
         platform.processor() or platform.machine(),
     )
     installed = {each.name: each.version for each in metadata.distributions()}
-    names = ("boardbench", "ai-edge-litert", "onnxruntime", "numpy", "grpcio", "protobuf")
+    names = (
+        "boardbench",
+        "ai-edge-litert",
+        "onnxruntime",
+        "openvino",
+        "mlcommons-loadgen",
+        "numpy",
+        "grpcio",
+        "protobuf",
+    )
     packages = {name: installed.get(name) for name in names}
     return {
         "cpu": cpu,
@@ -118,12 +127,12 @@ def run(
     benchmarks: Sequence[tuple[Measure, Callable[[argparse.ArgumentParser], None]]],
     description: str,
     *,
-    section: str = "figures",
+    section: str | Sequence[str],
 ) -> int:
     """Parses the command line, measures, prints; 0 when every check holds, else 1.
 
     ``section`` is the part of README.md that ``--readme`` replaces: from ``<!-- SECTION: …`` to
-    ``<!-- end of SECTION -->``.
+    ``<!-- end of SECTION -->``; one for all benchmarks, or one for each.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
@@ -142,8 +151,11 @@ def run(
     if arguments.json:
         found = {"machine": before, "reports": [report.json() for report in reports]}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    if arguments.readme:
+    if arguments.readme and isinstance(section, str):
         _write_readme(before, reports, section)
+    elif arguments.readme:
+        for each, report in zip(section, reports, strict=True):
+            _write_readme(before, [report], each)
     return 0 if all(check.holds for report in reports for check in report.checks) else 1
 
 

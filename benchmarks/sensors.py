@@ -139,4 +139,4 @@ def bounds(values: list[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run([(measure, add_arguments)], __doc__))
+    sys.exit(run([(measure, add_arguments)], __doc__, section="sensors"))

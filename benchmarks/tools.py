@@ -29,6 +29,8 @@ from overhead import output, percentile
 from programs import program
 from report import MODELS, Check, Report, note, run
 
+from boardbench.agent.bench import stats
+
 WARM_UP_SECONDS = 0.5
 # A tenth of the tools' spread is noise; below this the ratio of p99s of so few samples says nothing.
 LEAST_RUNS, MOST_RUNS = 100, 2000
@@ -156,7 +158,13 @@ class Subject:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tools")
-    group.add_argument("--tool-rounds", type=int, default=8, help="rounds of every tool (default 8)")
+    group.add_argument("--tool-rounds", type=int, default=8, help="least rounds of every tool (default 8)")
+    group.add_argument(
+        "--tool-most-rounds",
+        type=int,
+        default=20,
+        help="rounds of a model whose ratios are not known to 1 %% by then (default 20)",
+    )
     group.add_argument("--tool-seconds", type=float, default=1.5, help="seconds counted, about (default 1.5)")
     group.add_argument("--engine", action="append", choices=sorted(ENGINES), help="only this one; repeatable")
 
@@ -178,19 +186,22 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> Report:
     for subject in subjects:
         tools = _tools(subject.engine)
         found: dict[str, list[dict[float, float]]] = {name: [] for name in tools}
-        for number in range(arguments.tool_rounds):
+        for number in range(max(arguments.tool_rounds, arguments.tool_most_rounds)):
+            if number >= arguments.tool_rounds and _is_settled(found):
+                break
             for name in order.sample(sorted(tools), len(tools)):
                 found[name].append(tools[name](subject, folder))
-            note(f"tools: {subject.engine} {subject.model.name}: {number + 1} of {arguments.tool_rounds}")
+            note(f"tools: {subject.engine} {subject.model.name}: round {number + 1}")
         rows += _rows(subject, found)
         checks += _checks(subject, found)
         details[f"{subject.engine} {subject.model.name}"] = found
     return Report(
         "beside other tools",
-        f"one thread, {WARM_UP_SECONDS} s of warm-up, {arguments.tool_rounds} rounds, each in a fresh "
-        "process; times in ms (median of rounds), ratios of the medians to the bare loop of the same round "
-        "(median; least … greatest)",
-        ("", "n", "p50 ms", "ratio", "range", "p90 ms", "p99 ms"),
+        f"one thread, {WARM_UP_SECONDS} s of warm-up, at least {arguments.tool_rounds} rounds, each in a "
+        "fresh process; n: inferences of each; times in ms (median of rounds); ratios of the medians to the "
+        "bare loop of the same round: their median with its bounds at 95 %. A check asks what these bounds "
+        "say at least: rounds differ among themselves by more than any of the programs",
+        ("", "rounds", "n", "p50 ms", "ratio", "bounds", "p90 ms", "p99 ms"),
         rows,
         checks,
         details,
@@ -204,10 +215,11 @@ def _rows(subject: Subject, found: dict[str, list[dict[float, float]]]) -> list[
         rows.append(
             [
                 f"{subject.engine}, {subject.model.stem}: {name}",
+                len(rounds),
                 subject.runs,
                 _median(rounds, 50) * 1e3,
                 f"{statistics.median(against):.4f}",
-                f"{min(against):.3f} … {max(against):.3f}",
+                "{:.4f} … {:.4f}".format(*_bounds(against)),
                 *(_median(rounds, p) * 1e3 if any(p in each for each in rounds) else "" for p in (90, 99)),
             ]
         )
@@ -216,28 +228,22 @@ def _rows(subject: Subject, found: dict[str, list[dict[float, float]]]) -> list[
 
 def _checks(subject: Subject, found: dict[str, list[dict[float, float]]]) -> list[Check]:
     about = f"{subject.engine}, {subject.model.stem}"
-    checks = [
-        Check(
-            f"{about}: median against the bare loop, difference",
-            abs(statistics.median(_against(found, "boardbench", "bare loop")) - 1) * 100,
-            1,
-            "%",
-        )
-    ]
+    ours = _against(found, "boardbench", "bare loop")
+    checks = [Check(f"{about}: median against the bare loop, differs at least", _apart(ours) * 100, 1, "%")]
     for name in found:
         if name in ("bare loop", "boardbench") or name.endswith("internal counter"):
             continue
-        ratio = statistics.median(_against(found, "boardbench", name))
+        ratios = _against(found, "boardbench", name)
         if _median(found["bare loop"], 50) >= LONG_SECONDS:
-            what = f"{about}: median against {name}, difference"
-            checks.append(Check(what, abs(ratio - 1) * 100, 1, "%"))
+            what = f"{about}: median against {name}, differs at least"
+            checks.append(Check(what, _apart(ratios) * 100, 1, "%"))
         else:
-            # The ratio of two medians of rounds is itself uncertain by a few tenths of a percent.
-            checks.append(Check(f"{about}: median against {name}, ratio", ratio, 1.005, "times"))
+            what = f"{about}: median against {name}, ratio at least"
+            checks.append(Check(what, _bounds(ratios)[0], 1, "times"))
         theirs = [each[99] for each in found[name] if 99 in each]
         if theirs:
-            ours = _median(found["boardbench"], 99)
-            outside = max(0.0, min(theirs) / ours - 1, ours / max(theirs) - 1)
+            tail = _median(found["boardbench"], 99)
+            outside = max(0.0, min(theirs) / tail - 1, tail / max(theirs) - 1)
             checks.append(
                 Check(f"{about}: p99 outside {name}'s own spread from run to run", outside * 100, 0, "%")
             )
@@ -246,6 +252,25 @@ def _checks(subject: Subject, found: dict[str, list[dict[float, float]]]) -> lis
 
 def _against(found: dict[str, list[dict[float, float]]], name: str, other: str) -> list[float]:
     return [mine[50] / theirs[50] for mine, theirs in zip(found[name], found[other], strict=True)]
+
+
+def _bounds(ratios: list[float]) -> tuple[float, float]:
+    """Bounds of the median of what the ratios are drawn from, at 95 %; the extremes of fewer than six."""
+    ordered = sorted(ratios)
+    low, high = stats.bounds("50", len(ordered), 0.95) or (1, len(ordered))
+    return ordered[low - 1], ordered[high - 1]
+
+
+def _apart(ratios: list[float]) -> float:
+    """How far from 1 the median of the ratios is at least."""
+    low, high = _bounds(ratios)
+    return max(0.0, low - 1, 1 - high)
+
+
+def _is_settled(found: dict[str, list[dict[float, float]]]) -> bool:
+    """Whether the ratio to the bare loop is known to half a percent."""
+    low, high = _bounds(_against(found, "boardbench", "bare loop"))
+    return high - low <= 0.01
 
 
 def _median(rounds: list[dict[float, float]], p: float) -> float:
@@ -411,4 +436,4 @@ def _boardbench(subject: Subject, folder: Path) -> dict[float, float]:  # noqa: 
 
 
 if __name__ == "__main__":
-    sys.exit(run([(measure, add_arguments)], __doc__))
+    sys.exit(run([(measure, add_arguments)], __doc__, section="tools"))

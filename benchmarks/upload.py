@@ -132,4 +132,4 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run([(measure, add_arguments)], __doc__))
+    sys.exit(run([(measure, add_arguments)], __doc__, section="upload"))
