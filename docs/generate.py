@@ -183,6 +183,7 @@ _TABLES = {
     "AgentConfig": "",
     "StoreConfig": "store",
     "SpoolConfig": "spool",
+    "JobsConfig": "jobs",
     "RunsConfig": "runs",
     "DeadlinesConfig": "deadlines",
     "SpecConfig": "spec",

@@ -75,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run | doctor")
 
     serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
-    serve.add_argument("--listen", metavar="HOST:PORT", help="where to listen (127.0.0.1:7341); port 0: any")
+    serve.add_argument(
+        "--listen", metavar="HOST:PORT", help="where to listen (127.0.0.1:7341); port 0: any; empty: nowhere"
+    )
     serve.add_argument("--collector", metavar="HOST:PORT", help="where to report results")
     serve.add_argument("--address", metavar="HOST:PORT", help="where others reach this agent")
     serve.add_argument(
@@ -234,9 +236,11 @@ def _serve(options: argparse.Namespace, config: AgentConfig) -> int:
     from boardbench.agent.serve import serve
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(
-        serve(config, port_file=options.port_file, ready=lambda address: _say(f"listening on {address}"))
-    )
+
+    def ready(address: str) -> None:
+        _say(f"listening on {address}" if address else f"working for {config.collector} alone")
+
+    asyncio.run(serve(config, port_file=options.port_file, ready=ready))
     return _DONE
 
 

@@ -48,6 +48,21 @@ class SpoolConfig:
     limit_bytes: int = 64 * _MIB
     # Share of what is free on the file system: the spool must not be what fills up the card.
     free_share: float = 0.1
+    # Results that the collector has stay here, too, so that one that was set back to an old backup gets them
+    # again: a day's, at a thousand usual ones.
+    kept_bytes: int = 16 * _MIB
+    # And no longer than backups are apart.
+    kept_days: float = 14.0
+
+
+@dataclass(frozen=True)
+class JobsConfig:
+    """Runs that the collector hands out."""
+
+    # Whether the board takes them.
+    take: bool = True
+    # That it has at most, waiting and running; beyond it they are given back.
+    open_limit: int = 8
 
 
 @dataclass(frozen=True)
@@ -254,7 +269,8 @@ class RuntimeConfig:
 class AgentConfig:
     """Everything that can be configured."""
 
-    # Only this board, until somebody opens it: there is no authentication on this port yet.
+    # Only this board, until somebody opens it: there is no authentication on this port yet. Empty: nowhere;
+    # the board then works for its collector alone.
     listen: str = "127.0.0.1:7341"
     # Models, inputs, the spool and the journal of runs.
     data_dir: Path = field(default_factory=lambda: default_data_dir(os.environ))
@@ -270,6 +286,7 @@ class AgentConfig:
     sys_root: Path = Path("/")
     store: StoreConfig = field(default_factory=StoreConfig)
     spool: SpoolConfig = field(default_factory=SpoolConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
     runs: RunsConfig = field(default_factory=RunsConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)
@@ -279,8 +296,7 @@ class AgentConfig:
     runtimes: Mapping[str, RuntimeConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parse_address(self.listen, "listen")
-        for key in ("collector", "address"):
+        for key in ("listen", "collector", "address"):
             if getattr(self, key):
                 parse_address(getattr(self, key), key)
         _check_text("device_id", self.device_id)
@@ -454,6 +470,13 @@ def _parse_path(value: object) -> Path:
     return Path(value).expanduser()
 
 
+def _parse_switch(value: object) -> bool:
+    word = str(value).lower()
+    if word not in _SWITCH or not isinstance(value, (bool, str)):
+        raise ValueError
+    return _SWITCH[word]
+
+
 def _parse_whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)) or int(value) < 0:
         raise ValueError
@@ -469,15 +492,20 @@ def _parse_number(value: object) -> float:
     return number
 
 
+# Variables and flags are text.
+_SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
 _PARSERS: dict[Any, Callable[[object], object]] = {
     str: _parse_text,
     Path: _parse_path,
+    bool: _parse_switch,
     int: _parse_whole,
     float: _parse_number,
 }
 _NOUNS = {
     str: "text",
     Path: "a path",
+    bool: "true or false",
     int: "a whole number, 0 or more",
     float: "a number, 0 or more",
 }

@@ -47,7 +47,7 @@ from boardbench.agent.receive import FileKind, ModelStore, StoredFile
 from boardbench.agent.run import stage_name
 from boardbench.agent.session import Session
 from boardbench.agent.spool import Spool
-from boardbench.v1 import agent_pb2, board_pb2, result_pb2
+from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
 
 if TYPE_CHECKING:
     # Loaded when a board is set up: few runs ask for it.
@@ -190,6 +190,15 @@ class Runs:
         """Number of runs that have ended in this life of the agent."""
         return self._finished
 
+    def knows(self, run_id: str) -> bool:
+        """Whether there is a run of this id."""
+        return run_id in self._runs
+
+    def has_ended(self, run_id: str) -> bool:
+        """Whether there is one, and it has ended."""
+        run = self._runs.get(run_id)
+        return run is not None and run.state == agent_pb2.RUN_STATE_ENDED
+
     def summaries(self) -> list[agent_pb2.RunSummary]:
         """Running first, then waiting in their order, then ended, the latest first."""
         ended = [run for run in self._runs.values() if run.state == agent_pb2.RUN_STATE_ENDED]
@@ -237,6 +246,12 @@ class Runs:
         asked = result_pb2.BenchmarkSpec()
         asked.CopyFrom(spec)
         return await self._to_its_end(self._submit(model_sha256, asked, run_id))
+
+    async def check(self, model: model_pb2.Model, spec: result_pb2.BenchmarkSpec) -> None:
+        """Raises InvalidRequest, NotRunnable when such a run is sure to be refused, before its files come."""
+        check_spec(spec)
+        if model.format:
+            await self._settle(Order("", model, spec, wire.timestamp(time.time_ns())))
 
     async def cancel(self, run_id: str) -> bool:
         """Ends a run; whether this call did. Returns when the run has ended. Raises RunNotFound."""
@@ -369,10 +384,11 @@ class Runs:
     async def _settle(self, order: Order) -> Plan:
         """What will be done. Looks again at what engines there are before it says that it can't be done."""
         defaults, thresholds = self._config.spec, self._config.validity.thresholds
+        more = self._engines.more_devices
         try:
-            return plan(order.model, order.spec, await self._engines.statuses(), defaults, thresholds)
+            return plan(order.model, order.spec, await self._engines.statuses(), defaults, thresholds, more)
         except NotRunnable:
-            return plan(order.model, order.spec, await self._engines.refresh(), defaults, thresholds)
+            return plan(order.model, order.spec, await self._engines.refresh(), defaults, thresholds, more)
 
     async def _on_disk(self, call: Callable[..., object], *arguments: object) -> None:
         try:

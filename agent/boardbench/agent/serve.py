@@ -19,11 +19,14 @@ from grpc_health.v1._async import HealthServicer
 
 from boardbench.agent import folder, footprint, wire
 from boardbench.agent.board.identify import derive_device_id, identify
+from boardbench.agent.board.rest import AtRest
 from boardbench.agent.board.tune import Tuner
 from boardbench.agent.config import AgentConfig, parse_address
 from boardbench.agent.drift import Placements
 from boardbench.agent.errors import ConfigurationError, StorageError
 from boardbench.agent.examine import Examiner
+from boardbench.agent.instance import instance_id
+from boardbench.agent.jobs import Jobs
 from boardbench.agent.journal import Journal
 from boardbench.agent.probe import Engines, Statuses
 from boardbench.agent.queue import Runs
@@ -56,14 +59,15 @@ async def serve(
 ) -> None:
     """Runs the agent until SIGTERM, SIGINT or ``stop``, then ends the run that is measured and returns.
 
-    ``ready`` is called once with the address that answers. Raises ConfigurationError, StorageError.
+    ``ready`` is called once with the address that answers, empty when none does. Raises ConfigurationError,
+    StorageError.
     """
     stop = stop or asyncio.Event()
     reasons: list[str] = []
     with _signals(stop, reasons):
         async with _running(config) as agent:
             with _written(port_file, agent.port):
-                ready(f"{parse_address(config.listen, 'listen')[0]}:{agent.port}")
+                ready(f"{parse_address(config.listen, 'listen')[0]}:{agent.port}" if agent.port else "")
                 await agent.work_until(stop)
                 await agent.stop(reasons[0] if reasons else "stopped")
 
@@ -153,12 +157,27 @@ class _Agent:
 @contextlib.asynccontextmanager
 async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
     """The agent, listening inside the context; leaving it ends everything that it started."""
+    if not (config.listen or config.collector):
+        raise ConfigurationError(
+            "listen is empty and there is no collector, so nobody could reach this agent: set one of them"
+        )
     data_dir = config.data_dir
     async with contextlib.AsyncExitStack() as stack:
         # First, because it makes sure that no other agent has the folder.
-        store = ModelStore(data_dir / "models", config.store.limit_bytes, config.store.free_floor_bytes)
+        store = ModelStore(
+            data_dir / "models",
+            config.store.limit_bytes,
+            config.store.free_floor_bytes,
+            marks=lambda: engines.marks(),
+        )
         stack.push_async_callback(store.close)
-        spool = Spool(data_dir / "spool", config.spool.limit_bytes, config.spool.free_share)
+        spool = Spool(
+            data_dir / "spool",
+            config.spool.limit_bytes,
+            config.spool.free_share,
+            kept_bytes=config.spool.kept_bytes if config.collector else 0,
+            kept_seconds=config.spool.kept_days * 86400,
+        )
         stack.callback(spool.close)
         device_id = config.device_id or derive_device_id(config.sys_root, data_dir)
 
@@ -224,12 +243,29 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         server.add_generic_rpc_handlers((_Reflection((SERVICE_NAME, health_name)),))
-        port = await _listen(server, config.listen)
-        stack.push_async_callback(server.stop, _FAREWELL_SECONDS)
+        port = 0
+        if config.listen:
+            port = await _listen(server, config.listen)
+            stack.push_async_callback(server.stop, _FAREWELL_SECONDS)
         for name in ("", SERVICE_NAME):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
         if config.collector:
+            jobs = Jobs(
+                config.jobs,
+                data_dir / "jobs",
+                collector=config.collector,
+                device_id=device_id,
+                store=store,
+                runs=runs,
+                spool=spool,
+            )
+            stack.push_async_callback(jobs.close)
+            rest = AtRest(config.sys_root, config.sensors.without_kinds)
+            stack.push_async_callback(rest.close)
+            await asyncio.to_thread(rest.look)
+            instance = await asyncio.to_thread(instance_id, data_dir, config.sys_root)
+            life = os.urandom(16).hex()
             link = CollectorLink(
                 config.collector,
                 spool,
@@ -237,12 +273,19 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                     board=describe_board(),
                     agent_version=version(),
                     runtimes=engines.known,
-                    address=config.address or _reachable(config.listen, port),
+                    address=config.address or (_reachable(config.listen, port) if port else ""),
+                    instance_id=instance,
+                    life_id=life,
+                    sensors=rest.kinds,
+                    takes_jobs=config.jobs.take,
                 ),
                 heartbeat=lambda: collector_pb2.Heartbeat(
                     running_run_id=runs.running_run_id, queued_runs=runs.waiting
                 ),
+                parties=(jobs, rest),
             )
+            jobs.speak = link.speak
+            jobs.recover()
         agent = _Agent(config, port, health, store, runs, engines, link)
         stack.push_async_callback(agent.close)
         yield agent
@@ -329,7 +372,8 @@ def _written(path: Path | None, port: int) -> Iterator[None]:
         return
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(json.dumps({"grpc": port}) + "\n")
+        # Without a port it says that the agent is up.
+        fresh.write_text(json.dumps({"grpc": port} if port else {}) + "\n")
         fresh.replace(path)
     except OSError as error:
         raise ConfigurationError(

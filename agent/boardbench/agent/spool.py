@@ -20,6 +20,9 @@ What makes it safe:
   they were written with.
 - The count of what is done is only a hint: what is sent again is stored once.
 
+What is acknowledged stays for a while, as far as there is room: a collector that was set back to a backup
+welcomes the agent with less than it once had, and gets the rest again.
+
 While the disk is full or fails, results go to a bounded ring in memory, and from there to the disk when
 it is back.
 """
@@ -31,6 +34,7 @@ import logging
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +52,8 @@ _RESERVED_AT_ONCE = 1 << 16
 _SEGMENT_SUFFIX = ".seg"
 _SEGMENT_MAGIC = b"BBSPOOL\x01"
 _HEADER = struct.Struct("<8s8s16s")
+# Each takes half a kilobyte of memory.
+_KEPT_RECORDS = 2048
 _RECORD = struct.Struct("<IIQH")
 _CRC = struct.Struct("<I")
 _STATE_MAGIC = b"BBSTATE\x01"
@@ -128,6 +134,8 @@ class _Segment:
     # Records whose current copy is here, and how many of them wait.
     sequences: list[int]
     waiting: int = 0
+    # Unix time.
+    written_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -159,12 +167,19 @@ class Spool:
         # Of what is free: the spool must not be what fills up the card.
         free_share: float = 0.1,
         *,
+        # Of what is acknowledged, and not longer than this.
+        kept_bytes: int = 0,
+        kept_seconds: float = 14 * 86400.0,
         # For when the disk is full: as much again as the rest of the agent at most.
         memory_limit_bytes: int = 8 * 1024 * 1024,
         segment_bytes: int = SEGMENT_BYTES,
         disk: Disk | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self._kept_bytes = kept_bytes
+        self._kept_seconds = kept_seconds
+        self._clock = clock
         self._root = root
         self._limit_bytes = limit_bytes
         self._free_share = free_share
@@ -245,6 +260,12 @@ class Spool:
         with self._lock:
             sequence = self._runs.get(run_id)
             return None if sequence is None else self._read(self._entries[sequence])
+
+    def waits(self, run_id: str) -> bool:
+        """Whether the run's result is here and the collector has not acknowledged it."""
+        with self._lock:
+            sequence = self._runs.get(run_id)
+            return sequence is not None and not self._entries[sequence].done
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Calls the listener after each append, in the appending thread; returns what ends that."""
@@ -327,30 +348,53 @@ class Spool:
         """
         with self._lock:
             if spool_id == self._spool_id and acknowledged >= self._unsent_from:
+                unsent = [self._entries[each] for each in self._waiting if each >= self._unsent_from]
                 try:
-                    self._renew()
+                    self._renew(
+                        unsent,
+                        spool_id,
+                        f"the collector has results of spool {spool_id} that were never sent from here",
+                    )
                 except OSError as error:
                     raise StorageError(
                         f"{self._root}: the spool can't take a new identity: {error}"
                     ) from error
             again = [
-                entry.sequence
+                entry
                 for entry in self._entries.values()
                 if entry.done and entry.spool_id == spool_id and entry.sequence > acknowledged
             ]
-            for sequence in again:
-                entry = self._entries[sequence]
-                entry.done = False
-                if entry.segment is not None:
-                    entry.segment.waiting += 1
-                bisect.insort(self._waiting, sequence)
             if again:
+                # It was set back, so it may lack what came under earlier identities, too.
+                again += [
+                    entry for entry in self._entries.values() if entry.done and entry.spool_id != spool_id
+                ]
+                self._want_again(again)
+                self._save()
                 _log.warning(
                     "the collector has results up to %d only; %d that are still here are sent again",
                     acknowledged,
                     len(again),
                 )
             self.acknowledge(spool_id, acknowledged)
+
+    def renew(self, spool_id: str, sequence: int) -> None:
+        """Takes a new identity for this one, and everything from the sequence on goes out under it.
+
+        Raises StorageError when the disk does not let it: then nothing may be sent.
+        """
+        with self._lock:
+            moved = [
+                entry
+                for _, entry in sorted(self._entries.items())
+                if entry.spool_id == spool_id and entry.sequence >= sequence
+            ]
+            try:
+                self._renew(
+                    moved, spool_id, f"the collector has other results of spool {spool_id} from {sequence} on"
+                )
+            except OSError as error:
+                raise StorageError(f"{self._root}: the spool can't take a new identity: {error}") from error
 
     def acknowledge(self, spool_id: str, sequence: int) -> None:
         """Everything of this identity up to the sequence is stored for good and may leave the disk."""
@@ -418,13 +462,33 @@ class Spool:
         return self._waiting[0] - 1 if self._waiting else self._next - 1
 
     def _reap(self) -> None:
-        """Removes segments in which nothing waits."""
-        dead = [segment for segment in self._segments if not segment.waiting and segment is not self._active]
+        """Removes segments in which nothing waits, but for what is kept."""
+        dead = self._too_old()
         if dead:
             self._unlink(dead)
         if not self._waiting and self._entries and self._done_through() != self._saved_done_through:
             # The active segment stays, so that its results are not sent again after a restart.
             self._save()
+
+    def _done_segments(self) -> list[_Segment]:
+        """Those in which nothing waits, the oldest first."""
+        return [segment for segment in self._segments if not segment.waiting and segment is not self._active]
+
+    def _too_old(self) -> list[_Segment]:
+        """Those of them that are not kept; of what is kept, the oldest goes first."""
+        oldest = self._clock() - self._kept_seconds
+        dead, used_bytes, records = [], 0, 0
+        for segment in reversed(self._done_segments()):
+            used_bytes += segment.size_bytes
+            records += len(segment.sequences)
+            if (
+                used_bytes > self._kept_bytes
+                or records > _KEPT_RECORDS
+                or segment.written_at < oldest
+                or not segment.sequences
+            ):
+                dead.append(segment)
+        return dead[::-1]
 
     def _unlink(self, segments: list[_Segment]) -> None:
         if self._closed:
@@ -445,7 +509,15 @@ class Spool:
     def _drop_oldest_segment(self) -> bool:
         """Makes room by dropping the oldest results; whether there were any."""
         # A disk that takes no state gives up no segment either.
-        if not self._segments or not self._save():
+        if not self._segments:
+            return False
+        # What the collector has goes before what it has not.
+        done = self._done_segments()
+        if done:
+            self._unlink(done[:1])
+            return done[0] not in self._segments
+        # A disk that takes no state gives up no segment either.
+        if not self._save():
             return False
         segment = self._segments[0]
         if segment is self._active:
@@ -518,10 +590,11 @@ class Spool:
     def _read_segment(self, number: int, path: Path, found: dict[int, _Entry]) -> _Segment | None:
         try:
             data = memoryview(path.read_bytes())
+            written_at = path.stat().st_mtime
         except OSError as error:
             _log.error("%s: can't be read: %s", path, error)
             return None
-        segment = _Segment(number, path, b"", "", len(data), [])
+        segment = _Segment(number, path, b"", "", len(data), [], written_at=written_at)
         header_bytes = _HEADER.size + _CRC.size
         if len(data) >= header_bytes:
             magic, epoch, spool_id = _HEADER.unpack_from(data)
@@ -617,8 +690,15 @@ class Spool:
                 raise OSError(
                     f"{size_bytes} bytes are more than the {self._limit_bytes} that the spool may use"
                 )
-        # Never drops for this one: what others do to the disk must not cost results that are safe.
+        # Drops for this one only what the collector has: what others do to the disk must not cost results
+        # that are safe.
         free_bytes = self._disk.free_bytes(self._root)
+        while self._used_bytes() + size_bytes > self._free_share * (free_bytes + self._used_bytes()):
+            done = self._done_segments()
+            self._unlink(done[:1])
+            if not done or done[0] in self._segments:
+                break
+            free_bytes = self._disk.free_bytes(self._root)
         if self._used_bytes() + size_bytes > self._free_share * (free_bytes + self._used_bytes()):
             raise OSError(f"only {free_bytes} bytes are free on the disk")
 
@@ -632,7 +712,8 @@ class Spool:
         header += _CRC.pack(zlib.crc32(header))
         descriptor = self._disk.create(path)
         self._next_segment += 1
-        segment = _Segment(self._next_segment - 1, path, epoch, spool_id, len(header), [])
+        number = self._next_segment - 1
+        segment = _Segment(number, path, epoch, spool_id, len(header), [], written_at=self._clock())
         self._segments.append(segment)
         self._active, self._active_descriptor = segment, descriptor
         try:
@@ -661,20 +742,14 @@ class Spool:
             self._spool_id = self._new_id()
             self._unsent_from = self._next
 
-    def _renew(self) -> None:
-        """Gives a new identity to this spool and to what was never sent. Raises OSError."""
+    def _renew(self, moved: list[_Entry], old_id: str, why: str) -> None:
+        """Gives a new identity to these results, and to the spool when it had the old one. Raises OSError."""
         new_id = self._new_id()
-        _log.warning(
-            "the collector has results of spool %s that were never sent from here, so this is a copy of it; "
-            "from now on it is spool %s",
-            self._spool_id,
-            new_id,
-        )
-        unsent = [self._entries[sequence] for sequence in self._waiting if sequence >= self._unsent_from]
-        for entry in unsent:
+        _log.warning("%s, so this is a copy of it; from now on it is spool %s", why, new_id)
+        self._want_again([entry for entry in moved if entry.done])
+        for entry in moved:
             record = None if entry.done else self._read(entry)
-            old_id, entry.spool_id = entry.spool_id, new_id
-            old_segment, entry.segment = entry.segment, None
+            old_segment, entry.spool_id, entry.segment = entry.segment, new_id, None
             if record is None or old_segment is None:
                 continue
             # Apart from its old segment, which may be dropped to make room for the copy.
@@ -686,10 +761,19 @@ class Spool:
                 old_segment.waiting += 1
                 raise
         # After the copies: a power cut before this line brings the spool back here.
-        self._spool_id = new_id
+        if old_id == self._spool_id:
+            self._spool_id = new_id
         if not self._save():
             raise OSError("the state can't be written")
         self._reap()
+
+    def _want_again(self, entries: list[_Entry]) -> None:
+        """These wait again, though they were acknowledged once."""
+        for entry in entries:
+            entry.done = False
+            if entry.segment is not None:
+                entry.segment.waiting += 1
+            bisect.insort(self._waiting, entry.sequence)
 
     def _save(self) -> bool:
         """Whether the state is on the disk."""

@@ -6,6 +6,9 @@ behind the last acknowledgement: what was in flight is sent again, and the colle
 
 Results of an earlier identity of the spool go out over a stream of their own, before the rest, because a
 hello names one spool.
+
+The stream carries more than results: whoever else has something to say or to hear on it is a
+:class:`Party`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -45,6 +48,22 @@ class LinkStatus:
     error: str
 
 
+class Party(Protocol):
+    """What speaks on the stream beside the spool. Called from the event loop; returns at once."""
+
+    def connected(self) -> None:
+        """A stream is up: what was said on an earlier one may never have come."""
+
+    def beat(self, heartbeat: collector_pb2.Heartbeat) -> None:
+        """Adds to a heartbeat what belongs in it."""
+
+    def hear(self, response: collector_pb2.ReportResponse) -> None:
+        """Takes a message that is for it, and leaves every other alone."""
+
+    def say(self) -> Iterable[collector_pb2.ReportRequest]:
+        """What is to be sent now, each once."""
+
+
 @dataclass(frozen=True)
 class Pace:
     """How long the link waits and how much it sends ahead."""
@@ -53,6 +72,9 @@ class Pace:
     # longest, so that a fleet does not come back in one moment after its collector was down.
     first_retry_seconds: float = 1.0
     longest_retry_seconds: float = 30.0
+    # After the collector has said that another agent has this one's identity: a person has to mend that, or
+    # the collector to notice that the other one is gone.
+    rival_seconds: float = 60.0
     # To connect, with name resolution and a handshake over a bad link, and be welcomed.
     welcome_seconds: float = 20.0
     # For an acknowledgement: a collector commits within milliseconds, or it hangs.
@@ -103,6 +125,7 @@ class CollectorLink:
         *,
         hello: Callable[[], collector_pb2.Hello],
         heartbeat: Callable[[], collector_pb2.Heartbeat],
+        parties: Sequence[Party] = (),
         channel: Callable[[str], grpc.aio.Channel] = open_channel,
         pace: Pace | None = None,
         jitter: Callable[[], float] = random.random,
@@ -114,6 +137,7 @@ class CollectorLink:
         self._spool = spool
         self._hello = hello
         self._heartbeat = heartbeat
+        self._parties = parties
         self._channel = channel
         self._pace = pace or Pace()
         self._jitter = jitter
@@ -159,7 +183,10 @@ class CollectorLink:
                 bound = min(self._pace.longest_retry_seconds, self._pace.first_retry_seconds * 2**failures)
                 # 2^64 is enough to reach any bound.
                 failures = min(failures + 1, 64)
-                await self._sleep(bound * self._jitter())
+                wait = bound * self._jitter()
+                if session.rivalled:
+                    wait = self._pace.rival_seconds * (1 + self._jitter()) / 2
+                await self._sleep(wait)
         finally:
             unsubscribe()
             self._connected, self._error = False, "the agent is stopping"
@@ -172,6 +199,12 @@ class CollectorLink:
             return None
         except grpc.aio.AioRpcError as error:
             await self._suspect(session, error)
+            if error.code() == grpc.StatusCode.ALREADY_EXISTS:
+                session.rivalled = True
+                return (
+                    f"another agent reports as this board: {error.details()}. Give one of them another "
+                    "device_id; results stay in the spool meanwhile"
+                )
             return f"{error.details() or 'no reason given'} ({error.code().name})"
         except _Broken as error:
             return str(error)
@@ -206,6 +239,7 @@ class CollectorLink:
         """The first message of a stream."""
         request = collector_pb2.ReportRequest(hello=self._hello())
         request.hello.spool_id = spool_id
+        request.hello.sent_at.GetCurrentTime()
         return request
 
     def beat(self) -> collector_pb2.ReportRequest:
@@ -214,12 +248,32 @@ class CollectorLink:
         status = self._spool.status()
         request.heartbeat.spool_pending = status.pending
         request.heartbeat.spool_dropped = status.dropped
+        request.heartbeat.spool_bytes = status.used_bytes
+        for party in self._parties:
+            party.beat(request.heartbeat)
+        request.heartbeat.sent_at.GetCurrentTime()
         return request
+
+    def news(self) -> Iterable[collector_pb2.ReportRequest]:
+        """What the parties have to say."""
+        for party in self._parties:
+            yield from party.say()
+
+    def heard(self, response: collector_pb2.ReportResponse) -> None:
+        """The collector said something that is not about the spool."""
+        for party in self._parties:
+            party.hear(response)
+
+    def speak(self) -> None:
+        """A party has something to say."""
+        self._wake.set()
 
     def welcomed(self, version: str) -> None:
         """The stream is up."""
         _log.info("collector %s (version %s): connected", self._address, version or "unknown")
         self._connected, self._error = True, ""
+        for party in self._parties:
+            party.connected()
 
     def answered(self) -> None:
         """A result was taken: none of them breaks the stream."""
@@ -246,6 +300,8 @@ class _Session:
     def __init__(self, link: CollectorLink, spool: Spool, pace: Pace) -> None:
         self.spool_id = ""
         self.progressed = False
+        # The collector said that another agent has this one's identity.
+        self.rivalled = False
         # Sequence → size and when it was sent, in the order of sending.
         self.in_flight: dict[int, tuple[int, float]] = {}
         self._in_flight_bytes = 0
@@ -315,6 +371,15 @@ class _Session:
                 await asyncio.to_thread(
                     self._spool.reject, rejection.spool_id, rejection.sequence, rejection.reason
                 )
+            elif kind == "renewal":
+                renewal = response.renewal
+                await asyncio.to_thread(self._spool.renew, renewal.spool_id, renewal.sequence)
+                raise _Broken(
+                    "the collector has results of another board under this spool's identity, so the spool "
+                    "took a new one"
+                )
+            else:
+                self._link.heard(response)
 
     async def _acknowledged(self, acknowledgement: collector_pb2.Acknowledgement) -> None:
         if acknowledgement.spool_id != self.spool_id:
@@ -345,6 +410,8 @@ class _Session:
                 beat_at = self._link.now() + heartbeat_seconds
                 if self._spool.status().trouble:
                     await asyncio.to_thread(self._spool.settle)
+            for request in self._link.news():
+                await _write(call, request)
             await self._send_results(call)
             done = not self.in_flight and self._spool.status().pending
             if done and await asyncio.to_thread(self._spool.outgoing_id) != self.spool_id:
