@@ -55,6 +55,7 @@ class OpPlacement:
     root_cause: Optional[bool] = None
     remedy: str = ""
     seconds: Optional[float] = None
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,41 @@ class RuntimeStatus:
     formats: Tuple[str, ...] = ()
     devices: Tuple[str, ...] = ()
     interpreter: Optional[Interpreter] = None
+    settings: Tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    plugin: str = ""
+
+
+@dataclass(frozen=True)
+class FormatMark:
+    """How files of a format are known that an engine from elsewhere brings: how they begin, or are called.
+
+    ``magic`` is hexadecimal. ``plugin`` is the distribution that says so.
+    """
+
+    format: str
+    runtime: str
+    plugin: str
+    magic: str = ""
+    suffixes: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PluginOffer:
+    """An engine that a distribution offers, before anything of it is imported."""
+
+    name: str
+    plugin: str
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe finds under one interpreter."""
+
+    runtimes: Tuple[RuntimeStatus, ...]
+    offers: Tuple[PluginOffer, ...] = ()
+    marks: Tuple[FormatMark, ...] = ()
+    more_devices: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -364,6 +400,39 @@ class BenchmarkSpec:
     confidence: Optional[float] = None
     scenario: Optional[Scenario] = None
     precision_seconds: Optional[float] = None
+    cpu_affinity: Tuple[int, ...] = ()
+    compute_precision: str = ""
+    cache: Optional[CacheUse] = None
+    output_values: Optional[int] = None
+
+
+class CacheUse(str, enum.Enum):
+    """What an engine may keep on disk from one load to the next."""
+
+    NONE = "CACHE_USE_NONE"
+    KEEP = "CACHE_USE_KEEP"
+    RENEW = "CACHE_USE_RENEW"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Something that an engine keeps on disk; ``warm``: the load of this run found it there."""
+
+    name: str
+    warm: Optional[bool] = None
+    size_bytes: Optional[int] = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class OutputValues:
+    """Values of one output of the first inference: every ``step``-th, in the order of memory."""
+
+    name: str
+    dtype: str
+    count: int
+    step: int
+    values: Tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -421,3 +490,5 @@ class Measurement:
     warm_up: Optional[WarmUp] = None
     stopping: Optional[Stopping] = None
     scenario: Optional[ScenarioResult] = None
+    caches: Tuple[Cache, ...] = ()
+    output_values: Tuple[OutputValues, ...] = ()

@@ -6,13 +6,15 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from boardbench.agent.formats import HEAD_BYTES, Mark
 from boardbench.agent.receive import FileKind, StoredFile, StoreStatus
 from boardbench.v1 import agent_pb2, board_pb2, latency_pb2, model_pb2, placement_pb2, result_pb2
 
@@ -32,6 +34,18 @@ class Counted:
     """All that counts is measured; the worker goes on, uncounted, until it is told to stop."""
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found under one interpreter."""
+
+    statuses: tuple[board_pb2.RuntimeStatus, ...]
+    # Engines that distributions offer there, by name: the distribution and its version.
+    offers: Mapping[str, str] = field(default_factory=dict)
+    # Of those that were asked.
+    marks: tuple[Mark, ...] = ()
+    more_devices: Mapping[str, str] = field(default_factory=dict)
+
+
 WorkerEvent = (
     Profiling
     | Ready
@@ -42,7 +56,7 @@ WorkerEvent = (
     | result_pb2.Warning
     | result_pb2.RunResult
     | result_pb2.RunError
-    | tuple[board_pb2.RuntimeStatus, ...]
+    | Probed
 )
 
 # What a worker makes happen in a run before its result, and all that can happen in one.
@@ -72,9 +86,14 @@ _WORKER_FIELDS = frozenset(
         "warm_up",
         "stopping",
         "scenario",
+        "caches",
+        "output_values",
     )
 )
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_FORMAT = re.compile(r"[a-z][a-z0-9_]{0,31}")
+# Name and version of two distributions.
+_LONGEST_NAME = 300
 # "p99.9_reached_ratio" is one.
 _FIGURE = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 # More than any warning has; each is kept, sent and stored.
@@ -97,10 +116,7 @@ def parse_event(line: bytes) -> WorkerEvent:
         raise MalformedEvent("not a JSON object")
     kind = content.get("event")
     if kind == "probe":
-        runtimes = content.get("runtimes")
-        if not isinstance(runtimes, list):
-            raise MalformedEvent("a probe without a list of runtimes")
-        return tuple(_parse(entry, board_pb2.RuntimeStatus(), "a runtime") for entry in runtimes)
+        return _parse_probe(content)
     if kind == "stage":
         stage = _parse({"stage": content.get("stage")}, agent_pb2.StageEvent(), "a stage")
         if stage.stage == result_pb2.STAGE_UNSPECIFIED:
@@ -192,6 +208,44 @@ def to_store_status(status: StoreStatus) -> agent_pb2.ModelStoreStatus:
     )
 
 
+def _parse_probe(content: Mapping[str, Any]) -> Probed:
+    runtimes = content.get("runtimes")
+    if not isinstance(runtimes, list):
+        raise MalformedEvent("a probe without a list of runtimes")
+    more = content.get("more_devices", {})
+    if not isinstance(more, dict) or not all(isinstance(text, str) for text in more.values()):
+        raise MalformedEvent("a probe with more_devices that are no text")
+    try:
+        return Probed(
+            tuple(_parse(entry, board_pb2.RuntimeStatus(), "a runtime") for entry in runtimes),
+            {_text(offer["name"]): _text(offer["plugin"]) for offer in content.get("offers", [])},
+            tuple(_parse_mark(entry) for entry in content.get("marks", [])),
+            {_text(name): _clipped(text) for name, text in more.items()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedEvent(f"a probe that can't be read: {error!r}"[:500]) from error
+
+
+def _parse_mark(entry: Mapping[str, Any]) -> Mark:
+    suffixes = entry.get("suffixes", [])
+    if not isinstance(suffixes, list) or not _FORMAT.fullmatch(entry["format"]):
+        raise ValueError("a mark of no format")
+    return Mark(
+        format=entry["format"],
+        runtime=_text(entry["runtime"]),
+        plugin=_text(entry["plugin"]),
+        magic=bytes.fromhex(entry.get("magic", ""))[:HEAD_BYTES],
+        suffixes=tuple(_text(suffix) for suffix in suffixes),
+    )
+
+
+def _text(value: object) -> str:
+    """A short text that can be shown."""
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _LONGEST_NAME:
+        raise ValueError(f"{str(value)[:80]!r} is no short text")
+    return value
+
+
 def _parse_result(content: object) -> result_pb2.RunResult:
     if not isinstance(content, dict):
         raise MalformedEvent("a result that is no object")
@@ -259,21 +313,21 @@ def _parse(content: object, message: _Message, noun: str) -> _Message:
 
 def _first_not_finite(message: Message) -> str | None:
     """Name of a field that is NaN or infinite: such a figure is never a measurement."""
-    for field, value in message.ListFields():
-        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+    for entry_field, value in message.ListFields():
+        if entry_field.message_type is not None and entry_field.message_type.GetOptions().map_entry:
             entries = list(value.values())
             if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
-                return str(field.name)
+                return str(entry_field.name)
             inner = [entry for entry in entries if isinstance(entry, Message)]
-        elif field.message_type is not None:
+        elif entry_field.message_type is not None:
             inner = [value] if isinstance(value, Message) else list(value)
         else:
             if isinstance(value, float) and not math.isfinite(value):
-                return str(field.name)
+                return str(entry_field.name)
             continue
         for entry in inner:
             if (found := _first_not_finite(entry)) is not None:
-                return f"{field.name}.{found}"
+                return f"{entry_field.name}.{found}"
     return None
 
 

@@ -10,12 +10,15 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 from boardbench.agent.bench import scenarios, shapes, stats, stopping
 from boardbench.agent.bench.doubts import DEFAULT, Thresholds
 from boardbench.agent.bench.events import to_json
-from boardbench.agent.bench.runtime import OptionRejected
+from boardbench.agent.bench.runtime import PRECISIONS, OptionRejected
 from boardbench.agent.bench.stopping import Target
-from boardbench.agent.domain import Precision, Scenario, ScenarioKind
+from boardbench.agent.domain import CacheUse, Precision, Scenario, ScenarioKind
 
 MOST_RUNS = 1_000_000
 """Every sample goes into the result: a million are a line of some 10 MB."""
+
+MOST_OUTPUT_VALUES = 65536
+"""Half a megabyte of them."""
 
 PRECISION_SECONDS = 60.0
 """Longest measurement for a precision, if nobody said: a tenth of MLPerf LoadGen's least of 600 s."""
@@ -27,7 +30,8 @@ _SECONDS = ("duration_seconds", "warm_up_seconds", "progress_seconds", "precisio
 # What another process has to know to run the same inferences again.
 _PROFILED = (
     "runtime", "model_path", "format", "device", "threads", "options", "shapes", "inputs_path", "seed",
-    "sys_root", "strict", "allow_fallback", "profile_runs", "avoid",
+    "sys_root", "strict", "allow_fallback", "profile_runs", "avoid", "cpu_affinity", "compute_precision",
+    "cache_root", "model_sha256",
 )  # fmt: skip
 
 
@@ -74,6 +78,15 @@ class Job:
     until_told: bool = False
     """After the counted inferences: tell ``counted`` and go on, uncounted, until the line ``stop``."""
     thresholds: Thresholds = DEFAULT
+    cpu_affinity: Tuple[int, ...] = ()
+    """Processors that this process may use; empty: those that it has."""
+    compute_precision: str = ""
+    cache: CacheUse = CacheUse.NONE
+    cache_root: Optional[Path] = None
+    """Folder of all caches of all engines."""
+    model_sha256: str = ""
+    """Names the model's caches."""
+    output_values: int = 0
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Job:
@@ -107,6 +120,9 @@ class Job:
                 avoid=tuple(job.avoid),
                 hold=bool(job.hold),
                 until_told=bool(job.until_told),
+                cpu_affinity=tuple(int(number) for number in job.cpu_affinity),
+                cache=CacheUse(job.cache),
+                cache_root=Path(job.cache_root) if job.cache_root else None,
             )._checked()
             return replace(
                 job,
@@ -138,6 +154,14 @@ class Job:
             raise OptionRejected(f"seed is from 0 to 2^64-1, not {self.seed}")
         if not 0.5 <= self.confidence <= 0.999:
             raise OptionRejected(f"confidence is from 0.5 to 0.999, not {self.confidence}")
+        if self.compute_precision and self.compute_precision not in PRECISIONS:
+            raise OptionRejected(
+                f"compute_precision is {', '.join(PRECISIONS)}, not {self.compute_precision!r}"
+            )
+        if self.cache is not CacheUse.NONE and not (self.cache_root and self.model_sha256):
+            raise JobRejected("a cache needs cache_root and model_sha256")
+        if not 0 <= self.output_values <= MOST_OUTPUT_VALUES:
+            raise OptionRejected(f"output_values is from 0 to {MOST_OUTPUT_VALUES}, not {self.output_values}")
         if self.until_told and not self.hold:
             raise JobRejected("until_told is for a worker that is held: there is no hold")
         return self
@@ -170,8 +194,10 @@ class Job:
     def line(self) -> Dict[str, object]:
         """The job as it is in a job line, as far as it says what an inference is; without its kind."""
         found = {name: getattr(self, name) for name in _PROFILED}
-        for name in ("model_path", "sys_root", "inputs_path"):
+        for name in ("model_path", "sys_root", "inputs_path", "cache_root"):
             found[name] = None if found[name] is None else str(found[name])
+        # What was thrown away for the run is there anew.
+        found["cache"] = (CacheUse.NONE if self.cache is CacheUse.NONE else CacheUse.KEEP).value
         if self.scenario.kind is ScenarioKind.OFFLINE:
             found["scenario"] = to_json(self.scenario)
         return found

@@ -21,7 +21,7 @@ from typing import (
     runtime_checkable,
 )
 
-from boardbench.agent.domain import AcceleratorUse, Crossings, Placement, TensorInfo, Unit, Warning
+from boardbench.agent.domain import AcceleratorUse, Cache, Crossings, Placement, TensorInfo, Unit, Warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,30 @@ class OptionRejected(Exception):
 
 class InputsRejected(Exception):
     """Shapes or input data that this model does not take; lists what it takes."""
+
+
+THREADS = "threads"
+COMPUTE_PRECISION = "compute_precision"
+CACHE = "cache"
+SETTINGS = (THREADS, COMPUTE_PRECISION, CACHE)
+"""Settings that mean the same in every engine that takes them; each engine says which it does."""
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+"""What a model can be told to be computed in."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the common vocabulary that not every engine takes."""
+
+    compute_precision: str = ""
+    """One of PRECISIONS; empty: the engine's own choice."""
+
+    cache_dir: Optional[Path] = None
+    """A folder that is there, for this model in this version of the engine with these settings alone."""
+
+
+NO_SETTINGS = Settings()
 
 
 class NoProfile(Exception):
@@ -155,11 +179,30 @@ class TellsArena(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsCaches(Protocol):
+    """A loaded model of an engine that takes the setting ``cache``."""
+
+    def caches(self) -> Tuple[Cache, ...]:
+        """What it found on disk, or left there. Called after the measurement."""
+        ...
+
+
 class Runtime(Protocol):
-    """An engine. Constructing it imports nothing heavy."""
+    """An engine. Constructing it imports nothing heavy.
+
+    One that takes more of the common settings than ``threads`` has a keyword ``settings`` in ``load``, too,
+    which is given when there is something in it; see :class:`TakesSettings`.
+    """
 
     name: str
     formats: Tuple[str, ...]
+
+    settings: Tuple[str, ...]
+    """Those of SETTINGS that it takes, on some device at least; the others are refused before ``load``."""
+
+    options: Mapping[str, str]
+    """Its own options by name, each with what it does in one line; a name that ends in ``.`` takes a key."""
 
     sys_root: Path
     """Folder that holds sys and proc of the board; set before ``load`` where it is not ``/``."""
@@ -192,6 +235,24 @@ class Runtime(Protocol):
         ...
 
 
+class TakesSettings(Protocol):
+    """How an engine loads that takes more of the common settings than ``threads``."""
+
+    def load(
+        self,
+        model: Path,
+        *,
+        device: str,
+        threads: Optional[int],
+        options: Mapping[str, str],
+        shapes: Mapping[str, Tuple[int, ...]],
+        allow_fallback: bool = False,
+        settings: Settings = NO_SETTINGS,
+    ) -> LoadedModel:
+        """Loads a model file as :meth:`Runtime.load` does, or raises OptionRejected for what it can't do."""
+        ...
+
+
 @dataclass(frozen=True)
 class ProfileRequest:
     """What to profile: what was run, as it was run."""
@@ -210,6 +271,9 @@ class ProfileRequest:
 
     avoid: Tuple[str, ...] = ()
     """Names of those that did so before."""
+
+    settings: Settings = NO_SETTINGS
+    """As in the run."""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class CoreMlRuntime:
 
     name = "coreml"
     formats: Tuple[str, ...] = ("coreml",)
+    settings: Tuple[str, ...] = ()
+    options: Mapping[str, str] = {
+        "low_precision_accumulation": "on or off (default): whether the GPU may add up in float16",
+        "function": "a function of a model that has several",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:

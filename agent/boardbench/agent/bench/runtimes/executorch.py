@@ -24,6 +24,7 @@ from boardbench.agent.bench import placement, stats
 from boardbench.agent.bench import shapes as sizes
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    THREADS,
     Cause,
     InputsRejected,
     ModelRejected,
@@ -76,6 +77,12 @@ class ExecuTorchRuntime:
 
     name = "executorch"
     formats: Tuple[str, ...] = ("executorch",)
+    settings: Tuple[str, ...] = (THREADS,)
+    options: Mapping[str, str] = {
+        "verification": "internal (default) or minimal: how much of the file is checked",
+        "method": "the method of the program that runs (default forward)",
+        "data_path": "a .ptd file on the board, with data that the program keeps apart",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:

@@ -67,16 +67,21 @@ from typing import (
     Tuple,
 )
 
-from boardbench.agent.bench import placement, shapes
+from boardbench.agent.bench import caches, placement, shapes
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    CACHE,
+    COMPUTE_PRECISION,
+    NO_SETTINGS,
+    THREADS,
     ModelRejected,
     OptionRejected,
     Profile,
     ProfileRequest,
     RuntimeUnavailable,
+    Settings,
 )
-from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
+from boardbench.agent.domain import Cache, Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +105,10 @@ class FakeRuntime:
 
     name = "fake"
     formats: Tuple[str, ...] = ("fake",)
+    settings: Tuple[str, ...] = (THREADS, COMPUTE_PRECISION, CACHE)
+    options: Mapping[str, str] = {
+        "mode": "plain (default) or noisy: whether it writes to stdout",
+    }
     sys_root = Path("/")
 
     def version(self) -> str:
@@ -124,6 +133,7 @@ class FakeRuntime:
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
         allow_fallback: bool = False,  # noqa: ARG002 - its devices are always there
+        settings: Settings = NO_SETTINGS,
     ) -> FakeModel:
         """Reads the file and carries out its ``create`` actions."""
         if device not in self.devices():
@@ -137,6 +147,7 @@ class FakeRuntime:
             options=reader.finish(),
             threads=threads,
             given=shapes,
+            settings=settings,
         )
 
 
@@ -166,6 +177,7 @@ class FakeModel:
         options: Mapping[str, str],
         threads: Optional[int],
         given: Mapping[str, Tuple[int, ...]],
+        settings: Settings = NO_SETTINGS,
     ) -> None:
         """Carries out the ``create`` actions; ``given`` settles open shapes."""
         self.content = content
@@ -181,7 +193,13 @@ class FakeModel:
             declared = _tensors(content, "inputs", "x")
             self.outputs = _tensors(content, "outputs", "y")
             self._ops = tuple(
-                OpPlacement(index=at, type=op["type"], name=op.get("name", ""), unit=Unit(op["unit"]))
+                OpPlacement(
+                    index=at,
+                    type=op["type"],
+                    name=op.get("name", ""),
+                    unit=Unit(op["unit"]),
+                    precision=settings.compute_precision,
+                )
                 for at, op in enumerate(content.get("ops", ()))
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -193,6 +211,17 @@ class FakeModel:
         _act([action for action in actions if "exclusive" not in action])
         _taken.update({self._device} - {""})
         self.inputs = shapes.settle(declared, given)
+        self._cache = None
+        if settings.cache_dir is not None:
+            self._cache = caches.Watched(settings.cache_dir, "fake blob")
+            blob = settings.cache_dir / "fake.blob"
+            if not blob.exists():
+                blob.write_bytes(bytes(int(content.get("cache_bytes", 64))))
+            self._cache.loaded()
+
+    def caches(self) -> Tuple[Cache, ...]:
+        """The file that it keeps, of ``cache_bytes`` zeros."""
+        return () if self._cache is None else self._cache.caches()
 
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """A call that carries out the actions and returns outputs derived from the bytes of ``feeds``."""
@@ -269,6 +298,7 @@ def profile(runtime: FakeRuntime, request: ProfileRequest, runs: Callable[[], It
         threads=request.threads,
         options=request.options,
         shapes=request.shapes,
+        settings=request.settings,
     )
     request.feeds(model.inputs)
     if "actions" not in request.avoid:

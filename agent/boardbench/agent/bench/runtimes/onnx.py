@@ -24,16 +24,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from boardbench.agent.bench import placement, shapes
+from boardbench.agent.bench import caches, placement, shapes
 from boardbench.agent.bench.gpu_watch import GpuWatch
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    CACHE,
+    COMPUTE_PRECISION,
+    NO_SETTINGS,
+    THREADS,
     InputsRejected,
     ModelRejected,
     OptionRejected,
     RuntimeUnavailable,
+    Settings,
 )
-from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo, Unit
+from boardbench.agent.domain import Cache, Evidence, OpPlacement, Placement, TensorInfo, Unit
 
 if TYPE_CHECKING:
     from boardbench.agent.bench.runtime import Tensors
@@ -93,6 +98,30 @@ LEVELS: Mapping[str, str] = {
 
 MOST_THREADS = 1024
 
+PRECISION_OPTIONS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    # Its CPU takes FP32 only (in 1.24 it refuses FP16; bfloat16 by load_config is taken, and not told).
+    "OpenVINO": {"float32": {"precision": "FP32"}, "float16": {"precision": "FP16"}},
+    "Tensorrt": {
+        "float16": {"trt_fp16_enable": "1"},
+        "bfloat16": {"trt_bf16_enable": "1"},
+        "int8": {"trt_int8_enable": "1"},
+    },
+}
+"""What providers are told for a precision:
+https://onnxruntime.ai/docs/execution-providers/OpenVINO-ExecutionProvider.html and
+…/TensorRT-ExecutionProvider.html; the others can't be told any.
+"""
+
+CACHE_OPTIONS: Mapping[str, Tuple[str, Tuple[str, ...], Tuple[str, ...]]] = {
+    "OpenVINO": ("compiled blobs", ("cache_dir",), ()),
+    "Tensorrt": (
+        "engines and timing cache",
+        ("trt_engine_cache_path", "trt_timing_cache_path"),
+        ("trt_engine_cache_enable", "trt_timing_cache_enable"),
+    ),
+}
+"""What a provider keeps, its options for the folder, and those that are to be on."""
+
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
@@ -101,6 +130,16 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     formats: Tuple[str, ...] = ("onnx",)
+    settings: Tuple[str, ...] = (THREADS, COMPUTE_PRECISION, CACHE)
+    options: Mapping[str, str] = {
+        "graph_optimization": "all (default), extended, basic or off",
+        "execution_mode": "sequential (default) or parallel: whether branches of the graph run side by side",
+        "intra_op_threads": "threads within an operation; as the setting threads",
+        "inter_op_threads": "threads for operations side by side, with execution_mode=parallel",
+        "allow_spinning": "on (default) or off: whether threads burn the processor while they wait",
+        "arena": "on (default) or off: whether memory is kept for the next inference",
+        "provider.": "an option of the execution provider, as provider.device_type=GPU",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:
@@ -141,26 +180,27 @@ class OnnxRuntime:
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
         allow_fallback: bool = False,
+        settings: Settings = NO_SETTINGS,
     ) -> OnnxModel:
         """Creates the session and checks that the device took part."""
         self.version()
         ort = self._ort
         reader = OptionReader(self.name, options)
-        settings = ort.SessionOptions()
+        session = ort.SessionOptions()
         level = reader.choice("graph_optimization", tuple(LEVELS), default="all")
-        settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+        session.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
         if reader.choice("execution_mode", ("sequential", "parallel"), default="sequential") == "parallel":
-            settings.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+            session.execution_mode = ort.ExecutionMode.ORT_PARALLEL
         threads = _threads(threads, reader.number("intra_op_threads", least=1, most=MOST_THREADS))
         if threads is not None:
-            settings.intra_op_num_threads = threads
+            session.intra_op_num_threads = threads
         inter = reader.number("inter_op_threads", least=1, most=MOST_THREADS)
         if inter is not None:
-            settings.inter_op_num_threads = inter
+            session.inter_op_num_threads = inter
         if not reader.switch("allow_spinning", default=True):
-            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        settings.enable_cpu_mem_arena = reader.switch("arena", default=True)
+            session.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        session.enable_cpu_mem_arena = reader.switch("arena", default=True)
         provider_options = reader.prefixed("provider.", "an option of the execution provider")
         in_force = reader.finish()
 
@@ -171,10 +211,12 @@ class OnnxRuntime:
         if wanted == f"OpenVINO{SUFFIX}" and "device_type" not in provider_options:
             # Said and not left to the provider's build, so that it is known where operations run.
             provider_options["device_type"] = in_force["provider.device_type"] = "CPU"
-        return OnnxModel(
+        runs_on = wanted if here else CPU
+        provider_options.update(_told(runs_on, settings, provider_options))
+        made = OnnxModel(
             ort,
             model,
-            settings=settings,
+            settings=session,
             wanted="" if wanted == CPU else wanted,
             providers=self._order(wanted, provider_options) if here else [(CPU, {})],
             device=device,
@@ -183,7 +225,14 @@ class OnnxRuntime:
             options=in_force,
             given=shapes,
             sys_root=self.sys_root,
+            cache=_watched(runs_on, settings),
         )
+        if made.device_fallback and settings != NO_SETTINGS:
+            made.close()
+            raise OptionRejected(
+                f"compute_precision and cache are for {wanted}, and {made.device_fallback}: leave them out"
+            )
+        return made
 
     def assignment(
         self, model: bytes, providers: Sequence[Tuple[str, Mapping[str, str]]]
@@ -228,6 +277,49 @@ def _threads(threads: Optional[int], option: Optional[int]) -> Optional[int]:
     return option if threads is None else threads
 
 
+def _short(provider: str) -> str:
+    return provider[: -len(SUFFIX)] if provider.endswith(SUFFIX) else provider
+
+
+def _told(provider: str, settings: Settings, given: Mapping[str, str]) -> Dict[str, str]:
+    """The provider's own options for the common settings. Raises OptionRejected for what it can't be told."""
+    name = _short(provider)
+    found: Dict[str, str] = {}
+    precision = settings.compute_precision
+    if precision:
+        known = PRECISION_OPTIONS.get(name, {})
+        if name == "OpenVINO" and given.get("device_type", "").upper().startswith("CPU"):
+            known = {"float32": known["float32"]}
+        if precision not in known:
+            takes = f"it can be told {' or '.join(known)}" if known else "it computes as the model is written"
+            raise OptionRejected(
+                f"compute_precision={precision}: the provider {provider} can't be told so, {takes}; "
+                "leave it out, or convert the model"
+            )
+        found.update(known[precision])
+    if settings.cache_dir is not None:
+        if name not in CACHE_OPTIONS:
+            raise OptionRejected(
+                f"cache: the provider {provider} keeps nothing from one load to the next; of ONNX Runtime's "
+                f"{' and '.join(CACHE_OPTIONS)} do: leave it out"
+            )
+        _, folders, switches = CACHE_OPTIONS[name]
+        found.update(dict.fromkeys(folders, str(settings.cache_dir)))
+        found.update(dict.fromkeys(switches, "1"))
+    if both := sorted(set(found) & set(given)):
+        raise OptionRejected(
+            f"the options {', '.join(f'provider.{key}' for key in both)} say what compute_precision or cache "
+            "says: give only the settings"
+        )
+    return found
+
+
+def _watched(provider: str, settings: Settings) -> Optional[caches.Watched]:
+    if settings.cache_dir is None:
+        return None
+    return caches.Watched(settings.cache_dir, CACHE_OPTIONS[_short(provider)][0])
+
+
 @dataclass(frozen=True)
 class Assigned:
     """A node and the provider that runs it; ``part`` numbers what a provider took in one piece."""
@@ -257,6 +349,7 @@ class OnnxModel:
         options: Mapping[str, str],
         given: Mapping[str, Tuple[int, ...]],
         sys_root: Path = Path("/"),
+        cache: Optional[caches.Watched] = None,
     ) -> None:
         """Creates the session."""
         self._ort = ort
@@ -270,6 +363,9 @@ class OnnxModel:
         # Costs nothing after the session is made; older versions pass over keys they don't know.
         settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         self._session: Any = self._create(settings)
+        self._cache = cache
+        if cache is not None:
+            cache.loaded()
         self.inputs = shapes.settle([_input(node, model) for node in self._session.get_inputs()], given)
         self.outputs = tuple(_output(node) for node in self._session.get_outputs())
         self._output_names = [tensor.name for tensor in self.outputs]
@@ -281,6 +377,10 @@ class OnnxModel:
             )
         self.device_fallback = f"all runs on the CPU: the provider {wanted} {fault}" if fault else ""
         self.watch = None if fault or not wanted else watch_of(wanted, self.providers, sys_root)
+
+    def caches(self) -> Tuple[Cache, ...]:
+        """What the provider keeps of this model."""
+        return () if self._cache is None else self._cache.caches()
 
     def _create(self, settings: Any) -> Any:
         try:

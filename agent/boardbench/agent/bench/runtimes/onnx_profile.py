@@ -61,6 +61,7 @@ def profile(runtime: OnnxRuntime, request: ProfileRequest, runs: Callable[[], It
         options=request.options,
         shapes=request.shapes,
         allow_fallback=request.allow_fallback,
+        settings=request.settings,
     )
     model.bind(request.feeds(model.inputs))
     found = model.placement()

@@ -15,12 +15,17 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
-from boardbench.agent.bench import placement, shapes, stats
+from boardbench.agent.bench import caches, placement, shapes, stats
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    CACHE,
+    COMPUTE_PRECISION,
+    NO_SETTINGS,
+    THREADS,
     InputsRejected,
     ModelRejected,
     NoProfile,
@@ -28,8 +33,9 @@ from boardbench.agent.bench.runtime import (
     Profile,
     ProfileRequest,
     RuntimeUnavailable,
+    Settings,
 )
-from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo, Unit
+from boardbench.agent.domain import Cache, Evidence, OpPlacement, Placement, TensorInfo, Unit
 
 if TYPE_CHECKING:
     from boardbench.agent.bench.runtime import Tensors
@@ -52,6 +58,17 @@ TYPES: Mapping[str, str] = {
     },
 }
 PRECISIONS = ("f32", "f16", "bf16")
+HINTS: Mapping[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""The common names of precisions, and the plugin's of those that it can be told."""
+
+PRECISION_NAMES: Mapping[str, str] = {
+    **{short: name for name, short in HINTS.items()},
+    "f64": "float64",
+    "i8": "int8",
+    "u8": "uint8",
+}
+"""What the executed graph calls a precision, and its common name."""
+
 METHOD = "OpenVINO's own counters of every operation (PERF_COUNT)"
 
 MOST_THREADS = 1024
@@ -68,6 +85,15 @@ class OpenVinoRuntime:
 
     name = "openvino"
     formats: Tuple[str, ...] = ("openvino", "onnx", "tflite")
+    settings: Tuple[str, ...] = (THREADS, COMPUTE_PRECISION, CACHE)
+    options: Mapping[str, str] = {
+        "hint": "what the plugin is set up for: latency (default), throughput or none",
+        "precision": "the plugin's name of a precision: f32, f16 or bf16; as the setting compute_precision",
+        "streams": "inferences that the plugin runs side by side",
+        "devices": "the plugins that auto and hetero choose among, as GPU,CPU",
+        "cache_dir": "a folder on the board for compiled models; as the setting cache, and never cleaned up",
+        "property.": "any property of the plugin, as property.ENABLE_CPU_PINNING=NO",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:
@@ -106,6 +132,7 @@ class OpenVinoRuntime:
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
         allow_fallback: bool = False,
+        settings: Settings = NO_SETTINGS,
     ) -> OpenVinoModel:
         """Reads and compiles the model."""
         self.version()
@@ -115,6 +142,9 @@ class OpenVinoRuntime:
         if hint != "none":
             properties["PERFORMANCE_HINT"] = hint.upper()
         precision = reader.choice("precision", ("default", *PRECISIONS), default="default")
+        reader.refuse_both("precision", COMPUTE_PRECISION, settings.compute_precision)
+        if settings.compute_precision:
+            precision = _hint(settings.compute_precision)
         if precision != "default":
             properties["INFERENCE_PRECISION_HINT"] = precision
         streams = reader.number("streams", least=1, most=MOST_THREADS)
@@ -122,8 +152,10 @@ class OpenVinoRuntime:
             properties["NUM_STREAMS"] = str(streams)
         priorities = reader.text("devices", "the plugins that auto and hetero choose among, as GPU,CPU")
         cache = reader.text("cache_dir", "a folder on the board for compiled models")
-        if cache is not None:
-            properties["CACHE_DIR"] = cache
+        reader.refuse_both("cache_dir", CACHE, settings.cache_dir)
+        kept = settings.cache_dir or (None if cache is None else Path(cache))
+        if kept is not None:
+            properties["CACHE_DIR"] = str(kept)
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
         properties.update(reader.prefixed("property.", "a property of the plugin"))
@@ -143,6 +175,7 @@ class OpenVinoRuntime:
             threads=threads,
             options=in_force,
             given=shapes,
+            cache_dir=kept,
         )
 
     def _plugin(self, device: str, priorities: Optional[str], allow_fallback: bool) -> Tuple[str, str]:
@@ -194,6 +227,7 @@ class OpenVinoModel:
         threads: Optional[int],
         options: Mapping[str, str],
         given: Mapping[str, Tuple[int, ...]],
+        cache_dir: Optional[Path] = None,
     ) -> None:
         """Reads, settles open inputs and compiles."""
         self._ov = ov
@@ -209,7 +243,11 @@ class OpenVinoModel:
             [_tensor(port, at, "input", model) for at, port in enumerate(self._network.inputs)], given
         )
         self._reshape()
+        self._cache = None if cache_dir is None else caches.Watched(cache_dir, "compiled blobs")
         self._compiled = self._compile(dict(properties))
+        if self._cache is not None:
+            self._cache.loaded(self._from_cache())
+        self._check_precision(properties.get("INFERENCE_PRECISION_HINT"))
         self.outputs = tuple(
             _tensor(port, at, "output", model) for at, port in enumerate(self._compiled.outputs)
         )
@@ -270,6 +308,32 @@ class OpenVinoModel:
                 raise OptionRejected(f"the plugin {self._plugin} refuses an option: {said[:500]}") from error
             raise _rejected(self._model, error) from error
 
+    def _from_cache(self) -> Optional[bool]:
+        """Whether the plugin imported a blob; None where it does not say."""
+        try:
+            return bool(self._compiled.get_property("LOADED_FROM_CACHE"))
+        except Exception:
+            return None
+
+    def caches(self) -> Tuple[Cache, ...]:
+        """The blobs of this model."""
+        return () if self._cache is None else self._cache.caches()
+
+    def _check_precision(self, asked: Optional[str]) -> None:
+        """Raises OptionRejected when the plugin takes the hint and does something else."""
+        if asked is None or self._plugin.partition(":")[0].lower() in CHOOSERS:
+            return
+        try:
+            told = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        except Exception:
+            return  # one that does not tell what it took
+        taken = str(getattr(told, "get_type_name", lambda: told)())
+        if taken not in (asked, ""):
+            raise OptionRejected(
+                f"{self._plugin} computes in {PRECISION_NAMES.get(taken, taken)} on this processor though "
+                f"{PRECISION_NAMES.get(asked, asked)} was asked for: leave the precision out"
+            )
+
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """``InferRequest.infer`` itself, without arguments: the inputs are set, and shared, once."""
         self._kept = []
@@ -308,6 +372,7 @@ class OpenVinoModel:
                 name=node.name,
                 unit=unit,
                 delegate="" if unit is Unit.CPU else chosen[0],
+                precision=PRECISION_NAMES.get(node.precision, TYPES.get(node.precision, node.precision)),
             )
             for index, node in enumerate(graph)
         ]
@@ -421,6 +486,7 @@ def profile(runtime: OpenVinoRuntime, request: ProfileRequest, runs: Callable[[]
         options={**request.options, "property.PERF_COUNT": "YES"},
         shapes=request.shapes,
         allow_fallback=request.allow_fallback,
+        settings=replace(request.settings, cache_dir=None),  # compiled to be counted, it is another blob
     )
     model.bind(request.feeds(model.inputs))
     placed = model.placement()
@@ -450,6 +516,16 @@ def profile(runtime: OpenVinoRuntime, request: ProfileRequest, runs: Callable[[]
         else (),
         op_seconds=seconds,
     )
+
+
+def _hint(precision: str) -> str:
+    """The plugin's name of a precision. Raises OptionRejected."""
+    if precision not in HINTS:
+        raise OptionRejected(
+            f"OpenVINO computes in {', '.join(HINTS)} when it is told to, and in {precision} where the "
+            "model is quantised: quantise it (nncf), and leave the precision out"
+        )
+    return HINTS[precision]
 
 
 def _with_suffix(model: Path, folder: Path) -> Path:

@@ -23,6 +23,9 @@ from boardbench.agent.bench import cudart, doubts, placement, shapes, stats
 from boardbench.agent.bench.gpu_watch import GpuWatch
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    CACHE,
+    COMPUTE_PRECISION,
+    NO_SETTINGS,
     InputsRejected,
     ModelRejected,
     NoProfile,
@@ -31,8 +34,10 @@ from boardbench.agent.bench.runtime import (
     Profile,
     ProfileRequest,
     RuntimeUnavailable,
+    Settings,
 )
 from boardbench.agent.bench.runtimes.tensorrt_build import (
+    FLAGS_OF,
     PRECISIONS,
     Build,
     Recipe,
@@ -41,13 +46,14 @@ from boardbench.agent.bench.runtimes.tensorrt_build import (
     logger,
     sizes,
 )
-from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo, Unit, Warning
+from boardbench.agent.domain import Cache, Evidence, OpPlacement, Placement, TensorInfo, Unit, Warning
 
 if TYPE_CHECKING:
     import tensorrt
 
     from boardbench.agent.bench.runtime import Tensors
 
+TIMING_CACHE = "timing.cache"
 METHOD = "TensorRT's IProfiler, layer by layer, and CUDA events around the transfers"
 
 DRIVERS = ("nvidia", "tegra")
@@ -72,6 +78,18 @@ _PRECISION_WORDS = (
 )
 
 
+_PRECISION_NAMES: Mapping[str, str] = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f8": "float8",
+    "i4": "int4",
+    "i8": "int8",
+    "i32": "int32",
+    "i64": "int64",
+}
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of the engine, as the inspector tells of it."""
@@ -87,6 +105,19 @@ class TensorRtRuntime:
 
     name = "tensorrt"
     formats: Tuple[str, ...] = ("tensorrt", "onnx")
+    settings: Tuple[str, ...] = (COMPUTE_PRECISION, CACHE)
+    options: Mapping[str, str] = {
+        "precision": "precisions beside the model's: f16, bf16, i8, f16+i8, bf16+i8; as compute_precision",
+        "tf32": "on (default) or off: whether float32 may be multiplied with ten bits of fraction",
+        "workspace_mib": "most memory that a layer may take while the engine is built",
+        "optimization_level": "how long the builder searches for kernels, 0 to 5",
+        "calibration_cache": "a file on the board with the scales of a calibration, for int8",
+        "timing_cache": "a file on the board that keeps the times of kernels; as the setting cache",
+        "cache_dir": "a folder on the board for built engines; as the setting cache, and never cleaned up",
+        "dla": "the core of the DLA",
+        "dla_fallback": "on (default) or off: whether the GPU takes what the DLA does not",
+        "host_memory": "pinned (default) or pageable: what inputs and outputs are copied from and to",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:
@@ -140,6 +171,7 @@ class TensorRtRuntime:
         options: Mapping[str, str],
         shapes: Mapping[str, Tuple[int, ...]],
         allow_fallback: bool = False,
+        settings: Settings = NO_SETTINGS,
     ) -> TensorRtModel:
         """Loads an engine, or builds one of an ONNX model."""
         cuda = self._ready()
@@ -154,7 +186,18 @@ class TensorRtRuntime:
         core = reader.number("dla", least=0, most=_MOST_DLA)
         dla_fallback = reader.switch("dla_fallback", default=True)
         pinned = reader.choice("host_memory", ("pinned", "pageable"), default="pinned") == "pinned"
+        reader.refuse_both("precision", COMPUTE_PRECISION, settings.compute_precision)
+        for name in ("cache_dir", "timing_cache"):
+            reader.refuse_both(name, CACHE, settings.cache_dir)
         in_force = reader.finish()
+        if settings.compute_precision:
+            precision = FLAGS_OF[settings.compute_precision]
+            if settings.compute_precision == "float32":
+                reader.refuse_both("tf32", COMPUTE_PRECISION, tf32 and "float32")
+                tf32, in_force["tf32"] = False, "off"
+        if settings.cache_dir is not None:
+            cache_dir = str(settings.cache_dir)
+            timing_cache = str(settings.cache_dir / TIMING_CACHE)
         if threads is not None:
             raise OptionRejected("tensorrt takes no number of threads: leave --threads out")
         core, fault = self._core(device, core, allow_fallback)
@@ -237,6 +280,7 @@ class TensorRtModel:
         self._host: List[int] = []
         self._arrays: Dict[str, Any] = {}
         self._stream = 0
+        self._caches: Tuple[Cache, ...] = ()
         self._open = True
         said.clear()
         content = _read(model)
@@ -248,6 +292,7 @@ class TensorRtModel:
             else:
                 recipe = Recipe(log, said, cuda.gpu(), model, content, build, given)
                 self._engine, self._origin = self._made(recipe)
+                self._caches = recipe.caches()
                 # The engine may have its inputs in another order.
                 given = recipe.shapes
             self._prepare(given)
@@ -294,6 +339,10 @@ class TensorRtModel:
                 self._said.clear()  # cut short, or of a driver that is gone: built again
         plan, origin = recipe.make()
         return self._deserialized(plan), origin
+
+    def caches(self) -> Tuple[Cache, ...]:
+        """The engine and the times of kernels that are kept; nothing of an engine that was pushed."""
+        return self._caches
 
     # ---- its tensors -------------------------------------------------------------------------------------
 
@@ -456,6 +505,7 @@ class TensorRtModel:
                 name=layer.name,
                 unit=layer.unit,
                 delegate=_DELEGATES.get(layer.unit, ""),
+                precision=_PRECISION_NAMES.get(layer.precision, layer.precision),
                 cause="the DLA does not take it" if self._is_fallback(layer) else "",
             )
             for index, layer in enumerate(layers)
@@ -604,6 +654,7 @@ def profile(runtime: TensorRtRuntime, request: ProfileRequest, runs: Callable[[]
         options=request.options,
         shapes=request.shapes,
         allow_fallback=request.allow_fallback,
+        settings=request.settings,
     )
     try:
         return _profiled(model, request, runs)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Tuple
 
 from boardbench.agent.bench import shapes
 from boardbench.agent.bench.runtime import InputsRejected, ModelRejected, OptionRejected
-from boardbench.agent.domain import TensorInfo
+from boardbench.agent.domain import Cache, TensorInfo
 
 if TYPE_CHECKING:
     import tensorrt
@@ -30,6 +30,9 @@ PRECISIONS: Mapping[str, Tuple[str, ...]] = {
     "bf16+i8": ("BF16", "INT8"),
 }
 """Precisions that layers may have besides those of the model, as flags of the builder."""
+
+FLAGS_OF: Mapping[str, str] = {"float32": "default", "float16": "f16", "bfloat16": "bf16", "int8": "i8"}
+"""The common names of precisions, and those above that they stand for."""
 
 TYPES: Mapping[str, str] = {
     "FLOAT": "float32",
@@ -144,6 +147,9 @@ class Recipe:
             if self._scales is None:
                 raise OptionRejected(f"calibration_cache: {build.calibration_cache} is not there")
         self._kept: Optional[Path] = None
+        self._engine_was_kept = False
+        # Not asked for where the whole engine is there.
+        self._timings_were_kept: Optional[bool] = None
         if build.cache_dir is not None:
             self._kept = build.cache_dir / f"{self._key(content, gpu)}.engine"
 
@@ -152,20 +158,35 @@ class Recipe:
         """Sizes of the inputs by name."""
         return {tensor.name: tensor.shape for tensor in self._settled}
 
+    def caches(self) -> Tuple[Cache, ...]:
+        """What is kept on disk now; after :meth:`kept`, and :meth:`make` where that found nothing."""
+        found = []
+        for name, path, warm in (
+            ("engine", self._kept, self._engine_was_kept),
+            ("timing cache", self._build.timing_cache, self._timings_were_kept),
+        ):
+            if path is not None and path.exists():
+                found.append(Cache(name, warm, path.stat().st_size, str(path)))
+        return tuple(found)
+
     def kept(self) -> Tuple[Optional[bytes], str]:
         """The engine that was built before, and in words where it is; None where there is none."""
         if self._kept is None:
             return None, ""
-        return _content(self._kept, "cache_dir"), f"a cached load: the engine comes from {self._kept}"
+        content = _content(self._kept, "cache_dir")
+        self._engine_was_kept = content is not None
+        return content, f"a cached load: the engine comes from {self._kept}"
 
     def make(self) -> Tuple[tensorrt.IHostMemory, str]:
         """The engine built anew, and in words how. Raises ModelRejected and OptionRejected."""
         import tensorrt as trt
 
         build, config = self._build, self._config()
+        self._engine_was_kept = False
         timings: Optional[bytes] = None
         if build.timing_cache is not None:
             timings = _content(build.timing_cache, "timing_cache")
+            self._timings_were_kept = timings is not None
             config.set_timing_cache(config.create_timing_cache(timings or b""), False)
         began = time.perf_counter()
         plan: Optional[tensorrt.IHostMemory] = self._builder.build_serialized_network(self._network, config)
