@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boardbench.agent import wire
+from boardbench.agent.formats import Mark
 from boardbench.v1 import agent_pb2, board_pb2, result_pb2
 
 RESULT = {
@@ -45,9 +46,25 @@ def test_warning_and_error_are_told_apart_by_type() -> None:
 
 def test_probe() -> None:
     event = {"event": "probe", "runtimes": [{"name": "tflite", "available": True, "devices": ["cpu"]}]}
-    assert wire.parse_event(line(event)) == (
-        board_pb2.RuntimeStatus(name="tflite", available=True, devices=["cpu"]),
+    assert wire.parse_event(line(event)) == wire.Probed(
+        (board_pb2.RuntimeStatus(name="tflite", available=True, devices=["cpu"]),)
     )
+
+
+def test_probe_with_engines_from_elsewhere() -> None:
+    mark = {"format": "hef", "runtime": "hailo", "plugin": "boardbench-hailo 1.2", "magic": "01484546"}
+    event = {
+        "event": "probe",
+        "runtimes": [{"name": "hailo", "plugin": "boardbench-hailo 1.2"}],
+        "offers": [{"name": "hailo", "plugin": "boardbench-hailo 1.2"}],
+        "marks": [{**mark, "suffixes": [".hef"]}],
+        "more_devices": {"hailo": "hailo8 needs /dev/hailo0"},
+    }
+    found = wire.parse_event(line(event))
+    assert isinstance(found, wire.Probed)
+    assert found.offers == {"hailo": "boardbench-hailo 1.2"}
+    assert found.marks == (Mark("hef", "hailo", "boardbench-hailo 1.2", b"\x01HEF", (".hef",)),)
+    assert found.more_devices == {"hailo": "hailo8 needs /dev/hailo0"}
 
 
 def test_result() -> None:
@@ -88,6 +105,13 @@ def test_message_of_any_length_is_cut() -> None:
         b'{"event":"error","error":{"code":"\\ud800"}}',
         b'{"event":"probe","runtimes":{}}',
         b'{"event":"probe","runtimes":[[]]}',
+        b'{"event":"probe","runtimes":[],"offers":{"a":"b"}}',
+        b'{"event":"probe","runtimes":[],"offers":[{"name":"a"}]}',
+        b'{"event":"probe","runtimes":[],"offers":[{"name":"a","plugin":"\\u001b[2J"}]}',
+        b'{"event":"probe","runtimes":[],"marks":[{"format":"../x","runtime":"a","plugin":"b"}]}',
+        b'{"event":"probe","runtimes":[],"marks":[{"format":"x","runtime":"a","plugin":"b","magic":"z"}]}',
+        b'{"event":"probe","runtimes":[],"marks":[{"format":"x","runtime":"a","plugin":"b","suffixes":"x"}]}',
+        b'{"event":"probe","runtimes":[],"more_devices":{"a":1}}',
         b'{"event":"lunch"}',
         b'{"event":["stage"]}',
         b'{"event":"result"}',

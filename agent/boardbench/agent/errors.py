@@ -6,6 +6,7 @@
     │   ├── InvalidTransfer     a push that breaks the protocol: bad digest, name, size, order
     │   ├── MislabelledFile     the name claims one format, the bytes are another
     │   └── DamagedFile         the bytes are no whole file of their format
+    │       └── UnknownFormat   they begin as no format that anything here knows
     ├── NotFound                the thing that was named is not here
     │   ├── ModelNotFound
     │   └── RunNotFound
@@ -54,6 +55,10 @@ class MislabelledFile(InvalidRequest):
 
 class DamagedFile(InvalidRequest):
     """The bytes are no whole file of the format they begin as."""
+
+
+class UnknownFormat(DamagedFile):
+    """The bytes are of no format that this board knows."""
 
 
 class NotFound(AgentError):

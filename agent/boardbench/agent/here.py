@@ -10,13 +10,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from boardbench.agent import receive, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig
-from boardbench.agent.errors import InvalidRequest
+from boardbench.agent.errors import InvalidRequest, UnknownFormat
+from boardbench.agent.formats import Mark
 from boardbench.agent.plan import Job, check_spec, plan
 from boardbench.agent.probe import Engines, Statuses
 from boardbench.agent.run import stage_name
@@ -49,7 +50,12 @@ async def run(
     check_spec(spec)
     if spec.HasField("group"):
         raise InvalidRequest("a group is of several runs, and here is one: push them to an agent")
-    model = _read(model_path, receive.FileKind.MODEL)
+    unknown: UnknownFormat | None = None
+    try:
+        model = _read(model_path, receive.FileKind.MODEL)
+    except UnknownFormat as error:
+        # It may be of an engine from elsewhere.
+        unknown = error
     if inputs_path is not None:
         spec.inputs_sha256 = _read(inputs_path, receive.FileKind.INPUTS).sha256
     run_id = os.urandom(16).hex()
@@ -63,7 +69,9 @@ async def run(
     with tempfile.TemporaryDirectory(prefix="boardbench-") as folder:
         engines = Engines(config, Path(folder))
         statuses = await _ask(engines, spec.runtime)
-        settled = plan(model, spec, statuses, config.spec, config.validity.thresholds)
+        if unknown is not None:
+            model = _read(model_path, receive.FileKind.MODEL, engines.known_marks or await engines.marks())
+        settled = plan(model, spec, statuses, config.spec, config.validity.thresholds, engines.more_devices)
         job = Job(
             run_id=run_id,
             model=model,
@@ -175,7 +183,7 @@ async def _ask(engines: Engines, runtime: str) -> Statuses:
     return (status,) if status is not None else await engines.statuses()
 
 
-def _read(path: Path, kind: receive.FileKind) -> model_pb2.Model:
+def _read(path: Path, kind: receive.FileKind, marks: Sequence[Mark] = ()) -> model_pb2.Model:
     """The file as a model of the wire, held to what a pushed file is held to. Raises InvalidRequest."""
     digest = hashlib.sha256()
     try:
@@ -188,7 +196,7 @@ def _read(path: Path, kind: receive.FileKind) -> model_pb2.Model:
     return model_pb2.Model(
         sha256=digest.hexdigest(),
         name=path.name,
-        format=receive.identify(path, path.name, kind),
+        format=receive.identify(path, path.name, kind, marks),
         size_bytes=size_bytes,
     )
 

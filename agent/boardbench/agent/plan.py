@@ -341,8 +341,12 @@ def plan(
     statuses: tuple[board_pb2.RuntimeStatus, ...],
     defaults: SpecConfig,
     thresholds: Mapping[str, float] | None = None,
+    more_devices: Mapping[str, str] | None = None,
 ) -> Plan:
-    """What will be done. Raises InvalidRequest for a bad spec, NotRunnable when the board can't do it."""
+    """What will be done. Raises InvalidRequest for a bad spec, NotRunnable when the board can't do it.
+
+    ``more_devices`` says, by runtime from elsewhere, how devices come to it that the board lacks.
+    """
     check_spec(asked)
     status = _choose(model, asked.runtime, statuses)
     # An engine that runs nothing on the processor has a default of its own.
@@ -350,7 +354,8 @@ def plan(
     # What is given as a library brings its device along, and a fallback is the worker's to find: it knows
     # what the device is, and says what it ran on instead.
     if device not in status.devices and not (asked.allow_fallback or "delegate" in asked.options):
-        more = "".join(f". {e.more_devices}" for e in offered() if e.name == status.name and e.more_devices)
+        how = {engine.name: engine.more_devices for engine in offered()} | dict(more_devices or {})
+        more = f". {how[status.name]}" if how.get(status.name) else ""
         raise NotRunnable(
             f"{status.name} has no device {device!r} on this board; "
             f"it has {', '.join(status.devices) or 'none'} (allow_fallback runs on what there is, "

@@ -25,7 +25,7 @@ import time
 import unicodedata
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -50,7 +50,9 @@ from boardbench.agent.errors import (
     StorageError,
     Superseded,
     Unavailable,
+    UnknownFormat,
 )
+from boardbench.agent.formats import HEAD_BYTES, Mark, claimed, marked
 from boardbench.inspect import sniff
 from boardbench.inspect.errors import InspectError
 
@@ -73,6 +75,7 @@ _ROOM_CHECK_BYTES = 16 * 1024 * 1024
 _NAME_LIMIT = 128
 _SUFFIX_LIMIT = 16
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_FORMAT = re.compile(r"[a-z][a-z0-9_]{0,31}")
 # File name endings that promise a format. ".pt", ".xml" and ".zip" promise nothing.
 _CLAIMS = {
     ".tflite": "tflite",
@@ -170,8 +173,11 @@ class ModelStore:
         # A client that comes back after its connection broke must not wait until the dead one is noticed.
         stall_seconds: float = 5.0,
         leftover_seconds: float = 7 * 86400.0,
+        # What engines from elsewhere say of their formats; asked for files that are of no format known here.
+        marks: Callable[[], Awaitable[Sequence[Mark]]] | None = None,
     ) -> None:
         self._root = root
+        self._marks = marks
         self._limit_bytes = limit_bytes
         self._free_floor_bytes = free_floor_bytes
         self._clock = clock
@@ -229,6 +235,13 @@ class ModelStore:
     def get(self, sha256: str) -> StoredFile:
         """The file. Raises ModelNotFound."""
         return self._stored(self._find(sha256))
+
+    def arrived_bytes(self, sha256: str) -> int:
+        """What has come of a file that is not whole."""
+        arriving: Transfer | _Leftover | None = self._transfers.get(sha256) or self._leftovers.get(sha256)
+        if arriving is None:
+            return 0
+        return arriving.arrived_bytes if isinstance(arriving, Transfer) else arriving.size_bytes
 
     @contextmanager
     def lease(self, sha256: str) -> Iterator[StoredFile]:
@@ -469,6 +482,10 @@ class ModelStore:
         """Seconds on a clock that never jumps."""
         return self._monotonic()
 
+    async def marks(self) -> Sequence[Mark]:
+        """How files of formats are known that engines from elsewhere bring."""
+        return await self._marks() if self._marks is not None else ()
+
     def queue_limit_bytes(self) -> int:
         """How much one transfer may have in memory."""
         return _QUEUE_LIMIT_BYTES // max(1, len(self._transfers))
@@ -584,8 +601,8 @@ class ModelStore:
                 format=str(told["format"]),
                 kind=FileKind(told["kind"]),
             )
-            formats = {*sniff.FORMATS, *(name for engine in runtimes.offered() for name in engine.formats)}
-            if not _DIGEST.fullmatch(entry.sha256) or entry.format not in formats:
+            # Which formats engines from elsewhere bring is not known yet: any name of one will do.
+            if not _DIGEST.fullmatch(entry.sha256) or not _FORMAT.fullmatch(entry.format):
                 raise ValueError("neither digest nor format can be")
             size_bytes = self._path(entry).stat().st_size
             if size_bytes != entry.size_bytes:
@@ -721,7 +738,12 @@ class Transfer:
                     f"{self.name}: the bytes have sha256 {digest} and not {self.sha256} as the header says; "
                     "what came is removed; push again"
                 )
-            format = await self._store.in_worker(identify, part.path, self.name, self.kind)
+            try:
+                format = await self._store.in_worker(identify, part.path, self.name, self.kind)
+            except UnknownFormat:
+                # It may be of an engine from elsewhere; those are asked only now: it can take a while.
+                marks = await self._store.marks()
+                format = await self._store.in_worker(identify, part.path, self.name, self.kind, marks)
             await self._store.in_worker(part.sync)
             self.stored = await self._store.admit(self, format)
         except OSError as error:
@@ -935,15 +957,18 @@ def clean_name(name: str) -> str:
     return shown
 
 
-def identify(path: Path, name: str, kind: FileKind) -> str:
-    """Format of a file that has come whole, told from its bytes.
+def identify(path: Path, name: str, kind: FileKind, marks: Sequence[Mark] = ()) -> str:
+    """Format of a file that has come whole, told from its bytes; by ``marks`` where those alone don't tell.
 
-    Raises MislabelledFile, DamagedFile, InvalidRequest, StorageError.
+    Raises MislabelledFile, UnknownFormat, DamagedFile, InvalidRequest, StorageError.
     """
     try:
         with path.open("rb") as file:
-            own_format = runtimes.own_format(file.read(64))
+            head = file.read(HEAD_BYTES)
+        own_format = runtimes.own_format(head)
         format = own_format or sniff.sniff(path)
+        if not format and kind is FileKind.MODEL and Path(name).suffix.lower() not in _CLAIMS:
+            format = own_format = _marked_format(head, name, marks)
         _check_label(name, kind, format)
         damage = None if own_format else sniff.check(path, format)
     except (InspectError, OSError) as error:
@@ -951,6 +976,26 @@ def identify(path: Path, name: str, kind: FileKind) -> str:
     if damage:
         raise DamagedFile(f"{name}: {damage}")
     return format
+
+
+def _marked_format(head: bytes, name: str, marks: Sequence[Mark]) -> str:
+    """The format by what engines from elsewhere say; empty when none does. Raises MislabelledFile."""
+    mark = marked(head, name, marks)
+    if mark is not None:
+        return mark.format
+    promised = claimed(name, marks)
+    if promised is not None:
+        raise MislabelledFile(
+            f"{name}: the name says {promised.format}, a format of {promised.plugin}, and the bytes begin "
+            f"with {head[: len(promised.magic)].hex(' ')} and not with {promised.magic.hex(' ')}; check the "
+            "file, or rename it"
+        )
+    if marks:
+        more = ", ".join(f"{mark.format} by {mark.plugin}" for mark in marks)
+        raise UnknownFormat(
+            f"{name}: the bytes are of no format known here ({', '.join(sniff.FORMATS)}; {more})"
+        )
+    return ""
 
 
 def _check_label(name: str, kind: FileKind, format: str) -> None:
@@ -961,7 +1006,7 @@ def _check_label(name: str, kind: FileKind, format: str) -> None:
             f"{name}: the name says {claim} and the bytes are of {found}; check the file, or rename it"
         )
     if not format:
-        raise DamagedFile(f"{name}: the bytes are of no format known here ({', '.join(sniff.FORMATS)})")
+        raise UnknownFormat(f"{name}: the bytes are of no format known here ({', '.join(sniff.FORMATS)})")
     if kind is FileKind.INPUTS and format != "npz":
         raise InvalidRequest(f"{name}: inputs come as .npz (numpy.savez), and the bytes are {format}")
     if kind is FileKind.MODEL and format == "npz":

@@ -31,7 +31,7 @@ import os
 import signal
 import threading
 import traceback
-from typing import BinaryIO, Callable, List, NoReturn, Optional
+from typing import Any, BinaryIO, Callable, List, Mapping, NoReturn, Optional
 
 from boardbench.agent.bench import probe
 from boardbench.agent.bench.events import EventWriter
@@ -125,7 +125,7 @@ def _serve(line: bytes, events: EventWriter, orders: StdinOrders) -> int:
             raise JobRejected("the job is not a JSON object")
         kind = content.get("kind")
         if kind == "probe":
-            events.probe(probe.probe(content.get("runtime")))
+            events.probe(probe.probe(_names(content)))
         elif kind == "run":
             job = Job.parse(content)
             if job.hold:
@@ -146,6 +146,16 @@ def _serve(line: bytes, events: EventWriter, orders: StdinOrders) -> int:
             events.error(code, message)
         return 1
     return 0
+
+
+def _names(content: Mapping[str, Any]) -> Optional[List[str]]:
+    """The engines that a probe is for; None for all of boardbench's own. Raises JobRejected."""
+    names = content.get("runtimes")
+    if "runtime" in content:
+        names = [content["runtime"]]
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise JobRejected(f"a probe is for runtimes by their names, not for {names!r}")
+    return names
 
 
 def _explain(error: Exception) -> "tuple[str, str]":

@@ -9,10 +9,10 @@ import dataclasses
 import enum
 import json
 import os
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 from boardbench.agent.bench.runtime import Profile
-from boardbench.agent.domain import Measurement, Placement, Progress, RuntimeStatus, Stage, Warning
+from boardbench.agent.domain import Measurement, Placement, Probed, Progress, Stage, Warning
 
 
 def to_json(value: object) -> Any:
@@ -82,10 +82,10 @@ class EventWriter:
         self.ended = True
         self._write({"event": "profiled", "profile": to_json(profile)})
 
-    def probe(self, runtimes: Sequence[RuntimeStatus]) -> None:
+    def probe(self, found: Probed) -> None:
         """What engines there are. Nothing follows."""
         self.ended = True
-        self._write({"event": "probe", "runtimes": to_json(tuple(runtimes))})
+        self._write({"event": "probe", **to_json(found)})
 
     def error(self, code: str, message: str) -> None:
         """Why there is no result. Nothing follows."""

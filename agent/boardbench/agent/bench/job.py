@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import (
@@ -22,6 +23,7 @@ from typing import (
 )
 
 from boardbench.agent.bench import (
+    caches,
     doubts,
     findings,
     inputs,
@@ -40,7 +42,12 @@ from boardbench.agent.bench.jobline import Job
 from boardbench.agent.bench.looks import PrecisionLooks
 from boardbench.agent.bench.memory import MemoryMeter
 from boardbench.agent.bench.runtime import (
+    CACHE,
+    COMPUTE_PRECISION,
+    NO_SETTINGS,
+    THREADS,
     InputsRejected,
+    KeepsCaches,
     LoadedModel,
     ModelRejected,
     NoProfile,
@@ -48,13 +55,16 @@ from boardbench.agent.bench.runtime import (
     ProfileRequest,
     Runtime,
     RuntimeUnavailable,
+    Settings,
     TellsArena,
 )
 from boardbench.agent.bench.shapes import EVERY, by_name
 from boardbench.agent.domain import (
     BenchmarkSpec,
+    CacheUse,
     Measurement,
     MemoryPhase,
+    OutputValues,
     Placement,
     RuntimeUsed,
     Shape,
@@ -115,9 +125,11 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
     Raises RuntimeUnavailable, ModelRejected, OptionRejected, InputsRejected, InferenceFailed, CpuFallback,
     MemoryError.
     """
+    _pin(job.cpu_affinity)
     meter = MemoryMeter()
     events.stage(Stage.IMPORT)
     runtime, version, import_seconds = _imported(job)
+    refuse_settings(runtime, job)
     import numpy.random  # noqa: F401 - for the inputs: part of the baseline, not of what the model adds
 
     if job.format not in runtime.formats:
@@ -160,6 +172,7 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
 def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
     """Every instance of the model that the scenario wants."""
     shapes = _shapes(job)
+    settings = _settings(job, engine.name, engine.version, shapes)
 
     def load() -> LoadedModel:
         return runtime.load(
@@ -169,6 +182,7 @@ def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
             options=job.options,
             shapes=shapes,
             allow_fallback=job.allow_fallback,
+            **_more(settings),
         )
 
     try:
@@ -198,9 +212,78 @@ def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
     return loaded
 
 
+def refuse_settings(runtime: Runtime, job: Job) -> None:
+    """Raises OptionRejected for a common setting that the engine would not heed."""
+    asked = {
+        THREADS: "" if job.threads is None else str(job.threads),
+        COMPUTE_PRECISION: job.compute_precision,
+        CACHE: "" if job.cache is CacheUse.NONE else job.cache.name.lower(),
+    }
+    taken = getattr(runtime, "settings", (THREADS,))
+    for name, value in asked.items():
+        if value and name not in taken:
+            raise OptionRejected(
+                f"{runtime.name} takes no {name} ({value} was asked for); of the common settings it takes "
+                f"{', '.join(taken) or 'none'}: leave it out"
+            )
+
+
+def _settings(job: Job, engine: str, version: str, shapes: Mapping[str, Tuple[int, ...]]) -> Settings:
+    """The settings as the engine is given them; its folder for caches is there then."""
+    if job.cache is CacheUse.NONE or job.cache_root is None:
+        return Settings(job.compute_precision)
+    folder = caches.folder(
+        job.cache_root,
+        engine,
+        model_sha256=job.model_sha256,
+        version=version,
+        settings={
+            "device": job.device,
+            "threads": job.threads,
+            "options": dict(job.options),
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "compute_precision": job.compute_precision,
+            "cpu_affinity": job.cpu_affinity,
+            "python": sys.executable,
+        },
+    )
+    caches.prepare(folder, renew=job.cache is CacheUse.RENEW)
+    return Settings(job.compute_precision, folder)
+
+
+def _more(settings: Settings) -> Dict[str, Any]:
+    """What an engine is given that takes more than threads; others need not know of it."""
+    return {} if settings == NO_SETTINGS else {"settings": settings}
+
+
+def _pin(processors: Tuple[int, ...]) -> None:
+    """Lets this process, and all that the engine starts, use these processors only. Raises OptionRejected."""
+    if not processors:
+        return
+    wanted = sorted(set(processors))
+    if not hasattr(os, "sched_setaffinity"):
+        raise OptionRejected("cpu_affinity: this system can't bind a process to processors: leave it out")
+    before = measure.processors()
+    try:
+        os.sched_setaffinity(0, wanted)
+    except (OSError, ValueError) as error:
+        raise OptionRejected(
+            f"cpu_affinity: {_listed(wanted)} can't be set ({error}); there is {_listed(before)}"
+        ) from error
+    # The kernel takes a set of which only a part is online, and says nothing.
+    if list(measure.processors()) != wanted:
+        missing = _listed(sorted(set(wanted) - set(measure.processors())))
+        raise OptionRejected(f"cpu_affinity: {missing} is offline or not allowed; there is {_listed(before)}")
+
+
+def _listed(processors: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in processors)
+
+
 def profile(job: Job, events: EventWriter) -> None:
     """Profiles what the job ran: what the process of a profiling pass does. Raises NoProfile among others."""
-    runtime, _, _ = _imported(job)
+    _pin(job.cpu_affinity)
+    runtime, version, _ = _imported(job)
     profiler = runtimes.profiler(runtime.name)
     if profiler is None:
         raise NoProfile(f"{runtime.name} has no profiler")
@@ -210,16 +293,18 @@ def profile(job: Job, events: EventWriter) -> None:
             return inputs.from_file(tensors, job.inputs_path)
         return inputs.seeded(tensors, job.seed)
 
+    shapes = _shapes(job)
     request = ProfileRequest(
         model_path=job.model_path,
         device=job.device,
         threads=job.threads,
         options=job.options,
-        shapes=_shapes(job),
+        shapes=shapes,
         allow_fallback=job.allow_fallback,
         feeds=feeds,
         trying=events.trying,
         avoid=job.avoid,
+        settings=_settings(job, runtime.name, version, shapes),
     )
     events.profiled(profiler(runtime, request, lambda: profiling.turns(job.profile_runs)))
 
@@ -228,7 +313,7 @@ def _imported(job: Job) -> Tuple[Runtime, str, float]:
     """The engine, its version, and the seconds that its import took."""
     runtime = runtimes.create(job.runtime)
     runtime.sys_root = job.sys_root
-    version, seconds = _timed(runtime.version)
+    version, seconds = _timed(lambda: runtimes.full_version(runtime))
     return runtime, version, seconds
 
 
@@ -282,7 +367,7 @@ def _run(
     events.stage(Stage.FIRST_INFERENCE)
     with_engine = _Boundary(engine.name)
     calls = with_engine(lambda: [each.bind(feeds) for each in loaded.models])
-    first = with_engine(lambda: _first_inference(calls[0], model, meter))
+    first = with_engine(lambda: _first_inference(calls[0], model, meter, job.output_values))
     if job.strict:
         _forbid_fallback(job, model.wanted, with_engine(model.placement))
     if not first.all_finite:
@@ -331,6 +416,7 @@ def _run(
             events.warning(warning)
     placement = placements.with_report(placement)
     arena = with_engine(model.arena_bytes) if isinstance(model, TellsArena) else None
+    kept = with_engine(model.caches) if isinstance(model, KeepsCaches) else ()
     measurement = Measurement(
         runtime=RuntimeUsed(
             name=engine.name,
@@ -360,6 +446,10 @@ def _run(
             precision_seconds=job.precision_seconds if job.precision else None,
             confidence=job.confidence,
             scenario=job.scenario,
+            cpu_affinity=job.cpu_affinity,
+            compute_precision=job.compute_precision,
+            cache=job.cache,
+            output_values=job.output_values or None,
         ),
         import_seconds=engine.import_seconds,
         create_seconds=loaded.create_seconds,
@@ -385,6 +475,8 @@ def _run(
         warm_up=warmed,
         stopping=report.stopping,
         scenario=report.scenario,
+        caches=kept,
+        output_values=first.output_values,
     )
     return measurement, _in_engine(run)
 
@@ -482,15 +574,22 @@ class _FirstInference:
     outputs: Tuple[TensorInfo, ...]
     output_sha256: Mapping[str, str]
     all_finite: bool
+    output_values: Tuple[OutputValues, ...]
 
 
-def _first_inference(call: Callable[[], object], model: LoadedModel, meter: MemoryMeter) -> _FirstInference:
+def _first_inference(
+    call: Callable[[], object], model: LoadedModel, meter: MemoryMeter, most_values: int
+) -> _FirstInference:
     returned, seconds = _timed(call)
     meter.end_phase(MemoryPhase.FIRST_INFERENCE)
     outputs = model.fetch(returned)
     infos, digests = _describe_outputs(model, outputs)
     return _FirstInference(
-        seconds=seconds, outputs=infos, output_sha256=digests, all_finite=_all_finite(outputs)
+        seconds=seconds,
+        outputs=infos,
+        output_sha256=digests,
+        all_finite=_all_finite(outputs),
+        output_values=inputs.values_of([info.name for info in infos], outputs, most_values),
     )
 
 

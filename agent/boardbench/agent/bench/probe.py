@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import platform
 import sys
-from typing import Optional, Tuple
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 from boardbench.agent.bench import runtimes
 from boardbench.agent.bench.runtime import RuntimeUnavailable
-from boardbench.agent.domain import Interpreter, RuntimeStatus
+from boardbench.agent.domain import FormatMark, Interpreter, PluginOffer, Probed, RuntimeStatus
+
+if TYPE_CHECKING:
+    # Reading metadata takes a library that a run needs nothing of.
+    from boardbench.agent.bench.plugins import Offer
+    from boardbench.agent.bench.runtimes import Engine
 
 
 def interpreter() -> Interpreter:
@@ -18,13 +23,38 @@ def interpreter() -> Interpreter:
     )
 
 
-def probe(name: Optional[str] = None) -> Tuple[RuntimeStatus, ...]:
-    """The state of every engine, or of the one called ``name``. Raises RuntimeUnavailable for no such name.
+def probe(names: Optional[Sequence[str]] = None) -> Probed:
+    """The state of the engines called that; of all that boardbench has itself, when none are named.
+
+    What distributions offer here is listed besides, from their metadata. Raises RuntimeUnavailable for a name
+    that is neither.
 
     An engine that crashes when it is imported takes the process with it: the caller then asks one by one.
     """
-    names = [engine.name for engine in runtimes.offered()] if name is None else [name]
-    return tuple(_status(name) for name in names)
+    from boardbench.agent.bench import plugins
+
+    offers = {offer.name: offer for offer in plugins.offers()}
+    own = [engine.name for engine in runtimes.offered()]
+    statuses: List[RuntimeStatus] = []
+    marks: List[FormatMark] = []
+    more_devices: Dict[str, str] = {}
+    for name in own if names is None else names:
+        if name in own or name not in offers:
+            statuses.append(_status(name))
+            continue
+        offer = offers[name]
+        status, engine = _status_of_plugin(offer)
+        statuses.append(status)
+        if engine is not None:
+            marks.extend(_marks(engine, offer))
+            if engine.more_devices:
+                more_devices[name] = engine.more_devices
+    return Probed(
+        tuple(statuses),
+        tuple(PluginOffer(offer.name, offer.distribution) for offer in offers.values()),
+        tuple(marks),
+        more_devices,
+    )
 
 
 def _status(name: str) -> RuntimeStatus:
@@ -42,3 +72,44 @@ def _status(name: str) -> RuntimeStatus:
         devices=devices,
         interpreter=interpreter(),
     )
+
+
+def _status_of_plugin(offer: Offer) -> Tuple[RuntimeStatus, Optional[Engine]]:
+    """The state of an engine from elsewhere, and its declaration where that is a good one."""
+    from boardbench.agent.bench import plugins
+
+    engine: Optional[Engine] = None
+    version, devices, reason = "", (), ""  # type: Tuple[str, Tuple[str, ...], str]
+    try:
+        engine = plugins.declaration(offer)
+        runtime = plugins.create(offer)
+        version, devices = plugins.asked(offer, runtime)
+        version = plugins.with_distribution(version, offer)
+    except RuntimeUnavailable as error:
+        reason = str(error)
+        if offer.distribution not in reason:
+            reason = f"{offer.distribution}: {reason}"
+    status = RuntimeStatus(
+        name=offer.name,
+        available=not reason,
+        version=version,
+        reason=reason,
+        formats=engine.formats if engine is not None else (),
+        devices=devices,
+        interpreter=interpreter(),
+        plugin=offer.distribution,
+    )
+    return status, engine
+
+
+def _marks(engine: Engine, offer: Offer) -> Tuple[FormatMark, ...]:
+    if not engine.magic and not engine.suffixes:
+        return ()
+    mark = FormatMark(
+        format=engine.formats[0],
+        runtime=offer.name,
+        plugin=offer.distribution,
+        magic=engine.magic.hex(),
+        suffixes=engine.suffixes,
+    )
+    return (mark,)

@@ -18,6 +18,9 @@ class Engine:
     ``magic`` is how files of its format begin, where the format is the engine's own and nobody else's.
     ``more_devices`` says how devices that the board lacks come to it.
     ``profiler`` is the module whose function ``profile`` tells where the time of an inference goes.
+
+    For engines that come from elsewhere (``boardbench.agent.bench.plugins``): ``suffixes`` are endings of
+    files in a format of their own, ``contract`` is the CONTRACT they are made for.
     """
 
     name: str
@@ -28,7 +31,12 @@ class Engine:
     magic: bytes = b""
     profiler: str = ""
     more_devices: str = ""
+    suffixes: Tuple[str, ...] = ()
+    contract: int = 0
 
+
+CONTRACT = 1
+"""Raised when the contract of an engine changes in a way that engines have to follow."""
 
 # For a format that two engines take, the first of them is the default.
 _HERE = "boardbench.agent.bench.runtimes"
@@ -125,13 +133,41 @@ def create(name: str, environ: Optional[Mapping[str, str]] = None) -> Runtime:
     for engine in offered(environ):
         if engine.name == name:
             return cast("Runtime", getattr(importlib.import_module(engine.module), engine.type)())
-    names = ", ".join(engine.name for engine in offered(environ))
+    from boardbench.agent.bench import plugins
+
+    offer = plugins.find(name)
+    if offer is not None:
+        return plugins.create(offer)
+    names = ", ".join((*(engine.name for engine in offered(environ)), *(o.name for o in plugins.offers())))
     raise RuntimeUnavailable(f"there is no runtime {name!r}; boardbench knows {names}")
 
 
 def profiler(name: str, environ: Optional[Mapping[str, str]] = None) -> Optional[Profiler]:
-    """The profiler of the engine called ``name``; None when it has none."""
+    """The profiler of the engine called ``name``; None when it has none. Raises RuntimeUnavailable."""
     for engine in offered(environ):
-        if engine.name == name and engine.profiler:
-            return cast("Profiler", importlib.import_module(engine.profiler).profile)
-    return None
+        if engine.name == name:
+            return _profiler(engine)
+    from boardbench.agent.bench import plugins
+
+    offer = plugins.find(name)
+    return None if offer is None else _profiler(plugins.declaration(offer))
+
+
+def _profiler(engine: Engine) -> Optional[Profiler]:
+    if not engine.profiler:
+        return None
+    return cast("Profiler", importlib.import_module(engine.profiler).profile)
+
+
+def full_version(runtime: Runtime) -> str:
+    """Package and version of an engine, and the distribution that it comes from when that is another's.
+
+    Imports the engine. Raises RuntimeUnavailable.
+    """
+    version = runtime.version()
+    if any(engine.name == runtime.name for engine in ENGINES):
+        return version
+    from boardbench.agent.bench import plugins
+
+    offer = plugins.find(runtime.name)
+    return version if offer is None else plugins.with_distribution(version, offer)
