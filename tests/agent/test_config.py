@@ -49,6 +49,14 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def test_path_is_taken_from_where_the_agent_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(None, {"BOARDBENCH_AGENT_SYS_ROOT": "tree"}, {"data_dir": Path("data")})
+    assert (config.data_dir, config.sys_root) == (tmp_path / "data", tmp_path / "tree")
+
+
 def test_file(tmp_path: Path) -> None:
     config = load(written(tmp_path, WHOLE), {})
     assert config.listen == "0.0.0.0:7000"

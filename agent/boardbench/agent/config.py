@@ -467,7 +467,8 @@ def _parse_text(value: object) -> str:
 def _parse_path(value: object) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError
-    return Path(value).expanduser()
+    # Workers have a folder of their own to work in.
+    return Path(value).expanduser().absolute()
 
 
 def _parse_switch(value: object) -> bool:
