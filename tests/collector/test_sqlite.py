@@ -76,7 +76,7 @@ async def test_a_commit_survives_a_power_cut_by_its_settings(path: Path) -> None
         (synchronous,) = db.execute("PRAGMA synchronous").fetchone()
         return mode, synchronous
 
-    assert await store._write(settings) == ("wal", 2)  # 2 is FULL
+    assert await store.write(settings) == ("wal", 2)  # 2 is FULL
     await store.close()
 
 
@@ -103,7 +103,8 @@ async def test_version_1_is_brought_up_to_date(old_store: Path, make_result: Mak
     assert totals == [("pi4", 1, 1), ("pi5", 1, 2), ("pi5", 2, 1)]
     assert await store.acknowledged("pi4", "spool-9") == 12
     # And it goes on.
-    assert await store.append("pi5", "spool-1", 3, make_result("run-3")) is False
+    (third,) = await store.find("run-3")
+    assert await store.append("pi5", "spool-1", 3, third) is False
     assert await store.append("pi5", "spool-1", 4, make_result("run-5")) is True
     await store.close()
 
@@ -132,7 +133,7 @@ async def test_places_that_are_damaged_are_forgotten(path: Path, make_result: Ma
     for sequence, damage in enumerate(
         (b"", b"\x01", b"\x01\x00\x09", b"\x09\x00\x00", b"\x01\x00\x00abc"), 2
     ):
-        await store._write(lambda db, damage=damage: db.execute("UPDATE series SET places = ?", (damage,)))
+        await store.write(lambda db, damage=damage: db.execute("UPDATE series SET places = ?", (damage,)))
         assert await store.append("pi5", "spool-1", sequence, make_result(f"run-{sequence}"))
     assert (await store.latest(received_since=0, per_device=9)).results[0].drifts == 0
     await store.close()
@@ -212,8 +213,9 @@ async def test_damage_is_found(path: Path, make_result: MakeResult) -> None:
         await store.append("pi5", "spool-1", n, make_result(f"run-{n}", samples=500))
     await store.check()
     await store.close()
+    middle = path.stat().st_size // 4096 // 2
     with path.open("r+b") as file:
-        for page in range(8, 20):
+        for page in range(middle, middle + 12):
             file.seek(page * 4096)
             file.write(b"\xff" * 4096)
     store = await SqliteResultStore.open(path)
@@ -225,14 +227,14 @@ async def test_damage_is_found(path: Path, make_result: MakeResult) -> None:
 async def test_a_record_that_was_changed_is_found(path: Path, make_result: MakeResult) -> None:
     store = await SqliteResultStore.open(path)
     await store.append("pi5", "spool-1", 1, make_result("run-1"))
-    await store._write(
+    await store.write(
         lambda db: (
             db.execute("UPDATE results SET summary = ?", (make_result("run-2").SerializeToString(),)).rowcount
         )
     )
     with pytest.raises(StoreDamaged, match=r"run-1 .* says 'run-2'"):
         await store.check()
-    await store._write(lambda db: db.execute("UPDATE results SET summary = x'ff'").rowcount)
+    await store.write(lambda db: db.execute("UPDATE results SET summary = x'ff'").rowcount)
     with pytest.raises(StoreDamaged, match=r"run-1 .* is unreadable"):
         await store.check()
     await store.close()
@@ -248,7 +250,7 @@ async def test_a_full_disk_loses_no_acknowledged_result_and_leaves_no_gap(
         return lambda db: db.execute(f"PRAGMA max_page_count = {pages}").close()
 
     # SQLite meets this limit with the same SQLITE_FULL as a full file system.
-    await store._write(limit_pages(30))
+    await store.write(limit_pages(30))
     with pytest.raises(StoreUnavailable, match=r"no space left for .*results\.db"):
         await store.append("pi5", "spool-1", 2, make_result("run-2", samples=40_000), after=1)
     # A small one behind it would fit, and would hide for ever that the one before is missing.
@@ -256,7 +258,7 @@ async def test_a_full_disk_loses_no_acknowledged_result_and_leaves_no_gap(
         await store.append("pi5", "spool-1", 3, make_result("run-3", samples=0), after=2)
     assert await store.acknowledged("pi5", "spool-1") == 1
     assert await store.find("run-1") == (make_result("run-1"),)
-    await store._write(limit_pages(2**30))
+    await store.write(limit_pages(2**30))
     assert await store.append("pi5", "spool-1", 2, make_result("run-2", samples=40_000), after=1) is True
     assert await store.append("pi5", "spool-1", 3, make_result("run-3"), after=2) is True
     await store.check()

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boardbench.collector.errors import InvalidRequest, OutOfOrder, ResultRefused, StoreUnavailable
+from boardbench.collector.errors import (
+    InvalidRequest,
+    OutOfOrder,
+    PlaceTaken,
+    ResultRefused,
+    StoreUnavailable,
+)
 from boardbench.collector.store import (
     LONG,
     LatestResults,
@@ -52,9 +58,25 @@ async def test_the_same_place_in_the_spool_is_stored_once(
 ) -> None:
     assert await store.append("pi5", "spool-1", 1, make_result("run-1")) is True
     assert await store.append("pi5", "spool-1", 1, make_result("run-1")) is False
-    assert await store.append("pi5", "spool-1", 1, make_result("run-2")) is False
     assert len((await store.results(ResultFilter(), limit=10)).results) == 1
     assert [outcome.total for outcome in await store.outcomes()] == [1]
+
+
+async def test_another_run_in_a_place_that_was_used_is_told_and_not_swallowed(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    await store.append("pi5", "spool-1", 1, make_result("run-1"))
+    await store.append("pi5", "spool-1", 4, make_result("run-4"))
+    for sequence, other in (
+        (1, make_result("run-9")),
+        (4, make_result("run-4", finished=1.9e9)),
+        (3, make_result("run-8")),
+    ):
+        with pytest.raises(PlaceTaken, match=rf"device pi5, spool spool-1: .* as {sequence};"):
+            await store.append("pi5", "spool-1", sequence, other)
+    assert await store.acknowledged("pi5", "spool-1") == 4
+    assert await store.append("pi5", "spool-2", 1, make_result("run-9")) is True
+    assert await store.append("pi5", "spool-1", 5, make_result("run-5"), after=3) is True
 
 
 async def test_places_count_per_device_and_spool(store: ResultStore, make_result: MakeResult) -> None:

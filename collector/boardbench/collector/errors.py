@@ -4,11 +4,16 @@
     ├── StartError            it can't start: an address is taken, a folder can't be used, …
     ├── RequestError          a caller asked for something that can't be answered
     │   ├── InvalidRequest    the question itself is wrong
+    │   ├── NotAllowed        whoever asks has not shown that it may
     │   ├── NotFound          nothing has that name
-    │   └── Ambiguous         more than one thing has that name
+    │   ├── Ambiguous         more than one thing has that name
+    │   ├── Occupied          somebody else has it
+    │   └── NoRoom            it does not fit
     ├── ResultRefused         a record can never be stored; the rest of its stream can
+    ├── PlaceTaken            another run has had the record's place in its spool
     ├── StreamEnded           the collector ends an agent's stream; the agent may come back
     │   ├── Superseded        the same board opened a newer stream
+    │   ├── IdentityTaken     another agent with the same identity has a stream
     │   ├── SilentAgent       no message for several heartbeats
     │   └── ShuttingDown      the collector stops
     └── StoreError            the store can't do it now
@@ -41,12 +46,24 @@ class InvalidRequest(RequestError):
     """The question itself is wrong."""
 
 
+class NotAllowed(RequestError):
+    """Whoever asks has not shown that it may."""
+
+
 class NotFound(RequestError):
     """Nothing has the name that was asked for."""
 
 
 class Ambiguous(RequestError):
     """More than one thing has the name that was asked for."""
+
+
+class Occupied(RequestError):
+    """Somebody else has what was asked for."""
+
+
+class NoRoom(RequestError):
+    """There is no room for it now."""
 
 
 class ResultRefused(CollectorError):
@@ -60,12 +77,26 @@ class ResultRefused(CollectorError):
         self.code = code
 
 
+class PlaceTaken(CollectorError):
+    """Another run has had the record's place in its spool: the spool was copied, or set back."""
+
+    def __init__(self, device_id: str, spool_id: str, sequence: int) -> None:
+        super().__init__(
+            f"device {device_id}, spool {spool_id}: another run was stored as {sequence};"
+            " the spool was copied to a second board, or set back"
+        )
+
+
 class StreamEnded(CollectorError):
     """The collector ends an agent's stream; the agent may come back."""
 
 
 class Superseded(StreamEnded):
     """The same board opened a newer stream."""
+
+
+class IdentityTaken(StreamEnded):
+    """Another agent with the same identity has a stream."""
 
 
 class SilentAgent(StreamEnded):

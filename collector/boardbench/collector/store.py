@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from boardbench.collector.errors import InvalidRequest, ResultRefused
+from boardbench.collector.jobs import JobStore
 from boardbench.v1 import collector_pb2, placement_pb2, result_pb2, scenario_pb2
 
 MAX_ID_LENGTH = 128
@@ -267,6 +268,10 @@ def has_drifted(before: Places, after: Places) -> bool:
 class ResultStore(Protocol):
     """Results and the boards they come from."""
 
+    @property
+    def jobs(self) -> JobStore:
+        """The jobs of the same store."""
+
     def append(
         self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
     ) -> asyncio.Future[bool]:
@@ -275,7 +280,9 @@ class ResultStore(Protocol):
         Calls take effect in their order. True: stored now. False: (device, spool, sequence), or the very
         same run, was there before. ``after`` is the sequence that the caller handed over just before
         (0: none): when that one turns out not to be stored, this one fails with OutOfOrder instead of
-        leaving a gap that the high-water mark would hide. ResultRefused is raised at once when the
+        leaving a gap that the high-water mark would hide. PlaceTaken comes through the future when the place
+        was dealt with, but not by this run: a copy of the spool has used it. A result of a job's attempt
+        ends the job in the same transaction (``jobs.after_result``). ResultRefused is raised at once when the
         record is unfit (:func:`check_result`); it comes through the future when another result has the
         run's identity, and then counts as dealt with: the mark moves on. StoreError comes through the future.
         """
@@ -381,6 +388,14 @@ def finished_microseconds(result: result_pb2.RunResult, received_at: float) -> i
     if result.HasField("finished_at"):
         return result.finished_at.seconds * 1_000_000 + result.finished_at.nanos // 1000
     return int(received_at * 1_000_000)
+
+
+def ending_of(result: result_pb2.RunResult) -> result_pb2.RunResult:
+    """Returns how the run ended: its status and its error, and nothing else."""
+    ending = result_pb2.RunResult(status=result.status)
+    if result.HasField("error"):
+        ending.error.code, ending.error.message = result.error.code, result.error.message
+    return ending
 
 
 def split(result: result_pb2.RunResult) -> tuple[bytes, bytes]:

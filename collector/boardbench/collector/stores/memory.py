@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from boardbench.collector.config import CollectorConfig
-from boardbench.collector.errors import OutOfOrder, ResultRefused, StoreUnavailable
+from boardbench.collector.errors import OutOfOrder, PlaceTaken, ResultRefused, StoreUnavailable
+from boardbench.collector.jobs import attempt_of
 from boardbench.collector.store import (
     Arrival,
     DeviceRecord,
@@ -25,12 +26,14 @@ from boardbench.collector.store import (
     Sighting,
     check_limit,
     check_result,
+    ending_of,
     finished_microseconds,
     has_drifted,
     places_of,
     series_of,
     split,
 )
+from boardbench.collector.stores.memory_jobs import MemoryJobStore
 from boardbench.v1 import collector_pb2, result_pb2
 
 
@@ -42,6 +45,13 @@ class _Stored:
     runtime: str
     summary: bytes
     detail: bytes
+
+    def is_of(self, device_id: str, result: result_pb2.RunResult) -> bool:
+        """Whether it is this run, by its status and its end: contents may be dropped with age."""
+        end = finished_microseconds(result, 0.0)
+        return (self.device_id, self.read(summary=True).status) == (device_id, result.status) and (
+            end == self.position.finished_microseconds or not result.HasField("finished_at")
+        )
 
     def read(self, *, summary: bool = False) -> result_pb2.RunResult:
         return result_pb2.RunResult.FromString(self.summary if summary else self.summary + self.detail)
@@ -59,6 +69,7 @@ class MemoryResultStore:
         self._max_result_bytes = max_result_bytes
         self._clock = clock
         self._closed = False
+        self.jobs = MemoryJobStore(self._check_open)
         self._devices: dict[str, DeviceRecord] = {}
         self._marks: dict[tuple[str, str], int] = {}
         self._results: dict[str, _Stored] = {}
@@ -75,7 +86,7 @@ class MemoryResultStore:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         try:
             future.set_result(self._append(device_id, spool_id, sequence, result, after))
-        except (ResultRefused, OutOfOrder, StoreUnavailable) as error:
+        except (ResultRefused, OutOfOrder, PlaceTaken, StoreUnavailable) as error:
             future.set_exception(error)
         return future
 
@@ -85,6 +96,9 @@ class MemoryResultStore:
         self._check_open()
         mark = self._marks.get((device_id, spool_id), 0)
         if sequence <= mark:
+            stored = self._results.get(result.run_id)
+            if stored is None or not stored.is_of(device_id, result):
+                raise PlaceTaken(device_id, spool_id, sequence)
             return False
         if after > mark:
             raise OutOfOrder(
@@ -107,6 +121,9 @@ class MemoryResultStore:
         stored = _Stored(position, device_id, now, series.runtime, summary, detail)
         self._results[result.run_id] = stored
         self._outcomes[(device_id, result.status)] += 1
+        job = attempt_of(result.run_id)
+        if job is not None:
+            self.jobs.end_by_result(device_id, *job, ending_of(result), now)
         if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
             self._latest[(device_id, series)] = stored
             self._track((device_id, series), places_of(result))

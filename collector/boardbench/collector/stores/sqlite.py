@@ -28,12 +28,14 @@ from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import (
     CollectorError,
     OutOfOrder,
+    PlaceTaken,
     ResultRefused,
     StoreDamaged,
     StoreError,
     StoreForeign,
     StoreUnavailable,
 )
+from boardbench.collector.jobs import attempt_of
 from boardbench.collector.store import (
     Arrival,
     DeviceRecord,
@@ -48,12 +50,14 @@ from boardbench.collector.store import (
     Sighting,
     check_limit,
     check_result,
+    ending_of,
     finished_microseconds,
     has_drifted,
     places_of,
     series_of,
     split,
 )
+from boardbench.collector.stores.sqlite_jobs import SqliteJobStore
 from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, TRACK_SERIES, migrate, series_text
 from boardbench.v1 import collector_pb2, result_pb2
 
@@ -90,6 +94,12 @@ class _Append:
     series: str | None
     """None: not a measurement that a graph could show."""
     places: Places | None
+    says_its_end: bool
+    """Whether it says when it ended; else the end in the row is its arrival."""
+    job: tuple[str, int] | None
+    """The job and the attempt that the run is; None: of no job."""
+    ending: result_pb2.RunResult | None
+    """How the run ended, and nothing else of the result; None: of no job."""
 
 
 @dataclass
@@ -137,6 +147,7 @@ class SqliteResultStore:
         self._closed = False
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
+        self.jobs = SqliteJobStore(self)
         self._thread = threading.Thread(target=self._write_forever, name="store-write", daemon=True)
         self._thread.start()
 
@@ -187,6 +198,7 @@ class SqliteResultStore:
             *split(result),
         )
         measured = result.status == result_pb2.RUN_STATUS_SUCCEEDED
+        job = attempt_of(result.run_id)
         future: asyncio.Future[bool] = self._loop.create_future()
         self._put(
             _Append(
@@ -198,6 +210,9 @@ class SqliteResultStore:
                 row,
                 series_text(series) if measured else None,
                 places_of(result),
+                result.HasField("finished_at"),
+                job,
+                ending_of(result) if job is not None else None,
             )
         )
         return future
@@ -214,7 +229,7 @@ class SqliteResultStore:
                 values,
             )
 
-        await self._write(write)
+        await self.write(write)
 
     async def saw(self, sightings: Sequence[Sighting]) -> None:
         """See ``ResultStore.saw``."""
@@ -234,7 +249,7 @@ class SqliteResultStore:
                 rows,
             )
 
-        await self._write(write)
+        await self.write(write)
 
     async def probe(self) -> None:
         """See ``ResultStore.probe``."""
@@ -247,9 +262,10 @@ class SqliteResultStore:
                 (now,),
             )
 
-        await self._write(write)
+        await self.write(write)
 
-    async def _write(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def write(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Returns what the function returns, once the transaction that it wrote in is committed."""
         future: asyncio.Future[_T] = self._loop.create_future()
         self._put(_Call(future, function))
         return await future
@@ -268,11 +284,16 @@ class SqliteResultStore:
                 outcomes: list[Any]
                 try:
                     outcomes = self._commit(batch)
+                    touched = self.jobs.take_touched()
                 except BaseException as error:
                     outcomes = [_told(error, self._path)] * len(batch)
+                    self.jobs.take_touched()
+                    touched = []
                 # The loop may be gone when the process is ending: then nobody waits for the answer.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_tell, batch, outcomes)
+                    if touched:
+                        self._loop.call_soon_threadsafe(self.jobs.tell, touched)
             if last:
                 return
 
@@ -346,7 +367,7 @@ class SqliteResultStore:
             ).fetchone()
             mark = marks[spool] = found[0] if found else 0
         if entry.sequence <= mark:
-            return False
+            return self._known(entry)
         if entry.after > mark:
             return OutOfOrder(
                 f"device {entry.device_id}, spool {entry.spool_id}: {entry.after} is not stored,"
@@ -371,10 +392,24 @@ class SqliteResultStore:
                 "conflict", f"run {run_id} is stored already, from device {device_id}, with other contents"
             )
         counts[(entry.device_id, status)] += 1
+        if entry.job is not None and entry.ending is not None:
+            self.jobs.end_by_result(db, entry.device_id, *entry.job, entry.ending, self._clock())
         if entry.series is not None:
             assert cursor.lastrowid is not None
             self._track((entry.device_id, entry.series), cursor.lastrowid, entry.places, latest)
         return True
+
+    def _known(self, entry: _Append) -> bool | CollectorError:
+        """Returns False when this very run is stored; else another one has had its place in the spool."""
+        # Not by the whole contents: of what is stored, samples may have been dropped with age.
+        run_id, status, finished = entry.row[0], entry.row[4], entry.row[8]
+        found = self._db.execute(
+            "SELECT device_id, status, finished FROM results WHERE run_id = ?", (run_id,)
+        ).fetchone()
+        there = found is not None and found[:2] == (entry.device_id, status)
+        if there and (found[2] == finished or not entry.says_its_end):
+            return False
+        return PlaceTaken(entry.device_id, entry.spool_id, entry.sequence)
 
     def _track(
         self,
@@ -408,7 +443,7 @@ class SqliteResultStore:
             ).fetchone()
             return int(found[0]) if found else 0
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def devices(self) -> tuple[DeviceRecord, ...]:
         """See ``ResultStore.devices``."""
@@ -426,7 +461,7 @@ class SqliteResultStore:
                 )
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def outcomes(self) -> tuple[Outcomes, ...]:
         """See ``ResultStore.outcomes``."""
@@ -439,7 +474,7 @@ class SqliteResultStore:
                 )
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def results(
         self,
@@ -496,7 +531,7 @@ class SqliteResultStore:
                     last = Position(finished, arrival)
             return ResultPage(tuple(page), None)
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
         """See ``ResultStore.find``."""
@@ -510,7 +545,7 @@ class SqliteResultStore:
                 ).fetchall()
             return tuple(result_pb2.RunResult.FromString(head + tail) for head, tail in rows)
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def news(self, after: int) -> News:
         """See ``ResultStore.news``."""
@@ -525,7 +560,7 @@ class SqliteResultStore:
             finally:
                 db.execute("COMMIT")
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def arrivals(self, after: int, *, limit: int, max_bytes: int) -> tuple[Arrival, ...]:
         """See ``ResultStore.arrivals``."""
@@ -548,7 +583,7 @@ class SqliteResultStore:
                     found.append(Arrival(arrival, device_id, received, result))
             return tuple(found)
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def latest(
         self, *, received_since: float, per_device: int, devices: Collection[str] | None = None
@@ -579,7 +614,7 @@ class SqliteResultStore:
                 )
             return LatestResults(tuple(kept), left_out)
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def check(self) -> None:
         """See ``ResultStore.check``."""
@@ -602,9 +637,11 @@ class SqliteResultStore:
                         f"{self._path}: the record of run {run_id} ({device_id}) says {result.run_id!r}"
                     )
 
-        await self._read(read)
+        await self.read(read)
 
-    async def _read(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def read(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Returns what the function returns, called with a connection that only reads."""
+
         def work() -> _T:
             with self._reader() as db:
                 return function(db)

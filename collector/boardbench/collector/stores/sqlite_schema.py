@@ -132,7 +132,65 @@ def _version_3(db: sqlite3.Connection) -> None:
             )
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_version_1, _version_2, _version_3)
+def _version_4(db: sqlite3.Connection) -> None:
+    """Jobs, reservations and the operator's labels."""
+    db.execute(
+        """CREATE TABLE jobs (
+            arrival INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice: pages end at one
+            job_id TEXT NOT NULL UNIQUE,
+            batch_id TEXT NOT NULL,
+            device_id TEXT NOT NULL,
+            state INTEGER NOT NULL,          -- boardbench.v1.JobState
+            priority INTEGER NOT NULL,
+            holder TEXT NOT NULL,
+            model_sha256 TEXT NOT NULL,
+            inputs_sha256 TEXT NOT NULL,     -- empty: none
+            version INTEGER NOT NULL,        -- rises with every change that can be seen
+            deadline REAL NOT NULL,          -- Unix seconds, the collector's clock, as all times here
+            lease_until REAL,                -- NULL: no board has it
+            not_before REAL NOT NULL,
+            ended REAL,
+            cancelling INTEGER NOT NULL,
+            lapsed INTEGER NOT NULL,
+            returns INTEGER NOT NULL,
+            job BLOB NOT NULL,               -- boardbench.v1.Job
+            inputs BLOB                      -- boardbench.v1.Model
+        )"""
+    )
+    db.execute("CREATE INDEX jobs_by_state ON jobs (state, device_id, priority, arrival)")
+    db.execute("CREATE INDEX jobs_by_device ON jobs (device_id, arrival)")
+    db.execute("CREATE INDEX jobs_by_batch ON jobs (batch_id, arrival)")
+    db.execute(
+        """CREATE TABLE batches (
+            batch_id TEXT NOT NULL PRIMARY KEY,
+            digest TEXT NOT NULL,            -- of the request
+            created REAL NOT NULL
+        ) WITHOUT ROWID"""
+    )
+    db.execute(
+        """CREATE TABLE reservations (
+            device_id TEXT NOT NULL PRIMARY KEY,
+            holder TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            ends REAL NOT NULL
+        ) WITHOUT ROWID"""
+    )
+    db.execute(
+        """CREATE TABLE labels (
+            device_id TEXT NOT NULL,
+            name TEXT NOT NULL,
+            value TEXT NOT NULL,
+            PRIMARY KEY (device_id, name)
+        ) WITHOUT ROWID"""
+    )
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
+    _version_1,
+    _version_2,
+    _version_3,
+    _version_4,
+)
 """The step to version n is at n - 1."""
 
 LATEST_VERSION = len(MIGRATIONS)
