@@ -192,7 +192,7 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_every_key_has_a_variable() -> None:
     """Each one is taken, with a value of its type."""
-    samples = {int: "7", float: "7.5", str: "7", Path: "/7"}
+    samples = {bool: "false", int: "7", float: "7.5", str: "7", Path: "/7"}
     # What is held to the names that there are.
     named = {
         ("sensors", "without"): "nvidia, rapl",
