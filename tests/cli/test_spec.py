@@ -125,3 +125,43 @@ def test_a_spec_that_is_none_is_told(agent_run, text):
 
     with pytest.raises(InvalidRequest, match="--spec"):
         agent_run("--spec", text)
+
+
+def test_a_delegate_and_its_options_are_options_of_the_engine():
+    spec = parsed(
+        *(
+            "--delegate",
+            "libdelegate.so",
+            "--delegate-option",
+            "device=usb",
+            "--delegate-option",
+            "level=a=b",
+        ),
+        *("--option", "xnnpack=off"),
+    )
+    assert dict(spec.message().options) == {
+        "xnnpack": "off",
+        "delegate": "libdelegate.so",
+        "delegate.device": "usb",
+        "delegate.level": "a=b",
+    }
+
+
+def test_options_for_the_device_need_no_delegate():
+    spec = parsed("--device", "edgetpu", "--delegate-option", "device=usb:0")
+    assert dict(spec.message().options) == {"delegate.device": "usb:0"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--delegate", "a.so", "--option", "delegate=b.so"),
+        ("--delegate-option", "device=usb", "--option", "delegate.device=pci"),
+        ("--delegate-option", "device=usb", "--delegate-option", "device=pci"),
+        ("--delegate-option", "device"),
+        ("--delegate", ""),
+    ],
+)
+def test_a_delegate_is_said_once(arguments):
+    with pytest.raises(click.UsageError):
+        parsed(*arguments)

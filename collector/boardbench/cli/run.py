@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ Examples:
     metavar="MODEL...",
     nargs=-1,
     required=True,
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    # A folder may be an .mlpackage.
+    type=click.Path(exists=True, readable=True, path_type=Path),
 )
 @spec_options
 @require_option()
@@ -61,15 +63,19 @@ def run(paths: tuple[Path, ...], require: tuple[Requirement, ...], **values: Any
     spec = spec_from(values)
     from boardbench.cli.answer import answer, exit_code
     from boardbench.cli.progress import progress_for
+    from boardbench.cli.source import as_file
     from boardbench.cli.tables import comparison_table
 
+    spec = _with_local_delegate(spec)
     results: list[result_pb2.RunResult] = []
     codes: list[ExitCode] = []
     with progress_for(output) as progress:
         for path in paths:
             local = LocalRun(path, spec)
             try:
-                result = _followed(local, progress)
+                with as_file(path) as file:
+                    local.file = file
+                    result = _followed(local, progress)
             except CliError as error:
                 if not local.interrupted:  # or it ended, as it was told to, before it had anything to tell
                     with progress.paused():
@@ -93,6 +99,17 @@ def run(paths: tuple[Path, ...], require: tuple[Requirement, ...], **values: Any
     if code == ExitCode.INTERRUPTED:
         output.complain("interrupted")
     return code
+
+
+def _with_local_delegate(spec: Spec) -> Spec:
+    """The delegate by its whole path where it is a file here: the worker is in a folder of its own.
+
+    A name that is no file here is left to the system's loader, as ``libedgetpu.so.1``.
+    """
+    library = Path(spec.options.get("delegate", ""))
+    if not library.is_file():
+        return spec
+    return replace(spec, options={**spec.options, "delegate": str(library.absolute())})
 
 
 def _conclude(results: list[result_pb2.RunResult], asked: int, output: Output) -> None:
@@ -124,20 +141,22 @@ class LocalRun:
     def __init__(self, path: Path, spec: Spec) -> None:
         """Starts nothing yet."""
         self.path = path
+        self.file = path
+        """What is run: the model itself, or the archive that a folder is packed into."""
         self.interrupted = False
         self._told = False
-        self._command = [
-            *(sys.executable, "-m", "boardbench.agent", "run", "--format", "jsonl"),
-            *spec.arguments(),
-            *("--", str(path)),
-        ]
+        self._spec = spec
         self._process: subprocess.Popen[str] | None = None
 
     def events(self) -> Generator[agent_pb2.RunEvent, None, None]:
         """The events; the last one holds the result. Raises CliError when the process ends without one."""
         # A session of its own keeps Ctrl-C from hitting the child at the same time: it is told once, by us.
         process = subprocess.Popen(
-            self._command,
+            [
+                *(sys.executable, "-m", "boardbench.agent", "run", "--format", "jsonl"),
+                *self._spec.arguments(),
+                *("--", str(self.file)),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

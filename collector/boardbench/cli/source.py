@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -68,6 +69,25 @@ def _packed(parts: dict[str, Path]) -> IO[bytes]:
         packed.close()
         raise
     return packed
+
+
+@contextlib.contextmanager
+def as_file(path: Path) -> Iterator[Path]:
+    """The model as a file of the same name: ``path`` itself, or an .mlpackage in its archive while inside.
+
+    Raises WrongUse for a folder that is no .mlpackage.
+    """
+    if not path.is_dir():
+        yield path
+        return
+    try:
+        with _packed(_parts(path)) as packed, tempfile.TemporaryDirectory(prefix="boardbench-") as folder:
+            file = Path(folder) / path.name
+            with file.open("wb") as target:
+                shutil.copyfileobj(packed, target, _HASH_BYTES)
+            yield file
+    except OSError as error:
+        raise WrongUse(f"{path} can't be read: {error.strerror or error}") from error
 
 
 class Source:

@@ -300,6 +300,20 @@ _OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
         help="An option of the engine. Repeatable.",
     ),
     click.option(
+        "--delegate",
+        default=None,
+        metavar="LIBRARY",
+        help="tflite: a delegate's shared library on the board.",
+    ),
+    click.option(
+        "--delegate-option",
+        "delegate_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_options,
+        help="An option of that delegate. Repeatable.",
+    ),
+    click.option(
         "--inputs",
         type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
         metavar="FILE.npz",
@@ -429,6 +443,10 @@ def spec_from(values: dict[str, Any]) -> Spec:
         if values["profile_runs"]:
             raise click.UsageError(f"--no-profile and --profile-runs {values['profile_runs']} contradict")
         values["profile_runs"] = 0
+    values["options"] = {
+        **values["options"],
+        **_of_delegate(values["options"], values.pop("delegate"), values.pop("delegate_options")),
+    }
     spec = Spec(**values)
     if spec.strict and spec.allow_fallback:
         raise click.UsageError("--strict forbids what --allow-fallback allows: leave one of them out")
@@ -440,6 +458,21 @@ def spec_from(values: dict[str, Any]) -> Spec:
     if spec.min_runs is not None and spec.max_runs is not None and spec.min_runs > spec.max_runs:
         raise click.UsageError(f"--min-runs {spec.min_runs} is more than --max-runs {spec.max_runs}")
     return spec
+
+
+def _of_delegate(
+    options: dict[str, str], library: str | None, delegate_options: dict[str, str]
+) -> dict[str, str]:
+    """The delegate and its options as options of the engine. Raises click.UsageError."""
+    if library is not None and not library:
+        raise click.UsageError("--delegate is the path, or the name, of a shared library; it is empty")
+    found = {} if library is None else {"delegate": library}
+    found.update({f"delegate.{name}": value for name, value in delegate_options.items()})
+    for name in found:
+        if name in options:
+            flag = "--delegate" if name == "delegate" else f"--delegate-option {name[len('delegate.') :]}"
+            raise click.UsageError(f"{flag} and --option {name} say the same: leave one of them out")
+    return found
 
 
 def _check_scenario(spec: Spec) -> None:

@@ -116,6 +116,68 @@ def tflite_while() -> bytes:
     return bytes(model.finish())
 
 
+def tflite_of_signatures(*, loop: bool = False) -> bytes:
+    """Two signatures: ``add`` of the main graph, a + b; ``scale`` of the second, weights · x of open batch.
+
+    The names that signatures give are others than those of the tensors. With ``loop`` a third graph, which no
+    signature names, holds a loop.
+    """
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    main = model.subgraph()
+    a, b, total = (main.tensor(name, [1, 4], "float32") for name in ("add_a:0", "add_b:0", "add_total:0"))
+    main.operator("ADD", [a, b], [total], build.Options("AddOptions"))
+    main.inputs(a, b)
+    main.outputs(total)
+    second = model.subgraph("scale")
+    x, product = second.tensor("scale_x:0", [-1, 4], "float32"), second.tensor("product", [-1, 8], "float32")
+    weights = second.tensor("weights", [8, 4], "float32", data=struct.pack("<32f", *range(32)))
+    bias = second.tensor("bias", [8], "float32", data=struct.pack("<8f", *[0.0] * 8))
+    y, negative = (
+        second.tensor("scale_y:0", [-1, 8], "float32"),
+        second.tensor("negative:0", [-1, 8], "float32"),
+    )
+    second.operator("FULLY_CONNECTED", [x, weights, bias], [product], build.Options("FullyConnectedOptions"))
+    second.operator("RELU", [product], [y])
+    second.operator("NEG", [product], [negative], build.Options("NegOptions"))
+    second.inputs(x)
+    second.outputs(negative, y)
+    if loop:
+        third = model.subgraph("loop")
+        v, w = third.tensor("v", [1], "float32"), third.tensor("w", [1], "float32")
+        third.operator(
+            "WHILE", [v], [w], build.Options("WhileOptions", {"condSubgraphIndex": 3, "bodySubgraphIndex": 4})
+        )
+        third.inputs(v)
+        third.outputs(w)
+        condition, body = model.subgraph("condition"), model.subgraph("body")
+        value, less = condition.tensor("v", [1], "float32"), condition.tensor("less", [1], "bool")
+        condition.operator("LESS", [value, value], [less], build.Options("LessOptions"))
+        condition.inputs(value)
+        condition.outputs(less)
+        value, more = body.tensor("v", [1], "float32"), body.tensor("more", [1], "float32")
+        body.operator("ADD", [value, value], [more], build.Options("AddOptions"))
+        body.inputs(value)
+        body.outputs(more)
+    model.signature({"left": a, "right": b}, {"sum": total}, key="add")
+    model.signature({"features": x}, {"scaled": y, "flipped": negative}, key="scale", subgraph=1)
+    return bytes(model.finish())
+
+
+def tflite_of_open_output() -> bytes:
+    """The places of the values above 0.5 in four floats: how many depends on the data."""
+    build = _tflite_builder()
+    model = build.ModelBuilder()
+    graph = model.subgraph()
+    x, half = graph.tensor("x", [4], "float32"), graph.tensor("half", [1], "float32", data=_float(0.5))
+    above, places = graph.tensor("above", [4], "bool"), graph.tensor("places", [-1, 1], "int64")
+    graph.operator("GREATER", [x, half], [above], build.Options("GreaterOptions"))
+    graph.operator("WHERE", [above], [places], build.Options("WhereOptions"))
+    graph.inputs(x)
+    graph.outputs(places)
+    return bytes(model.finish())
+
+
 def tflite_of_unknown_ops(name: str, version: int = 1) -> bytes:
     """One operation that no engine has, or not in that version."""
     build = _tflite_builder()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from boardbench.agent.bench import inputs
+from boardbench.agent.bench.options import NATIVE_MODELS
 from boardbench.agent.bench.runtime import (
     ModelRejected,
     NoProfile,
@@ -28,7 +29,7 @@ FEED = np.array([[[-2.0, -1.0, 0.5, 3.0]]], np.float32)
 
 @pytest.fixture(autouse=True)
 def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ell.ALLOWED, "1")
+    monkeypatch.setenv(NATIVE_MODELS, "1")
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_it_is_known_by_its_names(tmp_path: Path) -> None:
 
 
 def test_it_runs_only_where_programs_may_be_run(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ell.ALLOWED)
+    monkeypatch.delenv(NATIVE_MODELS)
     with pytest.raises(RuntimeUnavailable, match="BOARDBENCH_NATIVE_MODELS=1"):
         load()
 

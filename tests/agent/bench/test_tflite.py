@@ -13,7 +13,7 @@ import pytest
 
 from boardbench.agent.bench import inputs
 from boardbench.agent.bench.runtime import ModelRejected, OptionRejected, RuntimeUnavailable
-from boardbench.agent.bench.runtimes import tflite
+from boardbench.agent.bench.runtimes import tflite, tflite_graphs
 from boardbench.agent.domain import Evidence, Unit, Verdict
 
 from . import models
@@ -195,7 +195,7 @@ def test_tensors_without_names_are_numbered(runtime: tflite.TfliteRuntime, made:
     ],
 )
 def test_names_are_made_unique(names: list[str], unique: list[str]) -> None:
-    assert tflite._unique(names, "input") == unique
+    assert tflite_graphs.unique(names, "input") == unique
 
 
 def test_loops_run_and_their_bodies_are_named_as_not_listed(runtime: tflite.TfliteRuntime, made: Any) -> None:

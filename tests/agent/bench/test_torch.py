@@ -6,6 +6,8 @@ PyTorch has an environment of its own (gigabytes): `make test-engines` runs thes
 from __future__ import annotations
 
 import importlib.util
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from boardbench.agent.bench import inputs
+from boardbench.agent.bench.options import NATIVE_MODELS
 from boardbench.agent.bench.runtime import (
     InputsRejected,
     ModelRejected,
@@ -260,7 +263,12 @@ def test_a_program_that_is_not_for_the_lite_interpreter_is_told(load: Any) -> No
         load("between.full", options={"interpreter": "lite"})
 
 
-def test_a_damaged_file_is_refused(load: Any, files: Path) -> None:
+def test_a_damaged_file_is_refused(load: Any, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NATIVE_MODELS, raising=False)
+    (files / "cut").write_bytes((files / "between.full").read_bytes()[:-40])
+    with pytest.raises(ModelRejected, match=r"cut can't be looked through .* the file is truncated"):
+        load("cut")
+    monkeypatch.setenv(NATIVE_MODELS, "1")
     for form in ("full", "lite"):
         content = (files / f"between.{form}").read_bytes()
         (files / "cut").write_bytes(content[: len(content) // 2])
@@ -299,3 +307,56 @@ def test_a_real_model_runs(worker: Any) -> None:
     assert outcome.result["outputs"] == [{"name": "output0", "dtype": "float32", "shape": [1, 1]}]
     types = outcome.result["placement"]["cpu_op_types"]
     assert types["aten::conv1d"] == 12 and types["aten::lstm_cell"] == 4
+
+
+@pytest.mark.parametrize("form", ["full", "lite", "flat"])
+@pytest.mark.parametrize("how", ["save", "from_file", "setstate"])
+def test_a_program_that_reaches_files_is_not_run_unasked(
+    load: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, form: str
+) -> None:
+    """It is a real one: told that it may, it does write the file, or make it."""
+    target = tmp_path / "written"
+    program = torch_models.reaching(str(target), how)
+    (files / "reaching").write_bytes(torch_models.script(program, lite=form != "full", flat=form == "flat"))
+    monkeypatch.delenv(NATIVE_MODELS, raising=False)
+    with pytest.raises(
+        ModelRejected, match=f"reaching is not run: .*; to run it all the same, set {NATIVE_MODELS}=1"
+    ):
+        load("reaching", shapes={"x": (4,)})
+    assert not target.exists()
+    monkeypatch.setenv(NATIVE_MODELS, "1")
+    ran(load("reaching", shapes={"x": (4,)}))
+    assert target.exists()
+
+
+def test_code_that_looks_an_operator_up_by_name_is_not_run_unasked(
+    load: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that PyTorch itself would never write, and takes."""
+    target = tmp_path / "written"
+    plain = torch_models.script(torch_models.affine(), lite=False)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(plain)) as source, zipfile.ZipFile(packed, "w") as made:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith(".py"):
+                text = content.decode()
+                line = f'    getattr(torch, "sa" "\\166e")(x, "{target}")\n    return'
+                assert text.count("    return") == 1
+                content = text.replace("    return", line).encode()
+            made.writestr(entry.filename, content)
+    (files / "disguised").write_bytes(packed.getvalue())
+    monkeypatch.delenv(NATIVE_MODELS, raising=False)
+    with pytest.raises(ModelRejected, match="uses 'save', an operator that reaches files"):
+        load("disguised", shapes={"x": (4,)})
+    monkeypatch.setenv(NATIVE_MODELS, "1")
+    ran(load("disguised", shapes={"x": (4,)}))
+    assert target.exists()
+
+
+def test_a_flatbuffer_in_the_full_interpreter_is_not_run_unasked(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(NATIVE_MODELS, raising=False)
+    with pytest.raises(ModelRejected, match="leave interpreter=full out"):
+        load("between.flat", shapes={"x": SHAPE}, options={"interpreter": "full"})

@@ -59,6 +59,45 @@ def several() -> Any:
     return Several().eval()
 
 
+def reaching(path: str, how: str) -> Any:
+    """A program that writes a file (``save``; ``setstate``: while it is loaded), or maps one."""
+    torch = _torch()
+
+    class Save(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x):
+            torch.save(x, self.path)
+            return x
+
+    class FromFile(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x):
+            return x + torch.from_file(self.path, True, 4)
+
+    class SetState(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self):
+            super().__init__()
+            self.kept = torch.zeros(4)
+            self.path = ""
+
+        @torch.jit.export
+        def __getstate__(self):
+            return self.kept, self.path, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, str, bool]):  # type: ignore[name-defined]
+            self.kept = state[0]
+            self.path = state[1]
+            self.training = state[2]
+            torch.save(self.kept, self.path)
+
+        def forward(self, x):
+            return x + self.kept
+
+    kinds = {"save": Save, "from_file": FromFile, "setstate": SetState}
+    made = kinds[how]().eval()
+    made.path = path
+    return made
+
+
 EXAMPLES = {"affine": (1, 4), "between": (1, 3, 32, 32)}
 
 

@@ -6,6 +6,9 @@ from typing import Dict, List, Mapping, Optional, Sequence
 
 from boardbench.agent.bench.runtime import OptionRejected
 
+NATIVE_MODELS = "BOARDBENCH_NATIVE_MODELS"
+"""Variable of the agent that, at 1, lets models run that are programs with the rights of the agent."""
+
 
 class OptionReader:
     """Takes the options of one engine one by one; :meth:`finish` refuses whatever was not taken."""
@@ -13,6 +16,7 @@ class OptionReader:
     def __init__(self, engine: str, options: Mapping[str, str]) -> None:
         """Reads ``options`` for ``engine``, whose name goes into the messages."""
         self._engine = engine
+        self._given = dict(options)
         self._left = dict(options)
         self._known: List[str] = []
         self._in_force: Dict[str, str] = {}
@@ -69,6 +73,14 @@ class OptionReader:
                 )
             self._in_force[prefix + key] = self._left.pop(prefix + key)
         return found
+
+    def refuse_both(self, name: str, setting: str, given: object) -> None:
+        """Raises OptionRejected when the option ``name`` is given beside the setting that means the same."""
+        if given and name in self._given:
+            raise OptionRejected(
+                f"the option {name}={self._given[name]} of {self._engine} says what the setting {setting} "
+                f"({given}) says: give only the setting"
+            )
 
     def finish(self) -> Dict[str, str]:
         """Every option in force, defaults included. Raises OptionRejected for what nobody took."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from boardbench.agent.bench import placement, shapes, stats
-from boardbench.agent.bench.options import OptionReader
+from boardbench.agent.bench.options import NATIVE_MODELS, OptionReader
 from boardbench.agent.bench.runtime import (
     ModelRejected,
     NoProfile,
@@ -37,9 +37,6 @@ from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo
 
 if TYPE_CHECKING:
     from boardbench.agent.bench.runtime import Tensors
-
-ALLOWED = "BOARDBENCH_NATIVE_MODELS"
-"""Variable that lets programs be run as models."""
 
 METHOD = "the module's own counters of every node"
 
@@ -76,14 +73,19 @@ class EllRuntime:
 
     name = "ell"
     formats: Tuple[str, ...] = ("ell",)
+    settings: Tuple[str, ...] = ()
+    options: Mapping[str, str] = {
+        "input_type": "the C type of the inputs, as the module was compiled (default float32)",
+        "output_type": "the C type of the outputs, as the module was compiled (default float32)",
+    }
     sys_root = Path("/")
 
     def version(self) -> str:
         """There is no package, since a module brings its code along: what loads it is the C library."""
-        if os.environ.get(ALLOWED) != "1":
+        if os.environ.get(NATIVE_MODELS) != "1":
             raise RuntimeUnavailable(
                 "a module of the Embedded Learning Library is a program, which may do whatever the agent "
-                f"may: set {ALLOWED}=1 in the agent's environment to run such"
+                f"may: set {NATIVE_MODELS}=1 in the agent's environment to run such"
             )
         name, number = platform.libc_ver()
         return f"{name} {number}" if name and number else f"python {platform.python_version()}"

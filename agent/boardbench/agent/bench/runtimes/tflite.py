@@ -1,7 +1,8 @@
 """TensorFlow Lite, by ai-edge-litert or the older tflite-runtime, whichever this Python has.
 
 Devices: ``cpu``; ``edgetpu`` where libedgetpu can be loaded (see :mod:`.edgetpu`). Any other delegate
-by ``delegate=PATH``; options of a delegate, libedgetpu included, by ``delegate.KEY=VALUE``.
+by ``delegate=PATH``; options of a delegate, libedgetpu included, by ``delegate.KEY=VALUE``. The main graph
+runs, or that of ``signature=NAME``.
 
 Placement. ``Interpreter._get_ops_details()`` and the wrapper underneath list every original node of
 the first subgraph and, after them, one node called DELEGATE for each part that a delegate took,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +27,14 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 from boardbench.agent.bench import placement, shapes
 from boardbench.agent.bench.options import OptionReader
 from boardbench.agent.bench.runtime import (
+    THREADS,
     AcceleratorWatch,
     InputsRejected,
     ModelRejected,
     OptionRejected,
     RuntimeUnavailable,
 )
-from boardbench.agent.bench.runtimes import edgetpu, tflite_arena, tflite_causes
+from boardbench.agent.bench.runtimes import edgetpu, tflite_arena, tflite_causes, tflite_cut, tflite_graphs
 from boardbench.agent.bench.runtimes.tflite_parts import (
     DELEGATE_NODE,
     Node,
@@ -49,6 +52,7 @@ PACKAGES = (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-run
 """Module and distribution, the preferred first."""
 
 CONTROL_FLOW = ("CALL", "CALL_ONCE", "IF", "WHILE")
+_REFUSALS = (ModelRejected, InputsRejected, RuntimeUnavailable)
 XNNPACK = "TfLiteXNNPackDelegate"
 """What the delegate calls itself (tensorflow/lite/delegates/xnnpack/xnnpack_delegate.cc)."""
 
@@ -58,6 +62,13 @@ class TfliteRuntime:
 
     name = "tflite"
     formats: Tuple[str, ...] = ("tflite",)
+    settings: Tuple[str, ...] = (THREADS,)
+    options: Mapping[str, str] = {
+        "xnnpack": "on (default) or off: whether XNNPACK takes what it can",
+        "delegate": "path of a delegate library on the board",
+        "delegate.": "an option of the delegate, libedgetpu included, as delegate.device=usb:0",
+        "signature": "the signature of the model that runs; the main graph otherwise",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:
@@ -97,6 +108,7 @@ class TfliteRuntime:
         xnnpack = reader.switch("xnnpack", default=True)
         library = reader.text("delegate", "path of a delegate library")
         delegate_options = reader.prefixed("delegate.", "an option of the delegate")
+        signature = reader.text("signature", "a signature of the model")
         in_force = reader.finish()
         if device == "edgetpu" and library is None:
             library = edgetpu.library_name()
@@ -124,6 +136,7 @@ class TfliteRuntime:
             threads=threads,
             options=in_force,
             given=shapes,
+            signature=signature,
         )
 
 
@@ -218,9 +231,7 @@ def _package_version(module: str, package: str) -> str:
 
 
 class TfliteModel:
-    """A model in an interpreter. The first subgraph is what runs: the model's main one."""
-
-    profiles = True
+    """A model in an interpreter."""
 
     def __init__(
         self,
@@ -234,6 +245,7 @@ class TfliteModel:
         threads: Optional[int],
         options: Mapping[str, str],
         given: Mapping[str, Tuple[int, ...]],
+        signature: Optional[str] = None,
     ) -> None:
         """Creates, resizes, allocates."""
         self._model = model
@@ -250,30 +262,30 @@ class TfliteModel:
             self._interpreter: Any = self.maker.interpreter(model, external)
             self._nodes_before_default_delegates = _node_count(self._interpreter)
             self._took_nothing = external is not None and not _has_delegate(self._interpreter)
-            declared = self._interpreter.get_input_details()
-            names = _unique([str(detail["name"]) for detail in declared], "input")
-            self.inputs = shapes.settle(
-                [_tensor(detail, name) for detail, name in zip(declared, names)], given
-            )
-            for detail, tensor in zip(declared, self.inputs):
+            self._graph = tflite_graphs.graph_of(self._interpreter, signature)
+            # Of another graph than the main one the interpreter tells too little.
+            self.profiles = self._graph.number == tflite_graphs.MAIN
+            declared = self._graph.inputs()
+            self.inputs = shapes.settle([_tensor(detail, name) for name, detail in declared], given)
+            for (_, detail), tensor in zip(declared, self.inputs):
                 if tuple(int(size) for size in detail["shape"]) != tensor.shape:
-                    self._interpreter.resize_tensor_input(detail["index"], list(tensor.shape), strict=True)
+                    self._graph.resize(detail["index"], tensor.shape)
                     # Delegates are undone by this and done again later: the count says nothing any more.
                     self._nodes_before_default_delegates = None
             if not xnnpack:
                 self._nodes_before_default_delegates = sys.maxsize  # there are no default ones
-            self._interpreter.allocate_tensors()
+            self._graph.allocate()
         except MemoryError:
             raise
         except (InputsRejected, OptionRejected):
             raise
         except Exception as error:  # ValueError and RuntimeError by the interpreter, others by the package
             raise _rejected(model, error, delegated=external is not None) from error
-        outputs = self._interpreter.get_output_details()
-        output_names = _unique([str(detail["name"]) for detail in outputs], "output")
-        self.outputs = tuple(_tensor(detail, name) for detail, name in zip(outputs, output_names))
-        self._input_indices = {tensor.name: detail["index"] for tensor, detail in zip(self.inputs, declared)}
-        self._output_indices = {name: detail["index"] for name, detail in zip(output_names, outputs)}
+        outputs = self._graph.outputs()
+        self.outputs = tuple(_tensor(detail, name) for name, detail in outputs)
+        self._input_indices = {name: int(detail["index"]) for name, detail in declared}
+        self._output_indices = {name: int(detail["index"]) for name, detail in outputs}
+        self._own_names = {name: str(detail["name"]) for name, detail in declared}
 
     @property
     def input_indices(self) -> Mapping[str, int]:
@@ -306,16 +318,17 @@ class TfliteModel:
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """``Interpreter.invoke`` itself: inputs stay in the interpreter from one call to the next."""
         for name, index in self._input_indices.items():
-            self._interpreter.set_tensor(index, feeds[name])
-        invoke: Callable[[], object] = self._interpreter.invoke
-        return invoke
+            self._graph.write(index, feeds[name])
+        return self._graph.call()
 
     def fetch(self, returned: object) -> Tensors:  # noqa: ARG002 - invoke returns nothing
         """The output tensors, copied out of the interpreter."""
-        return {name: self._interpreter.get_tensor(index) for name, index in self._output_indices.items()}
+        return {name: self._graph.read(index) for name, index in self._output_indices.items()}
 
     def placement(self) -> Placement:
         """Per original node, by the closure of each DELEGATE node."""
+        if self._graph.number != tflite_graphs.MAIN:
+            return self._placement_elsewhere()
         try:
             nodes = self.nodes()
         except AttributeError as error:
@@ -339,28 +352,55 @@ class TfliteModel:
             found = tflite_causes.with_causes(found, self._model, self.wanted)
         return found
 
+    def _placement_elsewhere(self) -> Placement:
+        """Of a graph that is not the main one: as it is where that graph is put first.
+
+        The interpreter lists nodes of the main graph only; delegates divide every graph by the same rule.
+        """
+        number = self._graph.number
+        with tempfile.TemporaryDirectory(prefix="boardbench-graph-") as folder:
+            path = Path(folder) / self._model.name
+            try:
+                path.write_bytes(tflite_cut.led_by(self._model.read_bytes(), number))
+                twin = TfliteModel(
+                    self.maker.module,
+                    path,
+                    external=None if self._external is None else self.maker.another(),
+                    wanted=self.wanted,
+                    device_fallback=self.device_fallback,
+                    xnnpack=self.maker.xnnpack,
+                    threads=self.maker.threads,
+                    options={},
+                    given={self._own_names[tensor.name]: tensor.shape for tensor in self.inputs},
+                )
+            except (tflite_cut.CanNotCut, *_REFUSALS, OSError) as error:
+                return placement.unknown(
+                    f"the signature's graph is number {number}, and of that this interpreter does not tell "
+                    f"where it runs; it can't be put first: {error}"
+                )
+            try:
+                found = twin.placement()
+            finally:
+                twin.close()
+        return replace(
+            found,
+            detail=f"{found.detail} (graph {number}, as a second interpreter has it that runs it first)",
+        )
+
     def _tensor_name(self, index: int) -> str:
         return str(self._interpreter._interpreter.TensorName(index, 0))
 
     def arena_bytes(self) -> Optional[int]:
-        """What the tensors take that are not in the file."""
+        """What the tensors take that are not in the file; only the main graph's can be told."""
+        if self._graph.number != tflite_graphs.MAIN:
+            return None
         return tflite_arena.used_bytes(self._interpreter, self._model)
 
     def close(self) -> None:
         """Drops the interpreter, and the delegate with it."""
         self._interpreter = None
         self._external = None
-
-
-def _unique(names: Sequence[str], kind: str) -> List[str]:
-    """The names, with ``input_N`` for an empty one and the position added to one that came before."""
-    found: List[str] = []
-    for position, name in enumerate(names):
-        candidate = name or f"{kind}_{position}"
-        while candidate in found:
-            candidate = f"{candidate}_{position}"
-        found.append(candidate)
-    return found
+        self.__dict__.pop("_graph", None)
 
 
 def _tensor(detail: Mapping[str, Any], name: str) -> TensorInfo:

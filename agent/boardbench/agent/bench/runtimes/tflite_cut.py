@@ -13,9 +13,13 @@ from typing import Mapping, Optional, Sequence, Tuple
 
 _U16, _I32, _U32 = struct.Struct("<H"), struct.Struct("<i"), struct.Struct("<I")
 
-_MODEL_SUBGRAPHS, _MODEL_METADATA, _MODEL_SIGNATURES = 2, 6, 7
+_MODEL_CODES, _MODEL_SUBGRAPHS, _MODEL_METADATA, _MODEL_SIGNATURES = 1, 2, 6, 7
 _GRAPH_TENSORS, _GRAPH_INPUTS, _GRAPH_OUTPUTS, _GRAPH_OPERATORS = 0, 1, 2, 3
 _TENSOR_SHAPE = 0
+_CODE_OLD, _CODE = 0, 3
+# IF, WHILE, CALL_ONCE; from here on the operations of StableHLO, many of which have graphs for bodies.
+_NAMES_GRAPHS = (118, 119, 129)
+_FIRST_OF_STABLEHLO = 162
 
 
 class CanNotCut(Exception):
@@ -54,6 +58,34 @@ def cut(
     return bytes(file.data)
 
 
+def led_by(model: bytes, graph: int) -> bytes:
+    """The model with another of its graphs for the main one, and no signatures. Raises CanNotCut.
+
+    Not where operations name graphs by their numbers.
+    """
+    file = _File(model)
+    try:
+        root = file.follow(0)
+        begin, count = file.list(root, _MODEL_CODES)
+        for at in range(count):
+            code = file.builtin_code(file.follow(begin + 4 * at))
+            if code in _NAMES_GRAPHS or code >= _FIRST_OF_STABLEHLO:
+                raise CanNotCut("it has control flow, whose bodies are graphs that are told by their numbers")
+        begin, count = file.list(root, _MODEL_SUBGRAPHS)
+        if not 0 <= graph < count:
+            raise CanNotCut(f"it has {count} graphs, and none of the number {graph}")
+        first, other = begin, begin + 4 * graph
+        targets = file.follow(first), file.follow(other)
+        _U32.pack_into(file.data, first, targets[1] - first)
+        # Offsets point forwards, and both tables are behind the list.
+        _U32.pack_into(file.data, other, targets[0] - other)
+        file.empty(root, _MODEL_SIGNATURES)
+        file.empty(root, _MODEL_METADATA)
+    except (struct.error, IndexError) as error:
+        raise CanNotCut(f"the file points outside itself ({error})") from error
+    return bytes(file.data)
+
+
 class _File:
     """The bytes, and the few steps in them that are needed."""
 
@@ -79,6 +111,14 @@ class _File:
             return 0, 0
         begin = self.follow(at)
         return begin + 4, int(_U32.unpack_from(self.data, begin)[0])
+
+    def builtin_code(self, table: int) -> int:
+        """The number of an entry of the list of operation codes: the greater of an old byte and a field."""
+        old, new = self.field(table, _CODE_OLD), self.field(table, _CODE)
+        return max(
+            struct.unpack_from("<b", self.data, old)[0] if old else 0,
+            _I32.unpack_from(self.data, new)[0] if new else 0,
+        )
 
     def keep(self, table: int, number: int, positions: Sequence[int]) -> None:
         """Shortens a list of tables to those at the positions, which rise."""

@@ -3,6 +3,8 @@
 Both run on the CPU and nowhere else here, so the placement is known: operations are those of the program,
 told from the graph (TorchScript) or from the bytecode in the archive (lite interpreter).
 
+What a program says in code may reach files: such is refused before it is loaded, see :mod:`.torch_code`.
+
 A program does not say the shapes of its inputs. Where it has bundled inputs (torch.utils.bundled_inputs) the
 first of them is taken as the example, else shapes are given. Operators' time comes from torch.profiler.
 Formats: pytorch/pytorch, torch/csrc/jit/docs/serialization.md and torch/csrc/jit/mobile/import.cpp.
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, 
 
 from boardbench.agent.bench import placement, stats
 from boardbench.agent.bench import shapes as sizes
-from boardbench.agent.bench.options import OptionReader
+from boardbench.agent.bench.options import NATIVE_MODELS, OptionReader
 from boardbench.agent.bench.runtime import (
+    THREADS,
     InputsRejected,
     ModelRejected,
     NoProfile,
@@ -32,6 +35,7 @@ from boardbench.agent.bench.runtime import (
     ProfileRequest,
     RuntimeUnavailable,
 )
+from boardbench.agent.bench.runtimes import torch_code
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, TensorInfo, Unit
 from boardbench.inspect import torch_mobile
 from boardbench.inspect.archive import is_archive, read_archive, read_entry
@@ -96,6 +100,15 @@ class TorchRuntime:
 
     name = "torch"
     formats: Tuple[str, ...] = ("torchscript",)
+    settings: Tuple[str, ...] = (THREADS,)
+    options: Mapping[str, str] = {
+        "interpreter": "auto (default), lite or full: which of PyTorch's interpreters runs the file",
+        "optimize": "off (default), freeze or inference: what TorchScript is rewritten by first",
+        "input_type": "the type of all inputs, where the file does not tell",
+        "input_type.": "the type of one input, as input_type.x=int64",
+        "argument.": "the value of an argument that is no tensor",
+        "inter_op_threads": "threads for operations side by side",
+    }
     sys_root = Path("/")
 
     def __init__(self) -> None:
@@ -214,6 +227,8 @@ class TorchModel:
                 f"optimize={optimise} is for TorchScript in the full interpreter, not for {model.name} in "
                 "the lite one: give interpreter=full as well, or leave it out"
             )
+        if os.environ.get(NATIVE_MODELS) != "1":
+            _refuse_files(model, lite=self.lite)
         self._module = self._load(optimise)
         bundled = self._bundled()
         self._arguments = self._told_arguments(bundled, wishes.shapes)
@@ -586,6 +601,28 @@ def _read(model: Path) -> Tuple[str, Optional[Program]]:
             return _read_archive(data)
     except Unreadable as error:
         raise ModelRejected(f"{model.name} can't be read: {error}") from error
+
+
+def _refuse_files(model: Path, *, lite: bool) -> None:
+    """Raises ModelRejected for a program that reaches files, or for one in which that can't be seen."""
+    with Opened(model, mapped=True) as data:
+        if is_archive(bytes(data[:4])):
+            try:
+                fault = torch_code.fault_of_archive(data)
+            except InspectError as error:
+                raise ModelRejected(
+                    f"{model.name} can't be looked through for operators that reach files, and is not run: "
+                    f"{error}"
+                ) from error
+        else:
+            fault = torch_code.fault_of_bytes(data)
+            if not fault and not lite:
+                fault = "may hold code that can't be looked through: leave interpreter=full out"
+    if fault:
+        raise ModelRejected(
+            f"{model.name} is not run: {fault}. Such a program may do what the agent may; to run it all the "
+            f"same, set {NATIVE_MODELS}=1 in the agent's environment"
+        )
 
 
 def _read_flat(data: memoryview) -> Optional[Program]:
