@@ -358,6 +358,144 @@ def test_what_a_restored_collector_lacks_is_sent_again_if_it_is_here(spools):
     assert sequences(spool) == []
 
 
+def test_what_is_acknowledged_is_kept_for_a_restored_collector(spools):
+    spool = spools(segment_bytes=400, kept_bytes=1 << 20)
+    fill(spool, 8)
+    own_id = spool.status().spool_id
+    for after in range(8):
+        assert spool.next_after(after, own_id) is not None
+    spool.acknowledge(own_id, 8)
+    assert sequences(spool) == []
+    assert not spool.waits("run-3")
+    spool.close()
+    spool = spools(segment_bytes=400, kept_bytes=1 << 20)
+    spool.reconcile(own_id, 8)
+    assert sequences(spool) == []
+    spool.reconcile(own_id, 2)
+    assert sequences(spool) == [3, 4, 5, 6, 7, 8]
+    assert spool.waits("run-3")
+    assert [record.payload for record in spool.pending()] == [payload(number) for number in range(2, 8)]
+    # A restart in between forgets nothing of it.
+    spool.close()
+    spool = spools(segment_bytes=400, kept_bytes=1 << 20)
+    assert sequences(spool) == [3, 4, 5, 6, 7, 8]
+    assert spool.status().dropped == 0
+
+
+def test_a_restored_collector_gets_results_of_earlier_identities_too(spools, tmp_path: Path):
+    spool = spools(kept_bytes=1 << 20)
+    fill(spool, 2)
+    first_id = spool.status().spool_id
+    assert spool.next_after(1, first_id) is not None
+    spool.acknowledge(first_id, 2)
+    spool.renew(first_id, 100)
+    own_id = spool.status().spool_id
+    assert own_id != first_id
+    (third,) = fill(spool, 1, first=2)
+    assert spool.next_after(0, own_id) is not None
+    spool.acknowledge(own_id, third)
+    assert sequences(spool) == []
+    spool.reconcile(own_id, 0)
+    assert [(record.spool_id, record.run_id) for record in spool.pending()] == [
+        (first_id, "run-0"),
+        (first_id, "run-1"),
+        (own_id, "run-2"),
+    ]
+    assert spool.outgoing_id() == first_id
+
+
+def test_what_is_kept_is_bounded_and_the_oldest_goes_first(spools, tmp_path: Path):
+    now = [1000.0]
+    spool = spools(segment_bytes=400, kept_bytes=1000, kept_seconds=60.0, clock=lambda: now[0])
+    fill(spool, 20)
+    own_id = spool.status().spool_id
+    spool.next_after(19, own_id)
+    spool.acknowledge(own_id, 20)
+    assert sum(path.stat().st_size for path in segments(tmp_path)) <= 1000 + 400
+    assert spool.find("run-0") is None
+    assert spool.find("run-18") is not None
+    now[0] += 61
+    fill(spool, 3, first=20)
+    spool.acknowledge(own_id, 23)
+    assert spool.find("run-18") is None
+    assert spool.find("run-22") is not None
+    assert spool.status().dropped == 0
+
+
+def test_what_is_kept_makes_room_for_what_waits(spools, tmp_path: Path):
+    spool = spools(limit_bytes=2000, segment_bytes=400, kept_bytes=2000)
+    fill(spool, 12)
+    own_id = spool.status().spool_id
+    spool.next_after(11, own_id)
+    spool.acknowledge(own_id, 12)
+    waiting = fill(spool, 12, first=12)
+    assert sequences(spool) == waiting
+    status = spool.status()
+    assert (status.dropped, status.trouble) == (0, "")
+    assert status.used_bytes <= 2000
+
+
+def test_what_is_kept_is_given_up_when_the_disk_fills_up(spools, tmp_path: Path):
+    disk = SimulatedDisk(tmp_path / "spool")
+    spool = spools(segment_bytes=400, kept_bytes=1 << 20, free_share=0.5, disk=disk)
+    fill(spool, 12)
+    own_id = spool.status().spool_id
+    spool.next_after(11, own_id)
+    spool.acknowledge(own_id, 12)
+    disk.free_bytes = lambda _path: 900
+    (waiting,) = fill(spool, 1, first=12)
+    assert sequences(spool) == [waiting]
+    assert spool.status().trouble == ""
+    assert spool.find("run-0") is None
+
+
+def test_a_spool_that_is_told_so_takes_a_new_identity(spools, tmp_path: Path, caplog):
+    spool = spools(kept_bytes=1 << 20)
+    fill(spool, 5)
+    own_id = spool.status().spool_id
+    spool.next_after(4, own_id)
+    spool.acknowledge(own_id, 3)
+    spool.renew(own_id, 2)
+    new_id = spool.status().spool_id
+    assert new_id != own_id
+    records = list(spool.pending())
+    assert [(record.spool_id, record.sequence, record.run_id) for record in records] == [
+        (new_id, number, f"run-{number - 1}") for number in range(2, 6)
+    ]
+    assert "from 2 on" in caplog.text
+    assert spool.outgoing_id() == new_id
+    # Whatever is said of the old one does not touch them.
+    spool.acknowledge(own_id, 5)
+    assert list(spool.pending()) == records
+    spool.close()
+    spool = spools(kept_bytes=1 << 20)
+    assert list(spool.pending()) == records
+    spool.reconcile(new_id, 0)
+    spool.acknowledge(new_id, 5)
+    assert sequences(spool) == []
+    assert spool.append("run-9", b"later") == spools_next(records)
+
+
+def spools_next(records: list[Record]) -> int:
+    """The sequence that comes after a restart: numbers that were reserved are not used again."""
+    return (1 << 16) + records[-1].sequence - 4
+
+
+def test_a_spool_that_can_not_do_so_loses_nothing(spools, tmp_path: Path):
+    disk = SimulatedDisk(tmp_path / "spool")
+    spool = spools(disk=disk)
+    fill(spool, 3)
+    own_id = spool.status().spool_id
+    disk.broken = True
+    with pytest.raises(StorageError, match="can't take a new identity"):
+        spool.renew(own_id, 1)
+    disk.broken = False
+    assert sequences(spool) == [1, 2, 3]
+    spool.renew(own_id, 1)
+    assert sequences(spool) == [1, 2, 3]
+    assert {record.payload for record in spool.pending()} == {payload(number) for number in range(3)}
+
+
 def test_a_result_that_is_refused_for_good_goes_is_counted_and_does_not_come_back(spools, caplog):
     spool = spools()
     fill(spool, 3)

@@ -18,7 +18,7 @@ import pytest
 
 from boardbench.agent.spool import Spool
 from boardbench.agent.stream import CollectorLink, Pace, open_channel
-from boardbench.v1 import board_pb2, collector_pb2, collector_pb2_grpc, result_pb2
+from boardbench.v1 import board_pb2, collector_pb2, collector_pb2_grpc, job_pb2, result_pb2
 
 QUICK = Pace(first_retry_seconds=0.01, longest_retry_seconds=0.05, heartbeat_seconds=0.05)
 Context = grpc.aio.ServicerContext
@@ -30,6 +30,12 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer):
     def __init__(self) -> None:
         self.hellos: list[collector_pb2.Hello] = []
         self.heartbeats: list[collector_pb2.Heartbeat] = []
+        self.others: list[collector_pb2.ReportRequest] = []
+        # Said after the welcome.
+        self.greetings: list[collector_pb2.ReportResponse] = []
+        self.on_hello: Callable[[Context], Awaitable[None]] | None = None
+        # Identity and sequence of places that another board's result has.
+        self.renews: set[tuple[str, int]] = set()
         # Everything that came, and what of it was new.
         self.received: list[tuple[str, int, str]] = []
         self.stored: list[str] = []
@@ -50,6 +56,8 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer):
         first = await anext(requests)
         assert first.WhichOneof("request") == "hello"
         self.hellos.append(first.hello)
+        if self.on_hello is not None:
+            await self.on_hello(context)
         if not self.welcomes:
             await context.read()
             return
@@ -62,7 +70,12 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer):
                     heartbeat_seconds=self.heartbeat_seconds,
                 )
             )
+            for greeting in self.greetings:
+                yield greeting
             async for request in requests:
+                if request.WhichOneof("request") not in ("heartbeat", "result"):
+                    self.others.append(request)
+                    continue
                 if request.WhichOneof("request") == "heartbeat":
                     self.heartbeats.append(request.heartbeat)
                     continue
@@ -85,6 +98,11 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer):
                     spool_id=spooled.spool_id, sequence=spooled.sequence, reason=self.refusals[run_id]
                 )
             )
+            return
+        if any(spool_id == spooled.spool_id and spooled.sequence >= at for spool_id, at in self.renews):
+            # What is behind it on its way is not stored either: it comes again under the new identity.
+            renewal = collector_pb2.Renewal(spool_id=spooled.spool_id, sequence=spooled.sequence)
+            yield collector_pb2.ReportResponse(renewal=renewal)
             return
         if spooled.sequence > self.marks.get(spooled.spool_id, 0):
             self.marks[spooled.spool_id] = spooled.sequence
@@ -205,6 +223,80 @@ async def test_heartbeats_come_and_say_how_things_are(spool, collector):
         beat = collector.heartbeats[-1]
         assert (beat.spool_pending, beat.spool_dropped) == (2, 0)
         assert (beat.running_run_id, beat.queued_runs) == ("run-now", 3)
+
+
+async def test_a_spool_whose_place_is_taken_goes_on_under_a_new_identity(spool, collector):
+    run_ids = fill(spool, 4)
+    old_id = spool.status().spool_id
+    collector.renews = {(old_id, 3)}
+    async with serving(collector) as port, linking(spool, port):
+        await until(lambda: pending(spool) == 0)
+        assert spool.status().spool_id != old_id
+        assert collector.stored == run_ids
+        assert [hello.spool_id for hello in collector.hellos] == [old_id, spool.status().spool_id]
+
+
+async def test_a_second_agent_of_one_identity_waits_long_and_says_why(spool, collector, caplog):
+    async def refuse(context: Context) -> None:
+        await context.abort(grpc.StatusCode.ALREADY_EXISTS, "board-1 is connected from 10.0.0.8")
+
+    collector.on_hello = refuse
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            collector.on_hello = None
+        await asyncio.sleep(0.01)
+
+    fill(spool, 1)
+    async with serving(collector) as port, linking(spool, port, sleep=sleep, jitter=lambda: 0.5) as link:
+        await until(lambda: waits)
+        assert (
+            "another agent reports as this board: board-1 is connected from 10.0.0.8" in link.status().error
+        )
+        await until(lambda: collector.stored)
+        assert waits == [QUICK.rival_seconds * 0.75] * 2
+        assert "Give one of them another device_id" in caplog.text
+
+
+async def test_others_speak_and_hear_on_the_stream(spool, collector):
+    class Party:
+        def __init__(self) -> None:
+            self.heard: list[collector_pb2.ReportResponse] = []
+            self.connections = 0
+            self.words: list[collector_pb2.ReportRequest] = []
+
+        def connected(self) -> None:
+            self.connections += 1
+
+        def beat(self, heartbeat: collector_pb2.Heartbeat) -> None:
+            heartbeat.job_ids.append("job-7")
+
+        def hear(self, response: collector_pb2.ReportResponse) -> None:
+            self.heard.append(response)
+
+        def say(self) -> list[collector_pb2.ReportRequest]:
+            said, self.words = self.words, []
+            return said
+
+    party = Party()
+    collector.heartbeat_seconds = 100_000
+    offer = collector_pb2.ReportResponse(offer=job_pb2.JobOffer(job_id="job-8"))
+    collector.greetings = [offer]
+    async with serving(collector) as port, linking(spool, port, parties=[party]) as link:
+        await until(lambda: collector.heartbeats)
+        assert list(collector.heartbeats[0].job_ids) == ["job-7"]
+        assert collector.heartbeats[0].HasField("sent_at")
+        assert collector.hellos[0].HasField("sent_at")
+        await until(lambda: party.heard)
+        assert party.heard == [offer]
+        assert party.connections == 1
+        party.words.append(collector_pb2.ReportRequest(job=job_pb2.JobReport(job_id="job-8")))
+        link.speak()
+        await until(lambda: collector.others)
+        assert collector.others[0].job.job_id == "job-8"
+        assert len(collector.heartbeats) == 1
 
 
 async def test_the_number_in_flight_is_bounded(spool, collector):
