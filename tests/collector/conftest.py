@@ -289,7 +289,7 @@ _NOBODY = 65534
 
 
 class PostgresServer:
-    """A PostgreSQL server of our own: its own folder, a free port, its ordinary durability."""
+    """A PostgreSQL server of our own: its own folder, a socket in it, its ordinary durability."""
 
     def __init__(self, bin_: Path, libraries: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="boardbench-postgres-"))
@@ -303,15 +303,17 @@ class PostgresServer:
         if os.geteuid() == 0:
             os.chown(self.folder, _NOBODY, _NOBODY)
             self._as = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        initdb = ("initdb", "-D", "data", "-U", "tester", "--auth", "trust", "--no-sync", "-E", "UTF8")
-        made = self.run(*initdb)
-        if made.returncode:
-            pytest.fail(f"initdb: {made.stdout}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
-        self.start()
+        try:
+            made = self.run(
+                "initdb", "-D", "data", "-U", "tester", "--auth", "trust", "--no-sync", "-E", "UTF8"
+            )
+            if made.returncode:
+                pytest.fail(f"initdb: {made.stdout}")
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs one of the server's programs to its end."""
@@ -333,7 +335,8 @@ class PostgresServer:
             self._process = subprocess.Popen(
                 [
                     *(str(self._bin / "postgres"), "-D", "data", "-k", str(self.folder)),
-                    *("-h", "127.0.0.1", "-p", str(self.port), "-c", "shared_buffers=32MB"),
+                    # A socket in the folder, and no port that somebody else may take.
+                    *("-h", "", "-c", "shared_buffers=32MB"),
                 ],
                 cwd=self.folder,
                 env=self._environment,
@@ -370,7 +373,7 @@ class PostgresServer:
 
     def url(self, database: str) -> str:
         """Returns the address of a database."""
-        return f"postgresql://tester@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://tester@/{database}?host={self.folder}"
 
     def new_database(self) -> str:
         """Returns the address of a database that nobody has used."""

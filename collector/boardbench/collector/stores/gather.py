@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from boardbench.collector.errors import CollectorError, StoreUnavailable
 from boardbench.collector.store import Places
+from boardbench.v1 import result_pb2
 
 _T = TypeVar("_T")
 _Connection = TypeVar("_Connection")
@@ -40,6 +41,12 @@ class Append:
     series: str | None
     """None: not a measurement that a graph could show."""
     places: Places | None
+    says_its_end: bool
+    """Whether it says when it ended; else the end in the row is its arrival."""
+    job: tuple[str, int] | None
+    """The job and the attempt that the run is; None: of no job."""
+    ending: result_pb2.RunResult | None
+    """How the run ended, and nothing else of the result; None: of no job."""
     size_bytes: int
 
 

@@ -19,7 +19,7 @@ import queue
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +28,7 @@ from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import (
     CollectorError,
     OutOfOrder,
+    PlaceTaken,
     ResultRefused,
     StartError,
     StoreDamaged,
@@ -35,10 +36,13 @@ from boardbench.collector.errors import (
     StoreForeign,
     StoreUnavailable,
 )
+from boardbench.collector.jobs import attempt_of
 from boardbench.collector.store import (
+    Arrival,
     DeviceRecord,
     LatestResult,
     LatestResults,
+    News,
     Outcomes,
     Places,
     Position,
@@ -47,6 +51,7 @@ from boardbench.collector.store import (
     Sighting,
     check_limit,
     check_result,
+    ending_of,
     finished_microseconds,
     has_drifted,
     places_of,
@@ -54,6 +59,7 @@ from boardbench.collector.store import (
     split,
 )
 from boardbench.collector.stores.gather import Append, Call, Gatherer, Track
+from boardbench.collector.stores.postgres_jobs import PostgresJobStore, take_places
 from boardbench.collector.stores.postgres_schema import migrate, series_key, storable
 from boardbench.collector.stores.sqlite_schema import series_text
 from boardbench.v1 import collector_pb2, result_pb2
@@ -103,6 +109,7 @@ _SET_MARKS = (
 )
 
 _RESULT_COLUMNS = {
+    "arrival": "bigint",
     "run_id": "text",
     "device_id": "text",
     "spool_id": "text",
@@ -116,7 +123,7 @@ _RESULT_COLUMNS = {
     "summary": "bytea",
     "detail": "bytea",
 }
-"""Columns of a row of :class:`Append` with their types, in its order."""
+"""The arrival and the columns of a row of :class:`Append`, in its order, with their types."""
 
 _INSERT = (
     f"INSERT INTO results ({', '.join(_RESULT_COLUMNS)}) SELECT * FROM unnest("
@@ -177,6 +184,7 @@ class PostgresResultStore:
         self._idle_readers: queue.LifoQueue[Connection] = queue.LifoQueue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self._released = False
+        self.jobs = PostgresJobStore(self)
         self._writer: Gatherer[Connection] = Gatherer(
             self._commit, self._told, name=self._name, window_seconds=commit_window_seconds
         )
@@ -229,6 +237,7 @@ class PostgresResultStore:
             detail,
         )
         measured = result.status == result_pb2.RUN_STATUS_SUCCEEDED
+        job = attempt_of(result.run_id)
         future: asyncio.Future[bool] = self._loop.create_future()
         self._writer.put(
             Append(
@@ -240,6 +249,9 @@ class PostgresResultStore:
                 row,
                 storable(series_text(series), None) if measured else None,
                 places_of(result),
+                result.HasField("finished_at"),
+                job,
+                ending_of(result) if job is not None else None,
                 len(summary) + len(detail),
             )
         )
@@ -257,7 +269,7 @@ class PostgresResultStore:
                 values,
             )
 
-        await self._writer.call(write)
+        await self.write(write)
 
     async def saw(self, sightings: Sequence[Sighting]) -> None:
         """See ``ResultStore.saw``."""
@@ -289,7 +301,7 @@ class PostgresResultStore:
             )
 
         if rows:
-            await self._writer.call(write)
+            await self.write(write)
         elif self._writer.closed:
             raise StoreUnavailable(f"the store {self._name} is closed")
 
@@ -304,7 +316,11 @@ class PostgresResultStore:
                 (now,),
             )
 
-        await self._writer.call(write)
+        await self.write(write)
+
+    async def write(self, function: Callable[[Connection], _T]) -> _T:
+        """Returns what the function returns, once its transaction is committed. It may be called again."""
+        return await self._writer.call(function)
 
     # In the writer's thread.
 
@@ -314,10 +330,17 @@ class PostgresResultStore:
 
         careful = False
         for attempt in range(_ATTEMPTS):
+            self.jobs.take_touched()
             db = self._connected()
             try:
                 with db.transaction():
-                    return self._batch(db, batch, careful)
+                    outcomes = self._batch(db, batch, careful)
+                touched = self.jobs.take_touched()
+                if touched:
+                    # The loop may be gone when the process is ending: then nobody listens.
+                    with contextlib.suppress(RuntimeError):
+                        self._loop.call_soon_threadsafe(self.jobs.tell, touched)
+                return outcomes
             except (errors.SerializationFailure, errors.DeadlockDetected):
                 if attempt == _ATTEMPTS - 1:
                     raise
@@ -353,16 +376,32 @@ class PostgresResultStore:
             if appends:
                 outcomes += self._append_all(db, appends, careful)
                 appends = []
-            outcomes.append(_call(db, entry.function))
+            outcomes.append(self._call(db, entry.function))
         if appends:
             outcomes += self._append_all(db, appends, careful)
         return outcomes
+
+    def _call(self, db: Connection, function: Callable[[Connection], Any]) -> Any:
+        """Returns what the function returns, or the error that it met, its own writes undone then."""
+        from psycopg import errors
+
+        touched = self.jobs.touched
+        try:
+            with db.transaction():
+                return function(db)
+        except (errors.DataError, errors.IntegrityError, errors.ProgramLimitExceeded) as error:
+            self.jobs.take_touched(touched)
+            return StoreError(f"the store refused it: {error}")
+        except CollectorError as error:
+            self.jobs.take_touched(touched)
+            return error
 
     def _append_all(
         self, db: Connection, entries: Sequence[Append], careful: bool
     ) -> list[bool | CollectorError]:
         """Returns what to tell about each result; ``careful`` refuses one that does not fit alone."""
         batch = _Batch()
+        known: list[int] = []
         self._lock_marks(db, batch, {(entry.device_id, entry.spool_id) for entry in entries})
         outcomes: list[bool | CollectorError | None] = []
         fresh: dict[str, int] = {}
@@ -370,6 +409,7 @@ class PostgresResultStore:
             spool = (entry.device_id, entry.spool_id)
             mark = batch.marks[spool]
             if entry.sequence <= mark:
+                known.append(index)
                 outcomes.append(False)
                 continue
             if entry.after > mark:
@@ -399,6 +439,9 @@ class PostgresResultStore:
                     )
         self._compare(db, entries, outcomes)
         self._finish(db, batch)
+        for index in self._displaced(db, entries, known):
+            entry = entries[index]
+            outcomes[index] = PlaceTaken(entry.device_id, entry.spool_id, entry.sequence)
         return [_decided(outcome) for outcome in outcomes]
 
     def _lock_marks(self, db: Connection, batch: _Batch, spools: set[tuple[str, str]]) -> None:
@@ -445,6 +488,30 @@ class PostgresResultStore:
                     "conflict", f"run {run_id} is stored already, from device {known[0]}, with other contents"
                 )
 
+    def _displaced(self, db: Connection, entries: Sequence[Append], known: Sequence[int]) -> list[int]:
+        """Returns those in whose place in the spool another run was stored."""
+        if not known:
+            return []
+        # Not by the whole contents: of what is stored, samples may have been dropped with age.
+        stored = {
+            run_id: (device_id, status, finished)
+            for run_id, device_id, status, finished in db.execute(
+                "SELECT run_id, device_id, status, finished FROM results WHERE run_id = ANY(%s)",
+                ([entries[index].row[0] for index in known],),
+            )
+        }
+        displaced = []
+        for index in known:
+            entry = entries[index]
+            found = stored.get(entry.row[0])
+            if (
+                found is None
+                or found[:2] != (entry.device_id, entry.row[4])
+                or (found[2] != entry.row[8] and entry.says_its_end)
+            ):
+                displaced.append(index)
+        return displaced
+
     def _finish(self, db: Connection, batch: _Batch) -> None:
         """Writes what follows from the results that are stored now."""
         if batch.moved:
@@ -467,6 +534,13 @@ class PostgresResultStore:
                     [batch.counts[key] for key in keys],
                 ),
             )
+        endings = [
+            (entry.device_id, *entry.job, entry.ending)
+            for entry, _ in batch.stored
+            if entry.job is not None and entry.ending is not None
+        ]
+        if endings:
+            self.jobs.end_by_results(db, endings, self._clock())
         self._track(db, [(entry, arrival) for entry, arrival in batch.stored if entry.series is not None])
 
     def _track(self, db: Connection, stored: Sequence[tuple[Append, int]]) -> None:
@@ -511,7 +585,7 @@ class PostgresResultStore:
             ).fetchone()
             return int(found[0]) if found else 0
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def devices(self) -> tuple[DeviceRecord, ...]:
         """See ``ResultStore.devices``."""
@@ -530,7 +604,7 @@ class PostgresResultStore:
                 )
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def outcomes(self) -> tuple[Outcomes, ...]:
         """See ``ResultStore.outcomes``."""
@@ -543,7 +617,7 @@ class PostgresResultStore:
                 )
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def results(
         self,
@@ -614,7 +688,7 @@ class PostgresResultStore:
                 last if more else None,
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
         """See ``ResultStore.find``."""
@@ -631,10 +705,54 @@ class PostgresResultStore:
                 ).fetchall()
             return tuple(result_pb2.RunResult.FromString(head + tail) for head, tail in rows)
 
-        return await self._read(read)
+        return await self.read(read)
 
-    async def latest(self, *, received_since: float, per_device: int) -> LatestResults:
+    async def news(self, after: int) -> News:
+        """See ``ResultStore.news``."""
+
+        def read(db: Connection) -> News:
+            # The position first: no board may be missing whose result it counts.
+            row = db.execute("SELECT COALESCE(MAX(arrival), 0) FROM results").fetchone()
+            found = db.execute("SELECT DISTINCT device_id FROM results WHERE arrival > %s", (after,))
+            return News(int(row[0]) if row else 0, frozenset(str(device_id) for (device_id,) in found))
+
+        return await self.read(read)
+
+    async def arrivals(self, after: int, *, limit: int, max_bytes: int) -> tuple[Arrival, ...]:
+        """See ``ResultStore.arrivals``."""
+        check_limit(limit)
+
+        def read(db: Connection) -> tuple[Arrival, ...]:
+            chosen: list[int] = []
+            total = 0
+            for arrival, size_bytes in db.execute(
+                "SELECT arrival, octet_length(summary) + octet_length(detail) FROM results"
+                " WHERE arrival > %s ORDER BY arrival LIMIT %s",
+                (after, limit),
+            ).fetchall():
+                total += size_bytes
+                if chosen and total > max_bytes:
+                    break
+                chosen.append(arrival)
+            rows = db.execute(
+                "SELECT arrival, device_id, received, summary, detail FROM results"
+                " WHERE arrival = ANY(%s::bigint[]) ORDER BY arrival",
+                (chosen,),
+                binary=True,
+            )
+            return tuple(
+                Arrival(arrival, device_id, received, result_pb2.RunResult.FromString(summary + detail))
+                for arrival, device_id, received, summary, detail in rows
+            )
+
+        return await self.read(read)
+
+    async def latest(
+        self, *, received_since: float, per_device: int, devices: Collection[str] | None = None
+    ) -> LatestResults:
         """See ``ResultStore.latest``."""
+        chosen = "" if devices is None else " AND n.device_id = ANY(%s::text[])"
+        only = () if devices is None else (list(devices),)
 
         def read(db: Connection) -> LatestResults:
             kept: list[LatestResult] = []
@@ -645,10 +763,10 @@ class PostgresResultStore:
                 " CASE WHEN n.places IS NULL THEN NULL ELSE n.drifts END AS drifts,"
                 " ROW_NUMBER() OVER (PARTITION BY n.device_id ORDER BY n.arrival DESC) AS place,"
                 " COUNT(*) OVER (PARTITION BY n.device_id) AS count"
-                " FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= %s"
+                f" FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= %s{chosen}"
                 ") s JOIN results r ON r.arrival = s.arrival WHERE s.place <= %s"
                 " ORDER BY s.device_id, s.place",
-                (received_since, per_device),
+                (received_since, *only, per_device),
                 binary=True,
             ):
                 if rank == 1 and count > per_device:
@@ -658,7 +776,7 @@ class PostgresResultStore:
                 )
             return LatestResults(tuple(kept), left_out)
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def check(self) -> None:
         """See ``ResultStore.check``."""
@@ -684,9 +802,11 @@ class PostgresResultStore:
                             f"{self._name}: the record of run {run_id} ({device_id}) says {result.run_id!r}"
                         )
 
-        await self._read(read)
+        await self.read(read)
 
-    async def _read(self, function: Callable[[Connection], _T]) -> _T:
+    async def read(self, function: Callable[[Connection], _T]) -> _T:
+        """Returns what the function returns, called with a connection that only reads; maybe called twice."""
+
         def work() -> _T:
             from psycopg import Error
 
@@ -747,7 +867,9 @@ def _insert(db: Connection, rows: Sequence[tuple[Any, ...]]) -> dict[str, int]:
     """Returns the arrivals of the runs that were not stored before, by their identity."""
     if not rows:
         return {}
-    columns = [list(column) for column in zip(*rows, strict=True)]
+    first = take_places(db, "results", len(rows))
+    columns = [range(first, first + len(rows)), *zip(*rows, strict=True)]
+    columns = [list(column) for column in columns]
     return {str(run_id): int(arrival) for run_id, arrival in db.execute(_INSERT, columns)}
 
 
@@ -766,19 +888,6 @@ def _insert_each(
         except (errors.DataError, errors.IntegrityError, errors.ProgramLimitExceeded) as error:
             unfit[row[0]] = error
     return arrivals, unfit
-
-
-def _call(db: Connection, function: Callable[[Connection], Any]) -> Any:
-    """Returns what the function returns, or the error that it met, its own writes undone then."""
-    from psycopg import errors
-
-    try:
-        with db.transaction():
-            return function(db)
-    except (errors.DataError, errors.IntegrityError, errors.ProgramLimitExceeded) as error:
-        return StoreError(f"the store refused it: {error}")
-    except CollectorError as error:
-        return error
 
 
 def place(url: str) -> str:
