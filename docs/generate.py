@@ -24,7 +24,7 @@ from boardbench.cli.errors import EXIT_CODES
 from boardbench.cli.main import boardbench
 from boardbench.cli.require_names import FLAGS, NAMES, PERCENTILES, PERCENTILES_MEANING, VALUES
 from boardbench.collector.cli import main as boardbench_collector
-from boardbench.collector.expose import LABELS, METRICS
+from boardbench.collector.metrics import LABELS, METRICS
 from boardbench.inspect.doubts import WARNINGS as REPORT_WARNINGS
 
 HERE = Path(__file__).resolve().parent

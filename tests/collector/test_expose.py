@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
-from boardbench.collector.expose import LABELS, METRICS, FleetCollector, process_collector, render
+from boardbench.collector.expose import OPENMETRICS, PROTOBUF, TEXT, Exposition, choose
 from boardbench.collector.fleet import Tally
-from boardbench.collector.look import DeviceView, Snapshot
-from boardbench.collector.store import LatestResult, LatestResults, Outcomes
-from boardbench.v1 import board_pb2, collector_pb2, placement_pb2, result_pb2, scenario_pb2
+from boardbench.collector.look import DeviceView, ForwardView, QueueView, Snapshot
+from boardbench.collector.metrics import LABELS, METRICS
+from boardbench.collector.store import LatestResult, LatestResults, News, Outcomes
+from boardbench.v1 import board_pb2, collector_pb2, placement_pb2, result_pb2, scenario_pb2, telemetry_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "collector-metrics.txt"
 NOW = 1_800_000_100.0
+
+READINGS = (
+    ("temperature_celsius", "cpu-thermal", 61.5),
+    ("frequency_hertz", "policy0", 2.4e9),
+    ("frequency_limit_hertz", "policy0", 2.4e9),
+    ("power_watts", "VDD_IN", 6.25),
+    ("busy_ratio", "gpu", 0.5),
+    ("throttled_now", "soc:firmware", 0),
+    ("undervoltage_now", "soc:firmware", 1),
+    ("undervoltage_since_boot", "soc:firmware", 1),
+    ("throttle_events", "package0", 4),
+    ("memory_available_bytes", "", 1e9),
+)
+"""As a board has them, and two that are not shown."""
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -34,31 +55,48 @@ def snapshot(
     outcomes: tuple[Outcomes, ...] = (),
     tally: Tally | None = None,
     drifts: int | None = None,
+    at: float = NOW,
+    **more: Any,
 ) -> Snapshot:
-    latest = tuple(LatestResult(result.board.device_id, NOW - 1, result, drifts) for result in results)
+    latest = tuple(LatestResult(result.board.device_id, at - 1, result, drifts) for result in results)
     return Snapshot(
-        at=NOW,
+        at=at,
         devices=tuple(devices),
         latest=LatestResults(latest, left_out or {}),
         outcomes=outcomes,
         tally=tally or Tally(),
         open_streams=sum(device.up for device in devices),
+        **more,
     )
 
 
-def expose(shown: Snapshot, *, series_ttl: float = 3600, series_per_device: int = 5000) -> str:
-    fleet = FleetCollector(
-        shown,
+def exposition(
+    *, series_ttl: float = 3600, result_ttl: float = 86400, series_per_device: int = 5000, **more: Any
+) -> Exposition:
+    return Exposition(
         version="0.1.0",
         python="3.11.0",
         series_ttl_seconds=series_ttl,
+        result_ttl_seconds=result_ttl,
         series_per_device=series_per_device,
-        seconds_before=0.25,
-        monotonic=lambda: 0.0,
+        **{"monotonic": lambda: 0.0, **more},
     )
-    body, content_type = render((fleet,), accept="")
-    assert content_type.startswith("text/plain; version=0.0.4")
-    return body.decode()
+
+
+def take(fleet: Exposition, shown: Snapshot) -> None:
+    """Does what a scrape does, with the samples that the results themselves have."""
+    samples = {
+        entry.result.run_id: entry.result.latency.samples_nanoseconds for entry in shown.latest.results
+    }
+    fleet.shapes({run_id: samples[run_id] for run_id in fleet.shapeless(shown.latest.results)})
+    fleet.take(shown)
+    fleet.own(shown, fleet.settle(), store_seconds=0.125, seconds=0.25)
+
+
+def expose(shown: Snapshot, content_type: str = TEXT, **settings: Any) -> str:
+    fleet = exposition(**settings)
+    take(fleet, shown)
+    return fleet.page(content_type).decode()
 
 
 def series(text: str, name: str | None = None) -> list[tuple[dict[str, str], float]]:
@@ -83,7 +121,15 @@ def board(make_hello: MakeHello) -> Callable[..., DeviceView]:
             "last_seen_at": NOW - 2,
             "first_seen_at": NOW - 1000,
             "heartbeat": collector_pb2.Heartbeat(
-                spool_pending=3, spool_dropped=2, running_run_id="run-9", queued_runs=1
+                spool_pending=3,
+                spool_dropped=2,
+                running_run_id="run-9",
+                queued_runs=1,
+                spool_bytes=8192,
+                readings=[
+                    telemetry_pb2.Reading(quantity=quantity, source=source, value=value)
+                    for quantity, source, value in READINGS
+                ],
             ),
         }
         return DeviceView(hello=make_hello(device_id), **(facts | more))
@@ -127,7 +173,9 @@ def sustained() -> result_pb2.RunResult:
     result.interference.slowdown_ratio, result.processes.spread_ratio = 1.25, 0.006
     environment = result.environment
     environment.temperature_before_celsius, environment.temperature_after_celsius = 46, 82
-    environment.cpu_frequency_hertz = 1.8e9
+    environment.cpu_frequency_hertz, environment.cpu_frequency_least_hertz = 1.8e9, 1.5e9
+    environment.throttling_readable = True
+    environment.throttled_during.append("under-voltage")
     return result
 
 
@@ -142,6 +190,8 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
     unknown.spec.options["intra_op"] = "2"
     tally = Tally(stored=5, duplicates=2, store_failures=1, streams=3, superseded=1, silent=1)
     tally.refused.update({"run_id": 1, "too_large": 2})
+    for seconds in (0.0004, 0.002, 0.002, 99):
+        tally.acknowledge.add(seconds)
     return snapshot(
         [unknown, make_result("run-1"), costly(), sustained()],
         drifts=2,
@@ -149,6 +199,11 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
         left_out={"pi5": 7},
         outcomes=(Outcomes("pi4", 1, 1), Outcomes("pi5", 1, 3), Outcomes("pi5", 2, 1), Outcomes("pi5", 9, 1)),
         tally=tally,
+        queue=QueueView({"queued": 4, "running": 1}, 12.5, 2, 1, 1 << 20),
+        forwarded=(
+            ForwardView("victoria:8428", 1000, {"too_old": 3}, 2, True, 7),
+            ForwardView("mimir:9009", 0, {}, 0, None, 9),
+        ),
     )
 
 
@@ -162,8 +217,7 @@ def test_golden_exposition(whole: Snapshot) -> None:
 def test_promtool_finds_nothing_to_complain_about(
     whole: Snapshot, find_program: Callable[[str], str]
 ) -> None:
-    fleet = FleetCollector(whole, version="0.1.0", series_ttl_seconds=3600, series_per_device=5000)
-    body, _ = render((fleet, process_collector()), accept="")
+    body = expose(whole).encode()
     check = subprocess.run(
         [find_program("promtool"), "check", "metrics"], input=body, capture_output=True, check=False
     )
@@ -174,11 +228,13 @@ def test_the_table_and_reality_are_the_same(whole: Snapshot) -> None:
     text = expose(whole)
     table = {metric.name: metric for metric in METRICS}
     assert len(table) == len(METRICS)
-    assert names(text) == set(table), "the golden snapshot has something of everything"
+    samples = {name: metric for metric in METRICS for name in metric.samples}
+    assert names(text) == set(samples), "the golden snapshot has something of everything"
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            assert set(sample.labels) == set(table[sample.name].labels)
-        metric = table[family.samples[0].name]
+            assert set(sample.labels) - {"le"} == set(samples[sample.name].labels)
+            assert ("le" in sample.labels) == sample.name.endswith("_bucket")
+        metric = samples[family.samples[0].name]
         assert family.documentation == metric.meaning
         assert family.type == ("gauge" if metric.kind == "info" else metric.kind)
     used = {label for metric in METRICS for label in metric.labels}
@@ -186,11 +242,186 @@ def test_the_table_and_reality_are_the_same(whole: Snapshot) -> None:
 
 
 def test_openmetrics_on_request(whole: Snapshot) -> None:
-    fleet = FleetCollector(whole, version="0.1.0", series_ttl_seconds=3600, series_per_device=5000)
-    body, content_type = render((fleet,), accept="application/openmetrics-text; version=1.0.0")
-    assert content_type.startswith("application/openmetrics-text")
-    assert body.endswith(b"# EOF\n")
-    assert b"# TYPE boardbench_device info\n" in body
+    text = expose(whole, OPENMETRICS)
+    assert "# TYPE boardbench_device info\n" in text
+    assert "# TYPE boardbench_runs counter\n" in text
+    assert choose("application/openmetrics-text; version=1.0.0") == OPENMETRICS
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("", TEXT),
+        ("*/*", TEXT),
+        ("text/plain;version=0.0.4", TEXT),
+        ("text/plain;version=0.0.4;q=0.2,application/openmetrics-text;version=1.0.0;q=0.8", OPENMETRICS),
+        ("application/openmetrics-text;q=0, text/plain", TEXT),
+        ("application/openmetrics-text;version=2.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", TEXT),
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited,"
+            "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+            PROTOBUF,
+        ),
+        ("application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text", TEXT),
+        ("application/openmetrics-text;q=much", TEXT),
+    ],
+)
+def test_the_accept_header_chooses_the_format(accept: str, chosen: str) -> None:
+    assert choose(accept) == chosen
+
+
+def reference(fleet: Exposition) -> CollectorRegistry:
+    """The same samples, in prometheus_client's own hands."""
+    samples = list(fleet.series())
+    families = []
+    for metric in METRICS:
+        mine = [sample for sample in samples if sample[0] in metric.samples]
+        if mine:
+            family = Metric(metric.base_name, metric.meaning, metric.kind)
+            for name, labels, value in mine:
+                family.add_sample(name, labels, value)
+            families.append(family)
+
+    class Registered(Collector):
+        def collect(self) -> list[Metric]:
+            return families
+
+    registry = CollectorRegistry()
+    registry.register(Registered())
+    return registry
+
+
+def parsed(families: Iterable[Metric]) -> dict[str, Any]:
+    """Everything that a parser finds: names, types, meanings, and samples as sets."""
+    found = {}
+    for family in families:
+        samples = [(sample.name, frozenset(sample.labels.items()), sample.value) for sample in family.samples]
+        assert len(samples) == len(set(samples))
+        found[family.name] = (family.type, family.documentation, frozenset(samples))
+    return found
+
+
+def test_the_text_is_what_prometheus_client_would_write(whole: Snapshot) -> None:
+    fleet = exposition()
+    take(fleet, whole)
+    mine = parsed(text_string_to_metric_families(fleet.page(TEXT).decode()))
+    theirs = parsed(text_string_to_metric_families(generate_latest(reference(fleet)).decode()))
+    assert len(mine) == len(METRICS)
+    assert mine == theirs
+
+
+def test_openmetrics_is_what_prometheus_client_would_write(whole: Snapshot) -> None:
+    fleet = exposition()
+    take(fleet, whole)
+    mine = parsed(openmetrics_families(fleet.page(OPENMETRICS).decode() + "# EOF\n"))
+    theirs = parsed(openmetrics_families(generate_openmetrics(reference(fleet)).decode()))
+    assert len(mine) == len(METRICS)
+    assert mine == theirs
+
+
+def test_after_any_change_the_page_is_as_if_it_were_new(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    """Boards come, change, go and come back in random order; what is kept never shows."""
+    random = Random(7)
+    fleet = exposition(series_ttl=60, series_per_device=150)
+    names_ = [f"board-{n}" for n in range(40)]
+    state: dict[str, DeviceView] = {}
+    results: dict[str, list[result_pb2.RunResult]] = {}
+    at = NOW
+    for step in range(60):
+        at += random.choice((1, 5, 50))
+        news: set[str] = set()
+        for name in random.sample(names_, 6):
+            up = random.random() < 0.6
+            view = board(name, up=up, last_seen_at=at - random.choice((0, 0, 59, 61)))
+            view.heartbeat.running_run_id = random.choice(("", "run"))
+            if random.random() < 0.2:
+                view.hello.agent_version = f"0.{step}"
+            state[name] = view
+        for name in random.sample(sorted(state), 3):
+            mine = results.setdefault(name, [])
+            result = make_result(
+                f"{name}-{step}", device_id=name, model=f"m{random.randrange(3)}", p50=0.001 * step + 0.001
+            )
+            if random.random() < 0.3:
+                result.ClearField("memory")
+            results[name] = [result, *(other for other in mine if other.model.name != result.model.name)]
+            news.add(name)
+        views = [state[name] for name in sorted(state)]
+        wanted = fleet.wanted(views, News(step + 1, frozenset(news)), at)
+        read = [result for name in sorted(wanted) for result in results.get(name, ())]
+        take(fleet, snapshot(read, devices=views, at=at, read=wanted))
+        if step % 5 == 0:
+            fresh = exposition(series_ttl=60, series_per_device=150)
+            everything = [result for name in sorted(results) for result in results[name]]
+            take(fresh, snapshot(everything, devices=views, at=at))
+            for page in (TEXT, OPENMETRICS):
+                kept, new = (
+                    sorted(
+                        line for line in one.page(page).decode().splitlines() if "scrapes_total" not in line
+                    )
+                    for one in (fleet, fresh)
+                )
+                assert kept == new, f"step {step}"
+
+
+def test_only_what_has_changed_is_written_anew(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    fleet = exposition()
+    views = [board(f"board-{n}") for n in range(3)]
+    results = [make_result(f"run-{n}", device_id=f"board-{n}") for n in range(3)]
+    take(fleet, snapshot(results, devices=views))
+    (segment,) = fleet._segments
+    before = dict(segment.text)
+    views[1] = board("board-1", last_seen_at=NOW - 1)
+    take(fleet, snapshot([], devices=views, read=frozenset()))
+    changed = {METRICS[family].name for family, text in segment.text.items() if text is not before[family]}
+    assert changed == {"boardbench_device_last_seen_timestamp_seconds"}
+
+
+def test_results_that_are_too_old_are_read_again_and_vanish(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    fleet = exposition(result_ttl=100)
+    nothing = News(1, frozenset())
+    assert fleet.wanted([board()], nothing, NOW) == {"pi5"}
+    take(fleet, snapshot([make_result()], devices=[board()]))
+    assert fleet.wanted([board()], nothing, NOW + 98) == frozenset()
+    assert fleet.wanted([board()], nothing, NOW + 100) == {"pi5"}
+    take(fleet, snapshot([], devices=[board()], read=frozenset({"pi5"}), at=NOW + 100))
+    assert "boardbench_latency" not in fleet.page(TEXT).decode()
+
+
+def test_every_board_is_read_again_now_and_then(board: Callable[..., DeviceView]) -> None:
+    clock = [0.0]
+    fleet = exposition(monotonic=lambda: clock[0])
+    views = [board(f"board-{n:02}") for n in range(40)]
+    take(fleet, snapshot(devices=views))
+    seen: set[str] = set()
+    clock[0] = 601.0
+    for _ in range(14):
+        wanted = fleet.wanted(views, News(0, frozenset()), NOW)
+        assert len(wanted) <= 3
+        seen |= wanted
+        take(fleet, snapshot(devices=views, read=wanted))
+    assert len(seen) == 40
+
+
+def test_samples_are_read_a_part_at_a_time_and_none_is_forgotten(
+    make_result: MakeResult, board: Callable[..., DeviceView], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("boardbench.collector.expose._SHAPES_PER_SCRAPE", 2)
+    fleet = exposition()
+    results = [make_result(f"run-{n}", model=f"m{n}") for n in range(5)]
+    shown = []
+    for _ in range(3):
+        if fleet.wanted([board()], News(0, frozenset()), NOW):
+            take(fleet, snapshot(results, devices=[board()]))
+        shown.append(len(series(fleet.page(TEXT).decode(), "boardbench_latency_distribution_seconds_count")))
+    assert shown == [2, 4, 5]
+    assert not fleet.wanted([board()], News(0, frozenset()), NOW)
 
 
 def test_unknown_placement_is_told_and_never_shown_as_numbers(
@@ -247,6 +478,9 @@ def test_what_is_absent_has_no_series(make_result: MakeResult, board: Callable[.
         "boardbench_device_info",
         "boardbench_agent_info",
         "boardbench_device_results_left_out",
+        "boardbench_device_series_left_out",
+        "boardbench_device_labels_cut",
+        "boardbench_result_validity_info",
     }
 
 

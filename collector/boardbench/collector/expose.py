@@ -1,652 +1,613 @@
-"""``/metrics``: what Prometheus sees, read at the scrape.
+"""``/metrics``: what Prometheus sees, read at the scrape, written down only where something has changed.
 
-Nothing is counted here and nothing is kept between scrapes: a snapshot goes in, metric families come out.
-:data:`METRICS` is the one table of names, labels and meanings; families are made from it, so nothing
-that it does not list can be exposed, and the documentation is compared with it by a test.
+Samples become text board by board; the text is kept by family and by segment of the fleet, and a scrape
+writes anew only what has changed since the one before. Tests compare every format with what prometheus_client
+makes of the same samples.
 
-What a board says is a stranger's text. Label values are cut to a bounded length without control
-characters, no combination of labels is shown twice, and a board has a bounded number of series.
-No series has an explicit timestamp: one without it vanishes from Prometheus with the next scrape after
-it vanishes here, one with it would linger for five minutes.
+No series has an explicit timestamp: one without it vanishes from Prometheus with the next scrape after it
+vanishes here, one with it would linger for five minutes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+import asyncio
+import gzip
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, repeat
 
-from google.protobuf.message import Message
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import Metric as Family
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
-from boardbench.collector.look import DeviceView, Snapshot
-from boardbench.collector.store import LatestResult, series_of
-from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
-
-MAX_LABEL_LENGTH = 128
-"""Longest label value in characters; what is longer is cut and told apart by a digest."""
-
-MAX_PERCENTILES = 32
-"""Percentiles of one result that are shown: the agent reports about ten."""
-
-SHORT_HASH_DIGITS = 12
-"""Digits of the model's SHA-256 in labels: 48 bits tell apart all the models that a lab will ever have."""
+from boardbench.collector import native
+from boardbench.collector.histogram import Distribution, distribution
+from boardbench.collector.look import DeviceView, ReadModel, Snapshot
+from boardbench.collector.metrics import METRICS, SERIES_LABELS
+from boardbench.collector.samples import (
+    Group,
+    LeftOut,
+    board_group,
+    collector_group,
+    result_group,
+    state_group,
+)
+from boardbench.collector.store import LatestResult, News
 
 MIN_SERIES_PER_RESULT = 8
 """Series that every finished measurement has at least; bounds what is read from the store for one board."""
 
-_SERIES_LABELS = ("device", "model", "model_sha256", "runtime", "target", "threads", "variant")
+_SEGMENT_GROUPS = 256
+"""Groups of samples whose text is kept together. A change costs writing all of its segment, some
+milliseconds; more segments cost every scrape."""
 
+_REREAD_SECONDS = 600.0
+"""A board is read again after this time though nothing came from it: retention may have removed a result."""
 
-@dataclass(frozen=True)
-class Metric:
-    """One line of the table of metrics."""
+_REREAD_SHARE = 0.05
+"""Share of the boards that one scrape reads again for that reason."""
 
-    name: str
-    """As it is in the exposition, with ``_total`` or ``_info``."""
-    kind: str
-    """"gauge", "counter" or "info" (a gauge that is always 1)."""
-    labels: tuple[str, ...]
-    meaning: str
+_SHAPES_PER_SCRAPE = 2000
+"""Results whose samples one scrape reads for their distribution; after a start the next scrapes go on."""
 
+_SHAPES_AT_ONCE = 16
+"""Of these, whose samples are in memory at once: the largest results have megabytes."""
 
-def _of_series(name: str, meaning: str, *labels: str, kind: str = "gauge") -> Metric:
-    return Metric(name, kind, (*_SERIES_LABELS, *labels), meaning)
+_GZIP_LEVEL = 1
+"""An eighth of the bytes for a tenth of level 9's time."""
 
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+PROTOBUF = native.CONTENT_TYPE
 
-LABELS: Mapping[str, str] = {
-    "device": "device_id of the board.",
-    "model": "File name of the model.",
-    "model_sha256": f"First {SHORT_HASH_DIGITS} digits of the model's SHA-256; two builds are two series.",
-    "runtime": "Name of the runtime: tflite, onnxruntime, ….",
-    "target": "Device that was asked of the runtime: cpu, edgetpu, ….",
-    "threads": "Number of threads; empty: the engine's own default.",
-    "variant": "Engine options, shapes, inputs and scenario that were asked for; empty: none.",
-    "percentile": "Percentile, 50 is the median.",
-    "phase": "Phase of the worker's life: baseline, loaded, first_inference, steady.",
-    "unit": "Where operations run: cpu, cpu_delegate, gpu, tpu, npu, delegate, unknown.",
-    "verdict": "What all evidence says: accelerated, partly, not_accelerated, contradicted, unknown.",
-    "evidence": "What the per-op list rests on: static, partition, profiled, counters, host_cpu.",
-    "standin": "true when a stand-in took the accelerator's place, which says nothing about hardware.",
-    "validity": "What the measurement is worth: valid, doubtful, invalid.",
-    "moment": "before or after the run.",
-    "status": "How runs ended: succeeded, failed, cancelled, unknown.",
-    "format": "Model format: tflite, onnx, ….",
-    "hostname": "Host name of the board.",
-    "board": "The maker's name of the board.",
-    "soc": "System on chip.",
-    "architecture": "Machine as the kernel names it.",
-    "os": "Operating system.",
-    "kernel": "Kernel release.",
-    "emulator": "Emulator or virtual machine underneath; empty: none was seen.",
-    "version": "Version of the agent, the runtime or the collector.",
-    "python": "Version of the Python that runs the collector.",
-    "reason": "Why the collector refused a record.",
-}
-"""What each label means."""
-
-METRICS: tuple[Metric, ...] = (
-    # The latest succeeded result of each series.
-    _of_series("boardbench_latency_seconds", "Latency of one inference at a percentile.", "percentile"),
-    _of_series(
-        "boardbench_latency_low_seconds",
-        "Lower bound of the percentile's 95 % confidence interval.",
-        "percentile",
-    ),
-    _of_series(
-        "boardbench_latency_high_seconds",
-        "Upper bound of the percentile's 95 % confidence interval.",
-        "percentile",
-    ),
-    _of_series("boardbench_latency_mean_seconds", "Mean latency of one inference."),
-    _of_series("boardbench_latency_min_seconds", "Latency of the fastest inference."),
-    _of_series("boardbench_latency_max_seconds", "Latency of the slowest inference."),
-    _of_series("boardbench_latency_stdev_seconds", "Sample standard deviation of the latency."),
-    _of_series("boardbench_latency_samples", "Number of inferences that the latency figures rest on."),
-    _of_series("boardbench_import_seconds", "Time to import the engine."),
-    _of_series("boardbench_create_seconds", "Time to create the session or interpreter."),
-    _of_series("boardbench_first_inference_seconds", "Time of the very first inference."),
-    _of_series(
-        "boardbench_memory_rss_bytes", "Resident memory of the worker at the end of a phase.", "phase"
-    ),
-    _of_series(
-        "boardbench_memory_pss_bytes", "Proportional memory of the worker at the end of a phase.", "phase"
-    ),
-    _of_series(
-        "boardbench_memory_peak_rss_bytes", "Highest resident memory of the worker within a phase.", "phase"
-    ),
-    _of_series(
-        "boardbench_memory_run_peak_rss_bytes", "Highest resident memory of the worker over all phases."
-    ),
-    _of_series(
-        "boardbench_memory_model_rss_bytes", "Resident memory that the model adds to the engine's own."
-    ),
-    _of_series(
-        "boardbench_placement_known",
-        "1 when it is known where the operations ran; 0: unknown, and boardbench_ops is absent.",
-    ),
-    _of_series("boardbench_ops", "Number of operations by the unit that ran them.", "unit"),
-    _of_series(
-        "boardbench_placement_info",
-        "What is known about the placement, and by what evidence.",
-        "verdict",
-        "evidence",
-        "standin",
-        kind="info",
-    ),
-    _of_series(
-        "boardbench_placement_drifts_total",
-        "Times that operations were elsewhere than in the board's run before; absent while no placement was "
-        "known.",
-        kind="counter",
-    ),
-    _of_series(
-        "boardbench_fallback_share_ratio",
-        "Share of the time of an inference that operations on the CPU take; absent when not measured.",
-    ),
-    _of_series(
-        "boardbench_fallback_share_low_ratio", "Lower bound of the fallback share's 95 % confidence interval."
-    ),
-    _of_series(
-        "boardbench_fallback_share_high_ratio",
-        "Upper bound of the fallback share's 95 % confidence interval.",
-    ),
-    _of_series("boardbench_fallback_seconds", "Time that operations on the CPU take in one inference."),
-    _of_series(
-        "boardbench_latency_without_fallback_seconds",
-        "Median latency less the time of operations on the CPU: a lower bound of what can be reached.",
-    ),
-    _of_series("boardbench_crossings", "Times that one inference moves between the accelerator and the CPU."),
-    _of_series(
-        "boardbench_crossing_bytes", "Bytes that move between the accelerator and the CPU in one inference."
-    ),
-    _of_series("boardbench_result_timestamp_seconds", "When the run ended, by the board's clock."),
-    _of_series(
-        "boardbench_result_warnings", "Number of doubts that the result itself carries; notes left out."
-    ),
-    _of_series(
-        "boardbench_result_validity_info",
-        "What the measurement is worth; absent when the agent does not judge.",
-        "validity",
-        kind="info",
-    ),
-    _of_series(
-        "boardbench_energy_per_inference_joules",
-        "Energy of one inference, idle subtracted; absent without a power rail.",
-    ),
-    _of_series("boardbench_energy_per_inference_low_joules", "Lower bound of the energy of one inference."),
-    _of_series("boardbench_energy_per_inference_high_joules", "Upper bound of the energy of one inference."),
-    _of_series("boardbench_power_watts", "Mean power of the rail while it was measured, idle included."),
-    _of_series("boardbench_idle_power_watts", "Mean power of the rail before the run."),
-    _of_series(
-        "boardbench_throughput_hertz", "Samples computed a second in the scenario; absent in single stream."
-    ),
-    _of_series("boardbench_throughput_low_hertz", "Lower bound of the throughput."),
-    _of_series("boardbench_throughput_high_hertz", "Upper bound of the throughput."),
-    _of_series("boardbench_deadline_misses", "Inferences of the run that ended after their deadline."),
-    _of_series(
-        "boardbench_sustained_slowdown_ratio",
-        "Median at the end of a sustained run over the median of its first window.",
-    ),
-    _of_series(
-        "boardbench_interference_ratio", "Median beside other models over the median of the model alone."
-    ),
-    _of_series(
-        "boardbench_process_spread_ratio",
-        "Half of the greatest difference between the medians of a run's processes, over their median.",
-    ),
-    _of_series(
-        "boardbench_run_temperature_celsius", "Hottest thermal zone before and after the run.", "moment"
-    ),
-    _of_series("boardbench_run_cpu_frequency_hertz", "Mean processor frequency at the end of the run."),
-    _of_series(
-        "boardbench_result_standin",
-        "1 when an emulator or stand-in had a part in the run: the figures say nothing about hardware.",
-    ),
-    _of_series("boardbench_model_size_bytes", "Length of the model file."),
-    _of_series("boardbench_model_info", "What the model is.", "format", kind="info"),
-    # Boards.
-    Metric(
-        "boardbench_runs_total",
-        "counter",
-        ("device", "status"),
-        "Runs that were reported, by how they ended.",
-    ),
-    Metric(
-        "boardbench_device_up", "gauge", ("device",), "1 while the board's stream to the collector is open."
-    ),
-    Metric(
-        "boardbench_device_last_seen_timestamp_seconds",
-        "gauge",
-        ("device",),
-        "When the board was last heard of, by the collector's clock.",
-    ),
-    Metric(
-        "boardbench_device_running",
-        "gauge",
-        ("device",),
-        "1 while the board measures, by its last heartbeat.",
-    ),
-    Metric(
-        "boardbench_queued_runs", "gauge", ("device",), "Runs that wait on the board, by its last heartbeat."
-    ),
-    Metric(
-        "boardbench_spool_pending",
-        "gauge",
-        ("device",),
-        "Results on the board that are not acknowledged, by its last heartbeat.",
-    ),
-    Metric(
-        "boardbench_spool_dropped_total",
-        "counter",
-        ("device",),
-        "Results that the board had to drop, by its last heartbeat.",
-    ),
-    Metric(
-        "boardbench_device_info",
-        "info",
-        ("device", "hostname", "board", "soc", "architecture", "os", "kernel", "emulator"),
-        "What the board is.",
-    ),
-    Metric("boardbench_device_cpus", "gauge", ("device",), "Logical processors of the board."),
-    Metric("boardbench_device_memory_bytes", "gauge", ("device",), "Physical memory of the board."),
-    Metric("boardbench_agent_info", "info", ("device", "version"), "Version of the board's agent."),
-    Metric(
-        "boardbench_runtime_available",
-        "gauge",
-        ("device", "runtime"),
-        "1 when the runtime can run a model on the board, 0 when it can't.",
-    ),
-    Metric(
-        "boardbench_runtime_info",
-        "info",
-        ("device", "runtime", "version"),
-        "Version of a runtime that the board has.",
-    ),
-    Metric(
-        "boardbench_device_results_left_out",
-        "gauge",
-        ("device",),
-        "Latest results of the board that are not shown because it has too many series.",
-    ),
-    # The collector itself.
-    Metric("boardbench_collector_build_info", "info", ("version", "python"), "What this collector is."),
-    Metric("boardbench_collector_open_streams", "gauge", (), "Boards that are connected."),
-    Metric("boardbench_collector_streams_total", "counter", (), "Streams that boards have opened."),
-    Metric(
-        "boardbench_collector_streams_superseded_total",
-        "counter",
-        (),
-        "Streams that ended because the same board opened another.",
-    ),
-    Metric(
-        "boardbench_collector_streams_silent_total",
-        "counter",
-        (),
-        "Streams that ended because nothing was heard any more.",
-    ),
-    Metric("boardbench_collector_results_stored_total", "counter", (), "Results that were stored."),
-    Metric(
-        "boardbench_collector_results_duplicate_total",
-        "counter",
-        (),
-        "Results that came again and were not stored twice.",
-    ),
-    Metric(
-        "boardbench_collector_results_refused_total",
-        "counter",
-        ("reason",),
-        "Results that can never be stored.",
-    ),
-    Metric(
-        "boardbench_collector_store_failures_total",
-        "counter",
-        (),
-        "Results whose commit failed; their boards send them again.",
-    ),
-    Metric(
-        "boardbench_collector_scrape_duration_seconds",
-        "gauge",
-        (),
-        "Time that this scrape took to read the store and make the series.",
-    ),
+_FAMILY = {name: index for index, metric in enumerate(METRICS) for name in metric.samples}
+_RESULT_FAMILIES = frozenset(
+    index for index, metric in enumerate(METRICS) if metric.labels[: len(SERIES_LABELS)] == SERIES_LABELS
 )
-"""Every metric of boardbench's own; prometheus_client's process metrics (``process_…``) come with them."""
+_END = "\0"
+"""Between the families of a group's text; no label holds it, since all are printable."""
 
 
-class FleetCollector(Collector):
-    """Makes the families of one snapshot; registered for one scrape."""
+class _Layout:
+    """Which samples a group has; shared by all groups that have the same."""
+
+    def __init__(self, entries: tuple[tuple[str, tuple[str, ...]], ...], shared: int) -> None:
+        # In the order of the table, and within a family as they came.
+        self.order = sorted(range(len(entries)), key=lambda at: _FAMILY[entries[at][0]])
+        self.entries = tuple(entries[at] for at in self.order)
+        self.families: list[int] = []
+        self.sizes: list[int] = []
+        lines: list[str] = []
+        for name, extra in self.entries:
+            family = _FAMILY[name]
+            if not self.families or self.families[-1] != family:
+                if lines:
+                    lines.append(_END)
+                self.families.append(family)
+                self.sizes.append(0)
+            self.sizes[-1] += 1
+            lines.append(self._line(name, extra, shared))
+        self.template = "".join(lines)
+
+    @staticmethod
+    def _line(name: str, extra: tuple[str, ...], shared: int) -> str:
+        names = _label_names(name)[shared:]
+        pairs = ",".join(_pair(*pair) for pair in zip(names, extra, strict=True)).replace("%", "%%")
+        if not shared and not pairs:
+            # The shared labels, which are none, must have their place all the same.
+            return f"{name}%s %r\n"
+        comma = "," if shared and pairs else ""
+        return f"{name}{{%s{comma}{pairs}}} %r\n"
+
+
+class _Block:
+    """A group, ready to be written."""
+
+    __slots__ = ("distribution", "labels", "layout", "shared", "values")
+
+    def __init__(self, group: Group, layouts: dict[object, _Layout]) -> None:
+        entries = tuple((name, extra) for name, extra, _ in group.samples)
+        key = (len(group.labels), entries)
+        layout = layouts.get(key)
+        if layout is None:
+            if len(layouts) >= 10_000:
+                # Each has kilobytes, and a board could make up ever new ones.
+                layouts.clear()
+            layout = layouts[key] = _Layout(entries, len(group.labels))
+        self.layout = layout
+        self.labels = group.labels
+        names = _label_names(group.samples[0][0]) if group.samples else ()
+        self.shared = ",".join(_pair(name, value) for name, value in zip(names, group.labels, strict=False))
+        self.values = tuple(group.samples[at][2] for at in layout.order)
+        self.distribution = group.distribution
+
+    def cells(self) -> list[str]:
+        """Returns the text of each of its families, in the order of its layout."""
+        layout = self.layout
+        return (
+            layout.template % tuple(chain.from_iterable(zip(repeat(self.shared), self.values, strict=False)))
+        ).split(_END)
+
+    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Returns (name, labels, value) of each sample."""
+        for (name, extra), value in zip(self.layout.entries, self.values, strict=True):
+            names = _label_names(name)
+            yield name, dict(zip(names, (*self.labels, *extra), strict=True)), value
+
+
+def _label_names(name: str) -> tuple[str, ...]:
+    names = METRICS[_FAMILY[name]].labels
+    return (*names, "le") if name.endswith("_bucket") else names
+
+
+def _pair(name: str, value: str) -> str:
+    if "\\" in value or '"' in value:
+        value = value.replace("\\", r"\\").replace('"', r"\"")
+    return f'{name}="{value}"'
+
+
+_Key = tuple[str, tuple[int | None, bool]]
+"""Run, and what of its block may still change: drifts, and whether its distribution is there."""
+
+
+@dataclass
+class _Board:
+    """What is known of one board."""
+
+    segment: _Segment
+    read_at: float = 0.0
+    """When its results were last read, monotonic seconds."""
+    expires_at: float = float("inf")
+    """When the first of its results is too old to be shown."""
+    hello: object = None
+    state: object = None
+    about: _Block | None = None
+    about_lost: tuple[int, int] = (0, 0)
+    """How many of its samples were duplicates, how many texts cut."""
+    now: _Block | None = None
+    results: list[_Block] = field(default_factory=list)
+    known: dict[_Key, tuple[_Block, int, int]] = field(default_factory=dict)
+    """By what a result is: its block, how many samples were duplicates, how many texts cut."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def weight(self) -> int:
+        """Number of its groups."""
+        return 2 + len(self.results)
+
+
+class _Segment:
+    """A part of the fleet, and its text by family as of the last scrape."""
+
+    def __init__(self) -> None:
+        self.boards: dict[str, _Board] = {}
+        self.text: dict[int, bytes] = {}
+        self.encoded: dict[int, bytes] = {}
+        """The same as protobuf; made only when it is asked for."""
+        self._dirty: set[int] = set()
+
+    @property
+    def weight(self) -> int:
+        return sum(board.weight for board in self.boards.values())
+
+    def changed(self, before: Iterable[_Block | None], after: Iterable[_Block | None]) -> None:
+        """Notes the families whose text is another when these blocks become those."""
+        for old, new in zip(before, after, strict=True):
+            if old is None or new is None or old.layout is not new.layout or old.shared != new.shared:
+                for block in (old, new):
+                    if block is not None:
+                        self._dirty.update(block.layout.families)
+            else:
+                at = 0
+                for family, size in zip(new.layout.families, new.layout.sizes, strict=True):
+                    if old.values[at : at + size] != new.values[at : at + size]:
+                        self._dirty.add(family)
+                    at += size
+                if old.distribution != new.distribution:
+                    self._dirty.add(_FAMILY["boardbench_latency_distribution_seconds_bucket"])
+
+    def _blocks(self, families: Collection[int]) -> Iterator[_Block]:
+        """Returns the blocks that can have one of these families."""
+        results = not _RESULT_FAMILIES.isdisjoint(families)
+        others = not _RESULT_FAMILIES.issuperset(families)
+        for board in self.boards.values():
+            if others:
+                if board.about is not None:
+                    yield board.about
+                if board.now is not None:
+                    yield board.now
+            if results:
+                yield from board.results
+
+    def settle(self) -> None:
+        """Writes what has changed."""
+        if not self._dirty:
+            return
+        columns: dict[int, list[str]] = {family: [] for family in self._dirty}
+        if len(columns) > len(METRICS) // 4:
+            # Most of a group is wanted: writing all of it and picking is cheaper than finding the places.
+            spare: list[str] = []
+            for block in self._blocks(self._dirty):
+                for family, cell in zip(block.layout.families, block.cells(), strict=True):
+                    columns.get(family, spare).append(cell)
+        else:
+            for block in self._blocks(self._dirty):
+                if not columns.keys().isdisjoint(block.layout.families):
+                    for family, cell in zip(block.layout.families, block.cells(), strict=True):
+                        if family in columns:
+                            columns[family].append(cell)
+        for family, cells in columns.items():
+            self.encoded.pop(family, None)
+            if cells:
+                self.text[family] = "".join(cells).encode()
+            else:
+                self.text.pop(family, None)
+        self._dirty.clear()
+
+    def protobuf(self, family: int) -> bytes:
+        """Returns the metrics of the family as fields of a MetricFamily."""
+        found = self.encoded.get(family)
+        if found is None:
+            found = self.encoded[family] = b"".join(
+                _encoded(block, family) for block in self._blocks((family,))
+            )
+        return found
+
+
+def _encoded(block: _Block, family: int) -> bytes:
+    metric = METRICS[family]
+    at = 0
+    for candidate, size in zip(block.layout.families, block.layout.sizes, strict=True):
+        if candidate == family:
+            entries = block.layout.entries[at : at + size]
+            values = block.values[at : at + size]
+            base = native.labels(zip(metric.labels, block.labels, strict=False))
+            extra_names = metric.labels[len(block.labels) :]
+            if metric.kind == "histogram":
+                return native.histogram_metric(base, entries, values, block.distribution)
+            return b"".join(
+                native.metric(metric.kind, base + native.labels(zip(extra_names, extra, strict=True)), value)
+                for (_, extra), value in zip(entries, values, strict=True)
+            )
+        at += size
+    return b""
+
+
+class Exposition:
+    """The series of a fleet, kept between scrapes. :meth:`take` and :meth:`page` are called by turns."""
 
     def __init__(
         self,
-        snapshot: Snapshot,
         *,
         version: str,
         series_ttl_seconds: float,
+        result_ttl_seconds: float,
         series_per_device: int,
-        seconds_before: float = 0.0,
         python: str | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._snapshot = snapshot
         self._version = version
         self._python = python or platform.python_version()
         self._series_ttl_seconds = series_ttl_seconds
+        self._result_ttl_seconds = result_ttl_seconds
         self._series_per_device = series_per_device
-        self._seconds_before = seconds_before
         self._monotonic = monotonic
+        self._boards: dict[str, _Board] = {}
+        self._segments: list[_Segment] = []
+        self._layouts: dict[object, _Layout] = {}
+        self._shapes: dict[str, Distribution | None] = {}
+        self._own: tuple[_Block, ...] = ()
+        self._scrapes = 0
 
-    def collect(self) -> Iterable[Family]:
-        """Returns the families that have series, in the order of :data:`METRICS`."""
-        began = self._monotonic()
-        page = _Page()
-        snapshot = self._snapshot
-        present = {
-            view.device_id
-            for view in snapshot.devices
-            if view.up or snapshot.at - view.last_seen_at <= self._series_ttl_seconds
+    def present(self, views: Iterable[DeviceView], at: float) -> set[str]:
+        """Returns the boards that have series at this time."""
+        return {
+            view.device_id for view in views if view.up or at - view.last_seen_at <= self._series_ttl_seconds
         }
-        left_out = {device_id: snapshot.latest.left_out.get(device_id, 0) for device_id in present}
-        series: dict[str, int] = {}
-        shown: set[tuple[str, ...]] = set()
-        for latest in snapshot.latest.results:
-            if latest.device_id not in present:
-                continue
-            base = _base_labels(latest)
-            if base in shown:
-                continue
-            shown.add(base)
-            more = tuple(_result_samples(latest, base))
-            count = series.get(latest.device_id, 0) + len(more)
-            if count > self._series_per_device:
-                left_out[latest.device_id] += 1
-                continue
-            series[latest.device_id] = count
-            for name, labels, value in more:
-                page.add(name, labels, value)
-        for view in snapshot.devices:
-            if view.device_id in present:
-                for name, labels, value in _device_samples(view):
-                    page.add(name, labels, value)
-                page.add(
-                    "boardbench_device_results_left_out",
-                    (_label(view.device_id),),
-                    left_out[view.device_id],
-                )
+
+    def wanted(self, views: Collection[DeviceView], news: News, at: float) -> frozenset[str]:
+        """Returns the boards whose results must be read before :meth:`take`."""
+        now = self._monotonic()
+        wanted: set[str] = set()
+        old: list[tuple[float, str]] = []
+        for device_id in self.present(views, at):
+            board = self._boards.get(device_id)
+            if board is None or device_id in news.devices or board.expires_at < at:
+                wanted.add(device_id)
+            elif now - board.read_at > _REREAD_SECONDS:
+                old.append((board.read_at, device_id))
+        old.sort()
+        wanted.update(device_id for _, device_id in old[: 1 + int(len(self._boards) * _REREAD_SHARE)])
+        return frozenset(wanted)
+
+    def shapeless(self, results: Iterable[LatestResult]) -> list[str]:
+        """Returns the runs among these whose samples are needed, as many as one scrape may read."""
+        runs = (entry.result for entry in results)
+        missing = (run.run_id for run in runs if run.latency.count and run.run_id not in self._shapes)
+        return [run_id for run_id, _ in zip(missing, range(_SHAPES_PER_SCRAPE), strict=False)]
+
+    def shapes(self, samples: Mapping[str, Sequence[int]]) -> None:
+        """Takes the samples of runs, in nanoseconds."""
+        for run_id, latencies in samples.items():
+            self._shapes[run_id] = distribution(latencies)
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Takes in what was read."""
+        present = self.present(snapshot.devices, snapshot.at)
+        for device_id in [device_id for device_id in self._boards if device_id not in present]:
+            self._remove(device_id)
+        read: dict[str, list[LatestResult]] = {}
+        for entry in snapshot.latest.results:
+            if entry.device_id in present:
+                read.setdefault(entry.device_id, []).append(entry)
+        runs: dict[str, list[tuple[int, int]]] = {}
         for outcomes in snapshot.outcomes:
-            if outcomes.device_id in present:
-                page.add(
-                    "boardbench_runs_total",
-                    (_label(outcomes.device_id), _enum_label(result_pb2.RunStatus, outcomes.status)),
-                    outcomes.total,
-                )
-        for name, labels, value in _collector_samples(snapshot, self._version, self._python):
-            page.add(name, labels, value)
-        page.add(
-            "boardbench_collector_scrape_duration_seconds",
-            (),
-            self._seconds_before + self._monotonic() - began,
-        )
-        return page.families()
-
-
-def render(collectors: Iterable[Collector], accept: str) -> tuple[bytes, str]:
-    """Returns (body, content type) in the format that the scraper's Accept header asks for."""
-    registry = CollectorRegistry()
-    for collector in collectors:
-        registry.register(collector)
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
-
-
-def process_collector() -> Collector:
-    """Returns the collector of the process's own metrics (``process_…``)."""
-    return ProcessCollector(registry=None)
-
-
-_Sample = tuple[str, tuple[str, ...], float]
-
-
-class _Page:
-    """The series of one scrape; of two with the same labels the first stays, as Prometheus refuses both."""
-
-    def __init__(self) -> None:
-        self._series: dict[str, dict[tuple[str, ...], float]] = {}
-
-    def add(self, name: str, labels: tuple[str, ...], value: float) -> None:
-        """Adds a series unless its value is no number."""
-        if math.isfinite(value):
-            self._series.setdefault(name, {}).setdefault(labels, value)
-
-    def families(self) -> Iterator[Family]:
-        """Returns the families that have series, in the order of the table."""
-        for metric in METRICS:
-            series = self._series.get(metric.name)
-            if not series:
+            runs.setdefault(outcomes.device_id, []).append((outcomes.status, outcomes.total))
+        for view in snapshot.devices:
+            device_id = view.device_id
+            if device_id not in present:
                 continue
-            suffix = {"counter": "_total", "info": "_info"}.get(metric.kind, "")
-            family = Family(metric.name.removesuffix(suffix), metric.meaning, metric.kind)
-            for labels, value in series.items():
-                family.add_sample(metric.name, dict(zip(metric.labels, labels, strict=True)), value)
-            yield family
+            board = self._boards.get(device_id)
+            if board is None:
+                board = self._boards[device_id] = _Board(self._segment())
+                board.segment.boards[device_id] = board
+            if snapshot.read is None or device_id in snapshot.read:
+                left_out = snapshot.latest.left_out.get(device_id, 0)
+                self._results(board, read.get(device_id, []), left_out)
+            self._facts(board, view, tuple(runs.get(device_id, ())))
+        kept = {run_id for board in self._boards.values() for run_id, _ in board.known}
+        if len(self._shapes) > 2 * len(kept) + 100:
+            self._shapes = {run: shape for run, shape in self._shapes.items() if run in kept}
 
+    def _segment(self) -> _Segment:
+        """Returns a segment that has room."""
+        if not self._segments or self._segments[-1].weight >= _SEGMENT_GROUPS:
+            roomy = next((s for s in self._segments if s.weight < _SEGMENT_GROUPS // 4), None)
+            if roomy is not None:
+                return roomy
+            self._segments.append(_Segment())
+        return self._segments[-1]
 
-def _base_labels(latest: LatestResult) -> tuple[str, ...]:
-    """Returns the values of the labels that every series of a result has."""
-    series = series_of(latest.result)
-    values = (
-        latest.device_id,
-        series.model_name,
-        series.model_sha256[:SHORT_HASH_DIGITS],
-        series.runtime,
-        series.target,
-        series.threads,
-        series.variant,
-    )
-    return tuple(_label(value) for value in values)
+    def _remove(self, device_id: str) -> None:
+        board = self._boards.pop(device_id)
+        blocks = (board.about, board.now, *board.results)
+        board.segment.changed(blocks, repeat(None, len(blocks)))
+        del board.segment.boards[device_id]
 
-
-def _result_samples(latest: LatestResult, base: tuple[str, ...]) -> Iterator[_Sample]:
-    """Returns the series of one finished measurement; what is not known has none."""
-    result = latest.result
-    if result.HasField("latency") and result.latency.count:
-        latency = result.latency
-        shown: set[str] = set()
-        for percentile in latency.percentiles:
-            which = f"{percentile.percentile:.6g}"
-            if which in shown or len(shown) == MAX_PERCENTILES:
+    def _results(self, board: _Board, entries: list[LatestResult], left_out: int) -> None:
+        """Shows these results of the board in place of those before, as many as it may have."""
+        known: dict[_Key, tuple[_Block, int, int]] = {}
+        shown: set[tuple[str, ...]] = set()
+        blocks: list[_Block] = []
+        series = duplicates = beyond = cut = 0
+        for entry in entries:
+            run_id = entry.result.run_id
+            shape = self._shapes.get(run_id)
+            key: _Key = (run_id, (entry.drifts, shape is not None))
+            found = board.known.get(key)
+            if found is None:
+                group = result_group(entry, shape)
+                found = (_Block(group, self._layouts), group.duplicates, group.cut)
+            block = found[0]
+            known[key] = found
+            if block.labels in shown:
+                duplicates += len(block.values)
                 continue
-            shown.add(which)
-            yield "boardbench_latency_seconds", (*base, which), percentile.seconds
-            yield "boardbench_latency_low_seconds", (*base, which), percentile.low_seconds
-            yield "boardbench_latency_high_seconds", (*base, which), percentile.high_seconds
-        yield "boardbench_latency_mean_seconds", base, latency.mean_seconds
-        yield "boardbench_latency_min_seconds", base, latency.min_seconds
-        yield "boardbench_latency_max_seconds", base, latency.max_seconds
-        if latency.HasField("stdev_seconds"):
-            yield "boardbench_latency_stdev_seconds", base, latency.stdev_seconds
-        yield "boardbench_latency_samples", base, latency.count
-    for name in ("import_seconds", "create_seconds", "first_inference_seconds"):
-        if result.HasField(name):
-            yield f"boardbench_{name}", base, getattr(result, name)
-    yield from _memory_samples(result.memory, base)
-    yield from _placement_samples(result.placement, base)
-    yield from _cost_samples(result.placement, base)
-    if latest.drifts is not None:
-        yield "boardbench_placement_drifts_total", base, latest.drifts
-    if result.HasField("finished_at"):
-        time_seconds = result.finished_at.seconds + result.finished_at.nanos / 1e9
-        yield "boardbench_result_timestamp_seconds", base, time_seconds
-    doubts = [warning for warning in result.warnings if warning.severity != result_pb2.SEVERITY_NOTE]
-    yield "boardbench_result_warnings", base, len(doubts)
-    yield from _trust_samples(result, base)
-    yield "boardbench_result_standin", base, _has_standin(result)
-    if result.model.size_bytes > 0:
-        yield "boardbench_model_size_bytes", base, result.model.size_bytes
-    yield "boardbench_model_info", (*base, _label(result.model.format)), 1
+            shown.add(block.labels)
+            if series + len(block.values) > self._series_per_device:
+                left_out += 1
+                beyond += len(block.values)
+                continue
+            series += len(block.values)
+            duplicates += found[1]
+            cut += found[2]
+            blocks.append(block)
+        before = {block.labels: block for block in board.results}
+        after = {block.labels: block for block in blocks}
+        labels = before | after
+        board.segment.changed([before.get(name) for name in labels], [after.get(name) for name in labels])
+        board.results = blocks
+        board.known = known
+        board.left_out = LeftOut(left_out, duplicates, beyond, cut)
+        board.read_at = self._monotonic()
+        ages = [entry.received_at for entry in entries]
+        board.expires_at = min(ages) + self._result_ttl_seconds if ages else float("inf")
+        if self.shapeless(entries):
+            # There were too many for one scrape: the next goes on.
+            board.expires_at = 0.0
 
+    def _facts(self, board: _Board, view: DeviceView, runs: tuple[tuple[int, int], ...]) -> None:
+        """Shows what the board says about itself, where that has changed."""
+        before = (board.about, board.now)
+        if board.hello is not view.hello and board.hello != view.hello:
+            group = board_group(view.hello)
+            board.about = _Block(group, self._layouts)
+            board.hello = view.hello
+            board.state = None
+            board.about_lost = (group.duplicates, group.cut)
+        state = (view.up, view.last_seen_at, runs, board.left_out)
+        if board.state != state:
+            duplicates, cut = board.about_lost
+            left_out = board.left_out
+            whole = LeftOut(
+                left_out.results, left_out.duplicates + duplicates, left_out.series, left_out.cut + cut
+            )
+            board.now = _Block(state_group(view, runs, whole), self._layouts)
+            board.state = state
+        board.segment.changed(before, (board.about, board.now))
 
-def _trust_samples(result: result_pb2.RunResult, base: tuple[str, ...]) -> Iterator[_Sample]:
-    """Returns what the measurement is worth, and what energy, scenario and surroundings add."""
-    if result.validity:
-        yield (
-            "boardbench_result_validity_info",
-            (*base, _enum_label(result_pb2.Validity, result.validity)),
-            1,
+    def settle(self) -> int:
+        """Writes down what has changed; returns how many series the boards have."""
+        for segment in self._segments:
+            segment.settle()
+        return sum(
+            len(block.values)
+            for board in self._boards.values()
+            for block in (board.about, board.now, *board.results)
+            if block is not None
         )
-    fields: tuple[tuple[Message, str, str], ...] = (
-        (result.energy, "energy_per_inference_joules", "energy_per_inference_joules"),
-        (result.energy, "energy_per_inference_low_joules", "energy_per_inference_low_joules"),
-        (result.energy, "energy_per_inference_high_joules", "energy_per_inference_high_joules"),
-        (result.energy, "mean_watts", "power_watts"),
-        (result.energy, "idle_watts", "idle_power_watts"),
-        (result.scenario, "throughput_hertz", "throughput_hertz"),
-        (result.scenario, "throughput_low_hertz", "throughput_low_hertz"),
-        (result.scenario, "throughput_high_hertz", "throughput_high_hertz"),
-        (result.scenario, "deadline_misses", "deadline_misses"),
-        (result.scenario, "slowdown_ratio", "sustained_slowdown_ratio"),
-        (result.interference, "slowdown_ratio", "interference_ratio"),
-        (result.processes, "spread_ratio", "process_spread_ratio"),
-        (result.environment, "cpu_frequency_hertz", "run_cpu_frequency_hertz"),
-    )
-    for message, field, name in fields:
-        if message.HasField(field):
-            yield f"boardbench_{name}", base, getattr(message, field)
-    environment: Message = result.environment
-    for moment in ("before", "after"):
-        field = f"temperature_{moment}_celsius"
-        if environment.HasField(field):
-            yield "boardbench_run_temperature_celsius", (*base, moment), getattr(environment, field)
+
+    def own(self, snapshot: Snapshot, series: int, *, store_seconds: float, seconds: float) -> None:
+        """Takes what the collector says about itself and about this scrape."""
+        group = collector_group(snapshot, self._version, self._python)
+        group.samples += [
+            ("boardbench_collector_series", (), series),
+            ("boardbench_collector_scrapes_total", (), self._scrapes),
+            ("boardbench_collector_scrape_store_seconds", (), store_seconds),
+            ("boardbench_collector_scrape_duration_seconds", (), seconds),
+        ]
+        self._scrapes += 1
+        self._own = (_Block(group, self._layouts),)
+
+    def page(self, content_type: str) -> bytes:
+        """Returns everything in one of the formats, as of the last :meth:`settle`."""
+        if content_type == PROTOBUF:
+            return self._protobuf()
+        openmetrics = content_type == OPENMETRICS
+        own: dict[int, list[str]] = {}
+        for block in self._own:
+            for family, cell in zip(block.layout.families, block.cells(), strict=True):
+                own.setdefault(family, []).append(cell)
+        pieces: list[bytes] = []
+        for family in range(len(METRICS)):
+            texts = [text for segment in self._segments if (text := segment.text.get(family))]
+            texts += [cell.encode() for cell in own.get(family, ())]
+            if texts:
+                pieces.append(_HEADS[openmetrics][family])
+                pieces += texts
+        return b"".join(pieces)
+
+    def _protobuf(self) -> bytes:
+        pieces: list[bytes] = []
+        for family, metric in enumerate(METRICS):
+            metrics = [found for segment in self._segments if (found := segment.protobuf(family))]
+            metrics += [found for block in self._own if (found := _encoded(block, family))]
+            if metrics:
+                pieces.append(native.family(metric, b"".join(metrics)))
+        return b"".join(pieces)
+
+    def series(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Returns (name, labels, value) of everything that the page shows, in no order that matters."""
+        for board in self._boards.values():
+            for block in (board.about, board.now, *board.results):
+                if block is not None:
+                    yield from block.samples()
+        for block in self._own:
+            yield from block.samples()
 
 
-def _memory_samples(memory: result_pb2.Memory, base: tuple[str, ...]) -> Iterator[_Sample]:
-    shown: set[str] = set()
-    for phase in memory.phases:
-        which = _enum_label(result_pb2.MemoryPhase, phase.phase)
-        if which in shown:
+def _heads(openmetrics: bool) -> list[bytes]:
+    heads = []
+    for metric in METRICS:
+        name, kind = (metric.base_name, metric.kind) if openmetrics else (metric.name, metric.kind)
+        if kind == "info" and not openmetrics:
+            kind = "gauge"
+        meaning = metric.meaning.replace("\\", r"\\").replace("\n", r"\n")
+        if openmetrics:
+            meaning = meaning.replace('"', r"\"")
+        heads.append(f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n".encode())
+    return heads
+
+
+_HEADS: Mapping[bool, list[bytes]] = {False: _heads(False), True: _heads(True)}
+
+
+class Scrapes:
+    """Answers scrapes, one after the other."""
+
+    def __init__(
+        self,
+        look: ReadModel,
+        exposition: Exposition,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._look = look
+        self._exposition = exposition
+        self._monotonic = monotonic
+        self._turn = asyncio.Lock()
+        self._position = 0
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+
+    async def answer(self, accept: str, *, zipped: bool) -> tuple[bytes, str]:
+        """Returns (body, content type) in the format that the Accept header asks for."""
+        content_type = choose(accept)
+        async with self._turn:
+            began = self._monotonic()
+            snapshot = await self._read()
+            read = self._monotonic()
+            # Not in the loop: while a large fleet is written down, results still come in.
+            body = await asyncio.to_thread(self._write, snapshot, content_type, began, read)
+        if zipped:
+            body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL, mtime=0)
+        return body, content_type
+
+    async def _read(self) -> Snapshot:
+        """Returns what is new, and takes the samples of new results."""
+        exposition = self._exposition
+        news = await self._look.news(self._position)
+        views = await self._look.views()
+        at = self._look.now()
+        wanted = exposition.wanted(views, news, at)
+        everything = len(wanted) == len(views)
+        snapshot = await self._look.snapshot(
+            views=views, devices=None if everything and self._position == 0 else wanted
+        )
+        missing = exposition.shapeless(snapshot.latest.results)
+        for begin in range(0, len(missing), _SHAPES_AT_ONCE):
+            runs = missing[begin : begin + _SHAPES_AT_ONCE]
+            samples = await asyncio.gather(*(self._look.samples(run_id) for run_id in runs))
+            await asyncio.to_thread(exposition.shapes, dict(zip(runs, samples, strict=True)))
+        # Only now: what failed before is read again by the next scrape.
+        self._position = news.position
+        return snapshot
+
+    def _write(self, snapshot: Snapshot, content_type: str, began: float, read: float) -> bytes:
+        exposition = self._exposition
+        exposition.take(snapshot)
+        series = exposition.settle()
+        exposition.own(snapshot, series, store_seconds=read - began, seconds=self._monotonic() - began)
+        body = exposition.page(content_type)
+        if content_type == PROTOBUF:
+            return body + native.registry(self._process)
+        if content_type == OPENMETRICS:
+            return body + _openmetrics(self._process)
+        return body + generate_latest(self._process)
+
+
+def _openmetrics(registry: CollectorRegistry) -> bytes:
+    encode, _ = choose_encoder(OPENMETRICS)
+    return encode(registry)
+
+
+def choose(accept: str) -> str:
+    """Returns the content type to answer with: of what the Accept header allows, the first that is known.
+
+    Prometheus names protobuf first where native histograms are switched on, and OpenMetrics otherwise.
+    """
+    best: tuple[float, int] | None = None
+    chosen = TEXT
+    for place, part in enumerate(accept.split(",")):
+        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        told = dict(parameter.partition("=")[::2] for parameter in parameters)
+        if kind == "application/openmetrics-text" and told.get("version", "1.0.0") in {"1.0.0", "0.0.1"}:
+            offered = OPENMETRICS
+        elif (
+            kind == "application/vnd.google.protobuf"
+            and told.get("proto", "").strip('"') == "io.prometheus.client.metricfamily"
+            and told.get("encoding", "").strip('"') == "delimited"
+        ):
+            offered = PROTOBUF
+        elif kind in {"text/plain", "text/*", "*/*"} and told.get("version", "0.0.4") == "0.0.4":
+            offered = TEXT
+        else:
             continue
-        shown.add(which)
-        for name in ("rss_bytes", "pss_bytes", "peak_rss_bytes"):
-            if phase.HasField(name):
-                yield f"boardbench_memory_{name}", (*base, which), getattr(phase, name)
-    if memory.HasField("peak_rss_bytes"):
-        yield "boardbench_memory_run_peak_rss_bytes", base, memory.peak_rss_bytes
-    if memory.HasField("model_rss_bytes"):
-        yield "boardbench_memory_model_rss_bytes", base, memory.model_rss_bytes
-
-
-def _placement_samples(placement: placement_pb2.Placement, base: tuple[str, ...]) -> Iterator[_Sample]:
-    ops: dict[str, int] = {}
-    if placement.evidence != placement_pb2.EVIDENCE_UNSPECIFIED:
-        for count in placement.units:
-            unit = _enum_label(placement_pb2.Unit, count.unit)
-            ops[unit] = ops.get(unit, 0) + count.ops
-    known = any(unit != "unknown" for unit in ops)
-    yield "boardbench_placement_known", base, known
-    if known:
-        for unit, total in ops.items():
-            yield "boardbench_ops", (*base, unit), total
-    if not (placement.evidence or placement.verdict):
-        return
-    yield (
-        "boardbench_placement_info",
-        (
-            *base,
-            _enum_label(placement_pb2.PlacementVerdict, placement.verdict),
-            _enum_label(placement_pb2.Evidence, placement.evidence),
-            "true" if placement.standin else "false",
-        ),
-        1,
-    )
-
-
-def _cost_samples(placement: placement_pb2.Placement, base: tuple[str, ...]) -> Iterator[_Sample]:
-    if placement.HasField("fallback_cost"):
-        cost = placement.fallback_cost
-        yield "boardbench_fallback_share_ratio", base, cost.share
-        yield "boardbench_fallback_share_low_ratio", base, cost.share_low
-        yield "boardbench_fallback_share_high_ratio", base, cost.share_high
-        yield "boardbench_fallback_seconds", base, cost.seconds
-        yield "boardbench_latency_without_fallback_seconds", base, cost.latency_without_seconds
-    if placement.HasField("crossings"):
-        yield "boardbench_crossings", base, placement.crossings.count
-        if placement.crossings.HasField("bytes"):
-            yield "boardbench_crossing_bytes", base, placement.crossings.bytes
-
-
-def _has_standin(result: result_pb2.RunResult) -> bool:
-    return bool(result.standins) or result.placement.standin or result.accelerator.standin
-
-
-def _device_samples(view: DeviceView) -> Iterator[_Sample]:
-    hello: collector_pb2.Hello = view.hello
-    board = hello.board
-    device = (_label(board.device_id),)
-    yield "boardbench_device_up", device, view.up
-    yield "boardbench_device_last_seen_timestamp_seconds", device, view.last_seen_at
-    if view.heartbeat is not None:
-        # A board that is gone neither measures nor queues; what its spool held, it still holds.
-        if view.up:
-            yield "boardbench_device_running", device, bool(view.heartbeat.running_run_id)
-            yield "boardbench_queued_runs", device, view.heartbeat.queued_runs
-        yield "boardbench_spool_pending", device, view.heartbeat.spool_pending
-        yield "boardbench_spool_dropped_total", device, view.heartbeat.spool_dropped
-    facts = (
-        board.hostname,
-        board.model,
-        board.soc,
-        board.architecture,
-        board.os,
-        board.kernel,
-        board.emulator,
-    )
-    yield "boardbench_device_info", (*device, *(_label(fact) for fact in facts)), 1
-    if board.cpu_count:
-        yield "boardbench_device_cpus", device, board.cpu_count
-    if board.memory_bytes > 0:
-        yield "boardbench_device_memory_bytes", device, board.memory_bytes
-    yield "boardbench_agent_info", (*device, _label(hello.agent_version)), 1
-    for runtime in hello.runtimes:
-        name = _label(runtime.name)
-        yield "boardbench_runtime_available", (*device, name), runtime.available
-        if runtime.available:
-            yield "boardbench_runtime_info", (*device, name, _label(runtime.version)), 1
-
-
-def _collector_samples(snapshot: Snapshot, version: str, python: str) -> Iterator[_Sample]:
-    tally = snapshot.tally
-    yield "boardbench_collector_build_info", (version, python), 1
-    yield "boardbench_collector_open_streams", (), snapshot.open_streams
-    yield "boardbench_collector_streams_total", (), tally.streams
-    yield "boardbench_collector_streams_superseded_total", (), tally.superseded
-    yield "boardbench_collector_streams_silent_total", (), tally.silent
-    yield "boardbench_collector_results_stored_total", (), tally.stored
-    yield "boardbench_collector_results_duplicate_total", (), tally.duplicates
-    for reason, count in sorted(tally.refused.items()):
-        yield "boardbench_collector_results_refused_total", (reason,), count
-    yield "boardbench_collector_store_failures_total", (), tally.store_failures
-
-
-def _label(text: str) -> str:
-    """Returns the text as a label value: printable, bounded, and still unlike every other."""
-    if text.isprintable() and len(text) <= MAX_LABEL_LENGTH:
-        return text
-    clean = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{clean[: MAX_LABEL_LENGTH - 9]}~{digest}"
-
-
-def _enum_label(enum: object, value: int) -> str:
-    """Returns a proto enum's value as a label: "succeeded" for RUN_STATUS_SUCCEEDED, "unknown" if it is."""
-    descriptor = enum.DESCRIPTOR  # type: ignore[attr-defined]
-    entry = descriptor.values_by_number.get(value)
-    if entry is None or not value:
-        return "unknown"
-    prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    return str(entry.name.removeprefix(prefix).lower())
+        try:
+            weight = float(told.get("q", "1"))
+        except ValueError:
+            continue
+        if weight > 0 and (best is None or (-weight, place) < best):
+            best, chosen = (-weight, place), offered
+    return chosen

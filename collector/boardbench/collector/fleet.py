@@ -7,7 +7,9 @@ of every board each few seconds is no reason for a commit of its own.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter
@@ -27,6 +29,34 @@ from boardbench.v1 import collector_pb2
 _log = logging.getLogger(__name__)
 
 
+class Durations:
+    """How often something took how long."""
+
+    bounds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+    """Upper bounds in seconds: a commit takes two milliseconds on an SSD and a second on a worn card."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = 0.0
+        self._counts = [0] * (len(self.bounds) + 1)
+
+    def add(self, seconds: float) -> None:
+        """It took so long."""
+        self.count += 1
+        self.total += seconds
+        self._counts[bisect.bisect_left(self.bounds, seconds)] += 1
+
+    def cumulative(self) -> tuple[int, ...]:
+        """Returns how often it took at most each of the bounds."""
+        return tuple(itertools.accumulate(self._counts[:-1]))
+
+    def copy(self) -> Durations:
+        """Returns the same, which stays as it is."""
+        other = Durations()
+        other.count, other.total, other._counts = self.count, self.total, self._counts.copy()
+        return other
+
+
 @dataclass
 class Tally:
     """What came in since the collector started; counters of its ``/metrics``."""
@@ -40,6 +70,8 @@ class Tally:
     streams: int = 0
     superseded: int = 0
     silent: int = 0
+    acknowledge: Durations = field(default_factory=Durations)
+    """From a result's arrival to its commit."""
 
 
 class Session:

@@ -11,12 +11,12 @@ import binascii
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from boardbench.collector.errors import Ambiguous, InvalidRequest, NotFound
 from boardbench.collector.fleet import Fleet, Tally
-from boardbench.collector.store import LatestResults, Outcomes, Position, ResultFilter, ResultStore
+from boardbench.collector.store import LatestResults, News, Outcomes, Position, ResultFilter, ResultStore
 from boardbench.v1 import collector_pb2, result_pb2
 
 DEFAULT_PAGE_SIZE = 100
@@ -44,6 +44,38 @@ class DeviceView:
 
 
 @dataclass(frozen=True)
+class QueueView:
+    """The jobs as they are now."""
+
+    jobs: Mapping[str, int]
+    """How many there are by state: "queued", "leased", …."""
+    oldest_waiting_seconds: float
+    """Of the job that has waited longest for a board to take it; 0: none waits."""
+    leases_expired: int
+    """Since the collector started."""
+    dead: int
+    """Since the collector started."""
+    files_bytes: int
+    """Of the files that are kept for jobs."""
+
+
+@dataclass(frozen=True)
+class ForwardView:
+    """How sending results on to one receiver goes."""
+
+    receiver: str
+    """Host and port."""
+    samples: int
+    dropped: Mapping[str, int]
+    """Samples that were refused for good, by reason."""
+    retries: int
+    up: bool | None
+    """Whether the last post was answered; None: there was none."""
+    pending: int
+    """Results that are not sent on yet."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Everything that one scrape shows."""
 
@@ -54,6 +86,11 @@ class Snapshot:
     outcomes: tuple[Outcomes, ...]
     tally: Tally
     open_streams: int
+    read: frozenset[str] | None = None
+    """Boards that ``latest`` is about; None: all of them."""
+    queue: QueueView | None = None
+    """None: this collector hands out no jobs."""
+    forwarded: tuple[ForwardView, ...] = ()
 
 
 class ReadModel:
@@ -66,10 +103,15 @@ class ReadModel:
         *,
         result_ttl_seconds: float,
         results_per_device: int,
+        queue: Callable[[], Awaitable[QueueView]] | None = None,
+        forwarded: Callable[[], tuple[ForwardView, ...]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """``queue`` tells of the jobs, ``forwarded`` of what is sent on to others."""
         self._store = store
         self._fleet = fleet
+        self._queue = queue
+        self._forwarded = forwarded
         self._result_ttl_seconds = result_ttl_seconds
         self._results_per_device = results_per_device
         self._clock = clock
@@ -150,20 +192,42 @@ class ReadModel:
             )
         return found[0]
 
-    async def snapshot(self) -> Snapshot:
-        """Returns what a scrape shows now."""
+    def now(self) -> float:
+        """Returns Unix seconds, by the collector's clock."""
+        return self._clock()
+
+    async def news(self, after: int) -> News:
+        """Returns which boards have new results behind the position; see ``ResultStore.news``."""
+        return await self._store.news(after)
+
+    async def samples(self, run_id: str) -> Sequence[int]:
+        """Returns the latencies of a run in nanoseconds; none when they, or the run, are gone."""
+        found = await self._store.find(run_id)
+        return found[0].latency.samples_nanoseconds if found and found[0].run_id == run_id else ()
+
+    async def snapshot(
+        self, *, views: tuple[DeviceView, ...] | None = None, devices: frozenset[str] | None = None
+    ) -> Snapshot:
+        """Returns what a scrape shows now, with the results of these boards only; None: of all."""
         now = self._clock()
-        latest = await self._store.latest(
-            received_since=now - self._result_ttl_seconds, per_device=self._results_per_device
-        )
-        tally = replace(self._fleet.tally, refused=self._fleet.tally.refused.copy())
+        latest = LatestResults((), {})
+        if devices is None or devices:
+            latest = await self._store.latest(
+                received_since=now - self._result_ttl_seconds,
+                per_device=self._results_per_device,
+                devices=devices,
+            )
+        tally = self._fleet.tally
         return Snapshot(
             at=now,
-            devices=await self.views(),
+            devices=await self.views() if views is None else views,
             latest=latest,
             outcomes=await self._store.outcomes(),
-            tally=tally,
+            tally=replace(tally, refused=tally.refused.copy(), acknowledge=tally.acknowledge.copy()),
             open_streams=len(self._fleet),
+            read=devices,
+            queue=None if self._queue is None else await self._queue(),
+            forwarded=self._forwarded(),
         )
 
     async def probe(self) -> None:

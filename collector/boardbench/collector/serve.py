@@ -22,11 +22,12 @@ from grpc_reflection.v1alpha import reflection
 
 from boardbench.collector.config import Address, CollectorConfig
 from boardbench.collector.errors import StartError, StoreError
-from boardbench.collector.expose import MIN_SERIES_PER_RESULT
+from boardbench.collector.expose import MIN_SERIES_PER_RESULT, Exposition, Scrapes
 from boardbench.collector.fleet import Fleet
 from boardbench.collector.look import ReadModel
 from boardbench.collector.service import SERVICE_NAME, CollectorService
 from boardbench.collector.store import ResultStore
+from boardbench.collector.stores.enrolments import Enrolments
 from boardbench.collector.stores.sqlite import SqliteResultStore
 from boardbench.collector.web.app import create_app
 from boardbench.v1 import collector_pb2_grpc
@@ -68,17 +69,21 @@ async def serve(
             commit_window_seconds=config.commit_window_seconds,
         )
         try:
-            async with running(config, store) as listening:
-                with _port_file(config.port_file, listening):
-                    ready(listening)
-                    await stop.wait()
-                    _log.info("stopping")
+            enrolments = await asyncio.to_thread(Enrolments, config.enrolments_path)
+            with contextlib.closing(enrolments):
+                async with running(config, store, enrolments) as listening:
+                    with _port_file(config.port_file, listening):
+                        ready(listening)
+                        await stop.wait()
+                        _log.info("stopping")
         finally:
             await store.close()
 
 
 @contextlib.asynccontextmanager
-async def running(config: CollectorConfig, store: ResultStore) -> AsyncIterator[Listening]:
+async def running(
+    config: CollectorConfig, store: ResultStore, enrolments: Enrolments | None = None
+) -> AsyncIterator[Listening]:
     """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
     fleet = Fleet(store, silence_seconds=config.silence_seconds)
     look = ReadModel(
@@ -91,8 +96,8 @@ async def running(config: CollectorConfig, store: ResultStore) -> AsyncIterator[
         if not address.is_loopback:
             _log.warning("%s is open to the network, and whoever reaches it may read and report", address)
     async with contextlib.AsyncExitStack() as stack:
-        grpc_address = await _start_grpc(config, store, fleet, look, stack)
-        http_address = await _start_http(config, look, stack)
+        grpc_address = await _start_grpc(config, store, fleet, look, enrolments, stack)
+        http_address = await _start_http(config, look, _scrapes(config, look), stack)
         watch = asyncio.create_task(fleet.watch())
         try:
             yield Listening(grpc_address, http_address)
@@ -111,6 +116,7 @@ async def _start_grpc(
     store: ResultStore,
     fleet: Fleet,
     look: ReadModel,
+    enrolments: Enrolments | None,
     stack: contextlib.AsyncExitStack,
 ) -> Address:
     limit = config.max_result_bytes * _RECEIVE_FACTOR
@@ -125,7 +131,7 @@ async def _start_grpc(
             ("grpc.keepalive_permit_without_calls", 1),
         )
     )
-    service = CollectorService(config, store, fleet, look, version=version())
+    service = CollectorService(config, store, fleet, look, version=version(), enrolments=enrolments)
     collector_pb2_grpc.add_CollectorServiceServicer_to_server(service, server)
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -152,9 +158,21 @@ async def _start_grpc(
     return Address(config.listen.host, port)
 
 
-async def _start_http(config: CollectorConfig, look: ReadModel, stack: contextlib.AsyncExitStack) -> Address:
+def _scrapes(config: CollectorConfig, look: ReadModel) -> Scrapes:
+    exposition = Exposition(
+        version=version(),
+        series_ttl_seconds=config.series_ttl_seconds,
+        result_ttl_seconds=config.result_ttl_seconds,
+        series_per_device=config.series_per_device,
+    )
+    return Scrapes(look, exposition)
+
+
+async def _start_http(
+    config: CollectorConfig, look: ReadModel, scrapes: Scrapes, stack: contextlib.AsyncExitStack
+) -> Address:
     runner = web.AppRunner(
-        create_app(config, look, version=version()),
+        create_app(look, scrapes, version=version()),
         access_log=None,
         logger=_http_log(),
         handle_signals=False,

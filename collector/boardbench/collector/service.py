@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from boardbench.collector.errors import (
     Ambiguous,
     CollectorError,
     InvalidRequest,
+    NotAllowed,
     NotFound,
     OutOfOrder,
     ResultRefused,
@@ -34,11 +36,15 @@ from boardbench.collector.errors import (
 from boardbench.collector.fleet import Fleet, Session
 from boardbench.collector.look import ReadModel
 from boardbench.collector.store import MAX_SEQUENCE, ResultStore, check_identity
+from boardbench.collector.stores.enrolments import Enrolments
 from boardbench.v1 import collector_pb2, collector_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
 SERVICE_NAME = collector_pb2.DESCRIPTOR.services_by_name["CollectorService"].full_name
+
+KEY_METADATA = "boardbench-device-key"
+"""Where a board shows the key that it was enrolled with."""
 
 _MAX_HELLO_BYTES = 256 * 1024
 """A hello is kept for every board and read at every scrape: real ones have 2 KiB."""
@@ -48,6 +54,7 @@ _MAX_HEARTBEAT_BYTES = 4096
 
 _STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotAllowed, grpc.StatusCode.PERMISSION_DENIED),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (Ambiguous, grpc.StatusCode.INVALID_ARGUMENT),
     (Superseded, grpc.StatusCode.ABORTED),
@@ -79,8 +86,17 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
     """``boardbench.v1.CollectorService``."""
 
     def __init__(
-        self, config: CollectorConfig, store: ResultStore, fleet: Fleet, look: ReadModel, *, version: str
+        self,
+        config: CollectorConfig,
+        store: ResultStore,
+        fleet: Fleet,
+        look: ReadModel,
+        *,
+        version: str,
+        enrolments: Enrolments | None = None,
     ) -> None:
+        """Without ``enrolments`` no board can be enrolled, and every board may report."""
+        self._enrolments = enrolments
         self._config = config
         self._store = store
         self._fleet = fleet
@@ -94,6 +110,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         """Takes a board's results; see collector.proto."""
         async with _answering(context):
             hello = await self._hello(context)
+            self._admit(hello.board.device_id, context)
             session = self._fleet.join(hello.board.device_id, context.peer())
             try:
                 await self._store.greet(hello, session.last_seen_at)
@@ -108,6 +125,33 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
                 await _Conversation(self._config, self._store, self._fleet, session, context).run()
             finally:
                 self._fleet.leave(session)
+
+    async def Enroll(
+        self, request: collector_pb2.EnrollRequest, context: _Context
+    ) -> collector_pb2.EnrollResponse:
+        """Takes a token and gives a key."""
+        async with _answering(context):
+            if self._enrolments is None:
+                raise InvalidRequest("this collector enrols no boards")
+            try:
+                check_identity("board.device_id", request.board.device_id)
+                if request.instance_id:
+                    check_identity("instance_id", request.instance_id)
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from error
+            key, labels = await asyncio.to_thread(
+                self._enrolments.enroll, request.token, request.board.device_id, request.instance_id
+            )
+            _log.info("board %s was enrolled from %s", request.board.device_id, context.peer())
+            return collector_pb2.EnrollResponse(device_key=key, labels=labels)
+
+    def _admit(self, device_id: str, context: _Context) -> None:
+        """Returns when the board may report; NotAllowed when not."""
+        if self._enrolments is None:
+            return
+        shown = dict(context.invocation_metadata() or ())
+        key = shown.get(KEY_METADATA, "")
+        self._enrolments.check(device_id, str(key), required=self._config.require_enrolment)
 
     async def ListDevices(
         self, _request: collector_pb2.ListDevicesRequest, context: _Context
@@ -160,6 +204,8 @@ class _Waiting:
     sequence: int
     size_bytes: int
     outcome: asyncio.Future[bool]
+    came_at: float
+    """Monotonic seconds."""
 
 
 class _Conversation:
@@ -229,6 +275,7 @@ class _Conversation:
     async def _take(self, spooled: collector_pb2.SpooledResult) -> None:
         spool_id, sequence = spooled.spool_id, spooled.sequence
         size = spooled.ByteSize()
+        came_at = time.monotonic()
         while len(self._waiting) >= self._config.in_flight_results or (
             self._waiting and self._waiting_bytes + size > self._config.in_flight_bytes
         ):
@@ -251,7 +298,7 @@ class _Conversation:
         except ResultRefused as refusal:
             outcome = asyncio.get_running_loop().create_future()
             outcome.set_exception(refusal)
-        self._waiting.append(_Waiting(spool_id, sequence, size, outcome))
+        self._waiting.append(_Waiting(spool_id, sequence, size, outcome, came_at))
         self._waiting_bytes += size
         self._came.set()
 
@@ -284,6 +331,7 @@ class _Conversation:
                 self._waiting.popleft()
                 self._waiting_bytes -= entry.size_bytes
                 self._count(entry.outcome)
+                self._fleet.tally.acknowledge.add(time.monotonic() - entry.came_at)
                 self._went.set()
             if acknowledged is not None:
                 await self._acknowledge(acknowledged)

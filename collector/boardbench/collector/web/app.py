@@ -7,7 +7,6 @@ Handlers ask the read model and write down what it says. Every error of ``/api``
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import logging
 import time
@@ -18,17 +17,13 @@ from aiohttp import web
 from google.protobuf import json_format, timestamp_pb2
 from google.protobuf.message import Message
 
-from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import Ambiguous, CollectorError, InvalidRequest, NotFound, StoreError
-from boardbench.collector.expose import FleetCollector, process_collector, render
+from boardbench.collector.expose import Scrapes
 from boardbench.collector.look import MAX_PAGE_SIZE, ReadModel
 from boardbench.collector.web.page import STYLE, index_page
 from boardbench.v1 import collector_pb2, result_pb2
 
 _log = logging.getLogger(__name__)
-
-_GZIP_LEVEL = 1
-"""An eighth of the bytes for a tenth of level 9's time."""
 
 _PROBE_SECONDS = 5.0
 """A store that takes no write within this time is not healthy: agents would pile up."""
@@ -55,16 +50,16 @@ _STATUS: tuple[tuple[type[CollectorError], int, str], ...] = (
 """What a caller is told, the first match counts."""
 
 _LOOK: web.AppKey[ReadModel] = web.AppKey("look", ReadModel)
-_CONFIG: web.AppKey[CollectorConfig] = web.AppKey("config", CollectorConfig)
+_SCRAPES: web.AppKey[Scrapes] = web.AppKey("scrapes", Scrapes)
 _VERSION: web.AppKey[str] = web.AppKey("version", str)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(config: CollectorConfig, look: ReadModel, *, version: str) -> web.Application:
+def create_app(look: ReadModel, scrapes: Scrapes, *, version: str) -> web.Application:
     """Returns the application; whoever has it runs it."""
     app = web.Application(middlewares=[_answer], client_max_size=0)
-    app[_LOOK], app[_CONFIG], app[_VERSION] = look, config, version
+    app[_LOOK], app[_SCRAPES], app[_VERSION] = look, scrapes, version
     app.on_response_prepare.append(_add_headers)
     app.router.add_get("/", _index)
     app.router.add_get("/style.css", _style)
@@ -120,24 +115,8 @@ async def _style(_request: web.Request) -> web.Response:
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    config = request.app[_CONFIG]
-    began = time.monotonic()
-    snapshot = await request.app[_LOOK].snapshot()
-    fleet = FleetCollector(
-        snapshot,
-        version=request.app[_VERSION],
-        series_ttl_seconds=config.series_ttl_seconds,
-        series_per_device=config.series_per_device,
-        seconds_before=time.monotonic() - began,
-    )
     zipped = _takes_gzip(request.headers.get("Accept-Encoding", ""))
-
-    def work() -> tuple[bytes, str]:
-        body, content_type = render((fleet, process_collector()), request.headers.get("Accept", ""))
-        return (gzip.compress(body, _GZIP_LEVEL) if zipped else body), content_type
-
-    # Not in the loop: while a large fleet is rendered, results still come in.
-    body, content_type = await asyncio.to_thread(work)
+    body, content_type = await request.app[_SCRAPES].answer(request.headers.get("Accept", ""), zipped=zipped)
     headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
     if zipped:
         headers["Content-Encoding"] = "gzip"

@@ -1,0 +1,91 @@
+"""Distributions of latencies, as Prometheus takes them: classic buckets and native (exponential) ones."""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SCHEMA = 5
+"""Each bucket is 2^(1/32) = 2.2 % wider than the one before: a percentile is right to 1.1 %."""
+
+BOUNDS_SECONDS = (
+    *(float(f"{digit}e{exponent}") for exponent in range(-4, 1) for digit in (1, 2, 5)),
+    10.0,
+)
+"""Upper bounds of the classic buckets. The same for every model, so that they can be added up; a series each,
+so few. Below 0.1 ms a call costs more than the model, and beyond 10 s nobody looks at a distribution."""
+
+_STEPS = 1 << SCHEMA
+_NANOSECONDS = 1e9
+
+
+@dataclass(frozen=True)
+class Native:
+    """Counts by exponential bucket: bucket i holds what is in (2^((i-1)/32), 2^(i/32)] seconds.
+
+    https://prometheus.io/docs/specs/native_histograms/
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    """(distance from the end of the span before, length); the first distance is from bucket 0."""
+    deltas: tuple[int, ...]
+    """Count of each bucket in the spans less that of the one before."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How often each latency was measured."""
+
+    count: int
+    sum_seconds: float
+    cumulative: tuple[int, ...]
+    """Number of samples up to each of BOUNDS_SECONDS."""
+    native: Native
+
+
+def distribution(samples_nanoseconds: Sequence[int]) -> Distribution | None:
+    """Returns the distribution of the samples; None when there are none, or one is no duration."""
+    ordered = sorted(samples_nanoseconds)
+    if not ordered or ordered[0] <= 0:
+        return None
+    return Distribution(
+        count=len(ordered),
+        sum_seconds=sum(ordered) / _NANOSECONDS,
+        cumulative=tuple(bisect_right(ordered, bound * _NANOSECONDS) for bound in BOUNDS_SECONDS),
+        native=_native(ordered),
+    )
+
+
+def _native(ordered: Sequence[int]) -> Native:
+    spans: list[list[int]] = []
+    deltas: list[int] = []
+    index = _bucket(ordered[0])
+    before, end, at = 0, 0, 0
+    while at < len(ordered):
+        below = bisect_right(ordered, _bound_nanoseconds(index), at)
+        count = below - at
+        if count:
+            if spans and index == end:
+                spans[-1][1] += 1
+            else:
+                spans.append([index - end, 1])
+            deltas.append(count - before)
+            before, end, at = count, index + 1, below
+            index += 1
+        else:
+            # What comes next may be far away: a stall is thousands of buckets behind the median.
+            index = max(index + 1, _bucket(ordered[at]))
+    return Native(tuple((offset, length) for offset, length in spans), tuple(deltas))
+
+
+def _bucket(nanoseconds: int) -> int:
+    """Returns a bucket that the value is in, or the one before where rounding makes it uncertain."""
+    return math.ceil(math.log2(nanoseconds / _NANOSECONDS) * _STEPS - 1e-9)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bound_nanoseconds(index: int) -> float:
+    return float(2.0 ** (index / _STEPS)) * _NANOSECONDS
