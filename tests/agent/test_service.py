@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -213,11 +214,34 @@ async def test_foreign_interpreter_is_used(settings: dict[str, Any], tmp_path: P
 
 def test_unknown_runtime_in_the_configuration_is_an_error(settings: dict[str, Any]) -> None:
     async def start() -> None:
-        async with serving(AgentConfig(**settings, runtimes={"tensorflow": RuntimeConfig("/x")})):
+        async with serving(AgentConfig(**settings, runtimes={"tensorflow": RuntimeConfig()})):
             pass
 
     with pytest.raises(errors.ConfigurationError, match=r"runtimes\.tensorflow.*boardbench knows tflite"):
         asyncio.run(start())
+
+
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        (None, ["boardbench has no runtime 'tensorflow'", "tflite", "boardbench.runtimes", "[runtimes.tens"]),
+        ("/x", ["/x can't be started: No such file", "[runtimes]"]),
+        ("bin/python", ["bin/python is no full path", "[runtimes]"]),
+        ("/usr", ["/usr is a folder", "bin/python"]),
+        ("/bin/echo", ["/bin/echo is no Python", "exits with 0", "[runtimes]"]),
+    ],
+)
+async def test_runtime_that_an_interpreter_does_not_offer_is_told(
+    settings: dict[str, Any], python: str | None, reason: list[str]
+) -> None:
+    """It may be one from elsewhere, so that only the interpreter can tell."""
+    runtimes = {"tensorflow": RuntimeConfig(python or sys.executable)}
+    async with serving(AgentConfig(**settings, runtimes=runtimes)) as agent:
+        found = {status.name: status for status in (await agent.describe()).runtimes}
+        assert not found["tensorflow"].available
+        missing = [part for part in reason if part not in found["tensorflow"].reason]
+        assert not missing, found["tensorflow"].reason
+        assert found["fake"].available
 
 
 async def test_stranger_finds_the_way(agent: Client) -> None:

@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any, Dict, List, Optional, Set, Tuple, cast
 
 from boardbench.agent.bench import runtimes
-from boardbench.agent.bench.runtime import Runtime, RuntimeUnavailable
+from boardbench.agent.bench.runtime import SETTINGS, Runtime, RuntimeUnavailable
 from boardbench.agent.bench.runtimes import CONTRACT, Engine
 from boardbench.inspect import sniff
 
@@ -140,7 +140,7 @@ def create(offer: Offer) -> Runtime:
     try:
         made = getattr(importlib.import_module(engine.module), engine.type)()
         told = (str(made.name), tuple(made.formats))
-        made.sys_root  # noqa: B018 - it has to be there
+        strange = _strange(made)
     except RuntimeUnavailable:
         raise
     except (Exception, SystemExit) as error:
@@ -154,7 +154,22 @@ def create(offer: Offer) -> Runtime:
             f"and is declared as {engine.name!r} for {', '.join(engine.formats)}: "
             f"{_maker(offer.distribution)}"
         )
+    if strange:
+        raise RuntimeUnavailable(
+            f"{engine.type} of {offer.distribution}: {strange}: {_maker(offer.distribution)}"
+        )
     return cast(Runtime, made)
+
+
+def _strange(made: Any) -> str:
+    """What is wrong with what an engine says of itself; empty when nothing is."""
+    made.sys_root  # noqa: B018 - it has to be there
+    unknown = [each for each in made.settings if each not in SETTINGS]
+    if unknown:
+        return f"settings are {', '.join(SETTINGS)}, and it has {unknown!r}"
+    if not all(isinstance(name, str) and isinstance(text, str) for name, text in made.options.items()):
+        return f"options is {made.options!r} and no text by name"
+    return ""
 
 
 def asked(offer: Offer, runtime: Runtime) -> Tuple[str, Tuple[str, ...]]:

@@ -13,6 +13,7 @@ from boardbench.agent.domain import FormatMark, Interpreter, PluginOffer, Probed
 if TYPE_CHECKING:
     # Reading metadata takes a library that a run needs nothing of.
     from boardbench.agent.bench.plugins import Offer
+    from boardbench.agent.bench.runtime import Runtime
     from boardbench.agent.bench.runtimes import Engine
 
 
@@ -71,6 +72,8 @@ def _status(name: str) -> RuntimeStatus:
         formats=runtime.formats,
         devices=devices,
         interpreter=interpreter(),
+        settings=runtime.settings,
+        options=runtime.options,
     )
 
 
@@ -79,6 +82,7 @@ def _status_of_plugin(offer: Offer) -> Tuple[RuntimeStatus, Optional[Engine]]:
     from boardbench.agent.bench import plugins
 
     engine: Optional[Engine] = None
+    runtime: Optional[Runtime] = None
     version, devices, reason = "", (), ""  # type: Tuple[str, Tuple[str, ...], str]
     try:
         engine = plugins.declaration(offer)
@@ -97,6 +101,8 @@ def _status_of_plugin(offer: Offer) -> Tuple[RuntimeStatus, Optional[Engine]]:
         formats=engine.formats if engine is not None else (),
         devices=devices,
         interpreter=interpreter(),
+        settings=runtime.settings if runtime is not None else (),
+        options=runtime.options if runtime is not None else {},
         plugin=offer.distribution,
     )
     return status, engine
