@@ -13,7 +13,7 @@ from google.protobuf import json_format
 
 from boardbench.collector.errors import StoreUnavailable
 from boardbench.collector.stores.memory import MemoryResultStore
-from boardbench.v1 import placement_pb2, result_pb2
+from boardbench.v1 import placement_pb2, result_pb2, scenario_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 
@@ -351,6 +351,23 @@ async def test_an_odd_result_does_not_break_the_page(collector: Any, http: aioht
     page = await _page(http, collector.url)
     assert "not known" in page.text
     assert "4 unknown" in page.text
+    await board.leave()
+
+
+async def test_another_scenario_is_told_beside_the_engine(
+    collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
+) -> None:
+    result = make_result("run-1")
+    result.spec.scenario.kind = scenario_pb2.SCENARIO_KIND_PERIODIC
+    result.spec.scenario.rate_hertz = 30
+    result.validity = result_pb2.VALIDITY_DOUBTFUL
+    board = collector.board()
+    await board.join()
+    await board.send(1, result)
+    await board.acknowledged(1)
+    page = await _page(http, collector.url)
+    assert "scenario=periodic, rate_hertz=30" in page.text
+    assert "doubtful: 1 doubt" in page.text
     await board.leave()
 
 

@@ -454,7 +454,7 @@ def series_of(result: result_pb2.RunResult) -> Series:
     ]
     if result.spec.inputs_sha256:
         parts.append(f"inputs={result.spec.inputs_sha256[:12]}")
-    parts += _scenario_parts(result.spec)
+    parts += scenario_parts(result.spec)
     return Series(
         model_name=result.model.name,
         model_sha256=result.model.sha256,
@@ -465,8 +465,8 @@ def series_of(result: result_pb2.RunResult) -> Series:
     )
 
 
-def _scenario_parts(spec: result_pb2.BenchmarkSpec) -> list[str]:
-    """What of the scenario makes its latency another quantity; nothing in single stream."""
+def scenario_parts(spec: result_pb2.BenchmarkSpec) -> list[str]:
+    """Returns what of the scenario makes its latency another quantity; nothing in single stream."""
     parts = []
     scenario = spec.scenario
     plain = (scenario_pb2.SCENARIO_KIND_UNSPECIFIED, scenario_pb2.SCENARIO_KIND_SINGLE_STREAM)

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from boardbench.collector.store import scenario_parts
 from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
 
 STYLE = """\
@@ -100,7 +101,7 @@ def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
                 escape(_when(result.finished_at)),
                 f"<code>{escape(result.board.device_id)}</code>",
                 escape(result.model.name),
-                escape(" ".join(part for part in (result.runtime.name, result.runtime.device) if part)),
+                _how(result),
                 _ending(result),
                 _percentile(result, 50),
                 _percentile(result, 99),
@@ -139,6 +140,12 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll">{table}</div>'
 
 
+def _how(result: result_pb2.RunResult) -> str:
+    """Returns the engine and its device; and the scenario, where latency is another quantity by it."""
+    engine = " ".join(part for part in (result.runtime.name, result.runtime.device) if part)
+    return escape(", ".join(part for part in (engine, *scenario_parts(result.spec)) if part))
+
+
 def _ending(result: result_pb2.RunResult) -> str:
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
         doubts = len(_doubts(result))
@@ -148,7 +155,8 @@ def _ending(result: result_pb2.RunResult) -> str:
             return '<span class="good">valid</span>'
         if not doubts:
             return '<span class="good">succeeded</span>'
-        return f'succeeded, <span class="doubt">{doubts} doubt{"s" if doubts > 1 else ""}</span>'
+        worth = "doubtful: " if result.validity == result_pb2.VALIDITY_DOUBTFUL else "succeeded, "
+        return f'<span class="doubt">{worth}{doubts} doubt{"s" if doubts > 1 else ""}</span>'
     if result.status == result_pb2.RUN_STATUS_FAILED:
         return f'<span class="bad">failed</span>: {escape(result.error.code)}'
     if result.status == result_pb2.RUN_STATUS_CANCELLED:
