@@ -1,12 +1,12 @@
 """Builds the agent's Debian packages, byte for byte the same from the same sources: build_deb.py [TARGET …].
 
 A package holds one release of the agent as a virtual environment under /opt/boardbench/releases/VERSION, with
-every wheel that it needs: nothing is fetched on the board. Which wheels these are is in locks/TARGET.txt, with
-their hashes; ``--lock`` writes these files anew. The environment sees the system's own packages, behind its
-own, because a Jetson's TensorRT and the numpy of 32-bit Raspberry Pi OS are there.
+every wheel that it needs: nothing is fetched on the board. Which wheels these are is in locks/TARGET.txt,
+with their hashes; ``--lock`` writes these files anew. The environment sees the system's own packages, behind
+its own, because a Jetson's TensorRT and the numpy of 32-bit Raspberry Pi OS are there.
 
-Needs for each target the Python that its board has (the wheels' modules are compiled with it) and pip; nothing
-of Debian's tools, so a package can be built wherever Python runs.
+Needs for each target the Python that its board has (the wheels' modules are compiled with it) and pip;
+nothing of Debian's tools, so a package can be built wherever Python runs.
 """
 
 from __future__ import annotations
@@ -183,9 +183,9 @@ def build(target: Target, out: Path, *, wheels: Path, version: str = "", preset:
         _add_sources(site, version)
         _add_environment(home, release, target, version)
         _compile(python, site, PurePosixPath("/") / site.relative_to(tree))
-        _add_system_files(tree, target, release)
+        _add_system_files(tree)
         content = _archive(_entries(tree), epoch)
-        control = _archive(_control(tree, target, version, release), epoch)
+        control = _archive(_control(tree, target, release), epoch)
     deb = out / f"{PACKAGE}_{version}_{target.architecture}_{target.tag}.deb"
     out.mkdir(parents=True, exist_ok=True)
     fresh = deb.with_suffix(".part")
@@ -268,7 +268,9 @@ def write_lock(target: Target) -> Path:
     for entry in sorted(found, key=lambda entry: entry["metadata"]["name"].lower()):
         metadata, source = entry["metadata"], entry["download_info"]
         digest = source["archive_info"]["hashes"]["sha256"]
-        lines.append(f"{metadata['name'].lower().replace('_', '-')}=={metadata['version']} --hash=sha256:{digest}")
+        lines.append(
+            f"{metadata['name'].lower().replace('_', '-')}=={metadata['version']} --hash=sha256:{digest}"
+        )
     target.lock.write_text("\n".join(lines) + "\n")
     return target.lock
 
@@ -420,7 +422,7 @@ def _compile(python: str, site: Path, place: PurePosixPath) -> None:
 # The package.
 
 
-def _add_system_files(tree: Path, target: Target, release: str) -> None:
+def _add_system_files(tree: Path) -> None:
     files = (
         ("systemd/boardbench-agent.service", "usr/lib/systemd/system/boardbench-agent.service"),
         ("udev/60-boardbench.rules", "usr/lib/udev/rules.d/60-boardbench.rules"),
@@ -436,7 +438,9 @@ def _add_system_files(tree: Path, target: Target, release: str) -> None:
     (tree / "usr/bin" / PACKAGE).symlink_to(f"/{PREFIX}/current/bin/{PACKAGE}")
 
 
-def _control(tree: Path, target: Target, version: str, release: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+def _control(
+    tree: Path, target: Target, release: str
+) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file() and not path.is_symlink())
     depends = (
         f"python{target.python}",

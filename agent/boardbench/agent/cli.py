@@ -1,4 +1,6 @@
-"""boardbench-agent: serve | probe | run | doctor. By argparse, since click would stay in a board's memory.
+"""boardbench-agent: serve | probe | run | doctor | enroll.
+
+By argparse, since click would stay in a board's memory.
 
 Exit codes: 0 done, 1 the run failed or the agent could not go on, 2 wrong usage or configuration.
 """
@@ -72,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    commands = top.add_subparsers(dest="command", required=True, metavar="serve | probe | run | doctor")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="serve | probe | run | doctor | enroll"
+    )
 
     serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
     serve.add_argument(
@@ -106,6 +110,15 @@ def parser() -> argparse.ArgumentParser:
         "--restore", action="store_true", help="put back what an agent had set that was killed"
     )
     doctor.add_argument("--format", choices=("text", "json"), default="text", help="json: an ExamineResponse")
+
+    enroll = _command(commands.add_parser, "enroll", _enroll, "make this board one of a collector's")
+    enroll.add_argument("--collector", metavar="HOST:PORT", help="the collector")
+    enroll.add_argument(
+        "--token",
+        required=True,
+        metavar="TOKEN",
+        help="what `boardbench-collector token create` printed; - reads it from the standard input",
+    )
     return top
 
 
@@ -233,11 +246,13 @@ def _serve(options: argparse.Namespace, config: AgentConfig) -> int:
     import asyncio
     import logging
 
+    from boardbench.agent.notify import notify
     from boardbench.agent.serve import serve
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
 
     def ready(address: str) -> None:
+        notify("READY=1")
         _say(f"listening on {address}" if address else f"working for {config.collector} alone")
 
     asyncio.run(serve(config, port_file=options.port_file, ready=ready))
@@ -282,6 +297,22 @@ def _doctor(options: argparse.Namespace, config: AgentConfig) -> int:
     told = wire.to_json if options.format == "json" else doctor.page
     fit = asyncio.run(doctor.doctor(config, request, lambda examined: _say(told(examined))))
     return _DONE if fit else _FAILED
+
+
+def _enroll(options: argparse.Namespace, config: AgentConfig) -> int:
+    import asyncio
+
+    from boardbench.agent import here
+    from boardbench.agent.errors import InvalidRequest
+
+    if not config.collector:
+        raise InvalidRequest("which collector? give --collector HOST:PORT, or set it in agent.toml")
+    token = sys.stdin.readline().strip() if options.token == "-" else options.token.strip()
+    if not token:
+        raise InvalidRequest("--token: it is empty")
+    device_id = asyncio.run(here.enroll(config, token))
+    _say(f"board {device_id} is enrolled at {config.collector}")
+    return _DONE
 
 
 def _seconds(flag: str, text: str) -> float:

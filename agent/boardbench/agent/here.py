@@ -16,9 +16,11 @@ from pathlib import Path
 from boardbench.agent import receive, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig
-from boardbench.agent.errors import InvalidRequest, UnknownFormat
+from boardbench.agent.enrolment import Enrolment
+from boardbench.agent.errors import InvalidRequest, NotRunnable, UnknownFormat
 from boardbench.agent.formats import Mark
-from boardbench.agent.plan import Job, check_spec, plan
+from boardbench.agent.instance import instance_id
+from boardbench.agent.plan import Job, check_power_mode, check_spec, plan
 from boardbench.agent.probe import Engines, Statuses
 from boardbench.agent.run import stage_name
 from boardbench.agent.session import Session
@@ -48,6 +50,7 @@ async def run(
     Raises InvalidRequest, NotRunnable, StorageError.
     """
     check_spec(spec)
+    check_power_mode(config, spec)
     if spec.HasField("group"):
         raise InvalidRequest("a group is of several runs, and here is one: push them to an agent")
     unknown: UnknownFormat | None = None
@@ -71,7 +74,15 @@ async def run(
         statuses = await _ask(engines, spec.runtime)
         if unknown is not None:
             model = _read(model_path, receive.FileKind.MODEL, engines.known_marks or await engines.marks())
-        settled = plan(model, spec, statuses, config.spec, config.validity.thresholds, engines.more_devices)
+        limits = config.validity.thresholds
+        try:
+            settled = plan(model, spec, statuses, config.spec, limits, engines.more_devices)
+        except NotRunnable:
+            if len(statuses) > 1:
+                raise
+            # Why not is told with what else could.
+            statuses = await engines.statuses()
+            settled = plan(model, spec, statuses, config.spec, limits, engines.more_devices)
         job = Job(
             run_id=run_id,
             model=model,
@@ -94,6 +105,17 @@ async def run(
             await session.execute()
     emit(results[0])
     return results[0]
+
+
+async def enroll(config: AgentConfig, token: str) -> str:
+    """Makes the board one of the configured collector's; its device id.
+
+    Raises EnrolmentRefused, ConfigurationError, StorageError.
+    """
+    board = _board(config)
+    instance = instance_id(config.data_dir, config.sys_root)
+    await Enrolment(config.data_dir).enroll(config.collector, token, board, instance)
+    return board.device_id
 
 
 def show_json(event: agent_pb2.RunEvent) -> None:

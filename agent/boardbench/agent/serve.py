@@ -19,10 +19,12 @@ from grpc_health.v1._async import HealthServicer
 
 from boardbench.agent import folder, footprint, wire
 from boardbench.agent.board.identify import derive_device_id, identify
+from boardbench.agent.board.power_modes import PowerModes
 from boardbench.agent.board.rest import AtRest
 from boardbench.agent.board.tune import Tuner
 from boardbench.agent.config import AgentConfig, parse_address
 from boardbench.agent.drift import Placements
+from boardbench.agent.enrolment import Enrolment
 from boardbench.agent.errors import ConfigurationError, StorageError
 from boardbench.agent.examine import Examiner
 from boardbench.agent.instance import instance_id
@@ -157,6 +159,8 @@ class _Agent:
 @contextlib.asynccontextmanager
 async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
     """The agent, listening inside the context; leaving it ends everything that it started."""
+    enrolment = Enrolment(config.data_dir)
+    config = enrolment.apply(config)
     if not (config.listen or config.collector):
         raise ConfigurationError(
             "listen is empty and there is no collector, so nobody could reach this agent: set one of them"
@@ -182,13 +186,16 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         device_id = config.device_id or derive_device_id(config.sys_root, data_dir)
 
         def describe_board() -> board_pb2.Board:
-            return identify(config.sys_root, device_id=device_id, labels=config.labels)
+            labels = {**enrolment.labels, **config.labels}
+            return identify(config.sys_root, device_id=device_id, labels=labels)
 
         # Before anything is measured again: what a life that was killed had set is put back.
         tuner = Tuner(config.sys_root, data_dir)
         for line in await asyncio.to_thread(tuner.recover):
             _log.warning("put back, after the last agent was killed: %s", line)
         for line in tuner.failed:
+            _log.warning("%s", line)
+        for line in await asyncio.to_thread(PowerModes(config.sys_root, data_dir).recover):
             _log.warning("%s", line)
 
         scratch = data_dir / "scratch"
@@ -283,6 +290,9 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                     running_run_id=runs.running_run_id, queued_runs=runs.waiting
                 ),
                 parties=(jobs, rest),
+                credentials=lambda channel: enrolment.metadata(
+                    channel, config.collector, describe_board, instance
+                ),
             )
             jobs.speak = link.speak
             jobs.recover()

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -126,6 +126,7 @@ class CollectorLink:
         hello: Callable[[], collector_pb2.Hello],
         heartbeat: Callable[[], collector_pb2.Heartbeat],
         parties: Sequence[Party] = (),
+        credentials: Callable[[grpc.aio.Channel], Awaitable[tuple[tuple[str, str], ...]]] | None = None,
         channel: Callable[[str], grpc.aio.Channel] = open_channel,
         pace: Pace | None = None,
         jitter: Callable[[], float] = random.random,
@@ -138,6 +139,7 @@ class CollectorLink:
         self._hello = hello
         self._heartbeat = heartbeat
         self._parties = parties
+        self._credentials = credentials
         self._channel = channel
         self._pace = pace or Pace()
         self._jitter = jitter
@@ -264,6 +266,10 @@ class CollectorLink:
         for party in self._parties:
             party.hear(response)
 
+    async def credentials(self, channel: grpc.aio.Channel) -> tuple[tuple[str, str], ...]:
+        """What the report is to begin with, as metadata."""
+        return await self._credentials(channel) if self._credentials is not None else ()
+
     def speak(self) -> None:
         """A party has something to say."""
         self._wake.set()
@@ -314,7 +320,8 @@ class _Session:
     async def run(self, channel: grpc.aio.Channel) -> None:
         """Returns when another identity has to be greeted with; raises AioRpcError, _Broken, StorageError."""
         self.spool_id = await asyncio.to_thread(self._spool.outgoing_id)
-        call: _Call = collector_pb2_grpc.CollectorServiceStub(channel).Report()
+        metadata = await self._link.credentials(channel)
+        call: _Call = collector_pb2_grpc.CollectorServiceStub(channel).Report(metadata=metadata)
         tasks: list[asyncio.Task[None]] = []
         try:
             heartbeat_seconds = await self._greet(call)

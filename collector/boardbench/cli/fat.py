@@ -20,7 +20,8 @@ _FREE = 0xE5
 # Characters of a long name in one entry, as (offset, bytes).
 _LONG_PARTS = ((1, 10), (14, 12), (28, 4))
 _LONG_CHARACTERS = 13
-# 2020-01-01 00:00, as FAT writes it: the clock of whoever flashes says nothing, and the same is written twice.
+# 2020-01-01 00:00, as FAT writes it: the clock of whoever flashes says nothing, and the same is written
+# twice.
 _DATE = (2020 - 1980) << 9 | 1 << 5 | 1
 _SHORT_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'()-@^_`{}~")
 _FORBIDDEN = frozenset('"*/:<>?\\|')
@@ -60,8 +61,8 @@ class FatVolume:
         sector = self._read(0, 512)
         if len(sector) < 512 or sector[510:512] != b"\x55\xaa":
             raise FatError("there is no FAT file system")
-        sector_bytes, self._sectors_per_cluster, reserved, copies, root_entries, total_16 = struct.unpack_from(
-            "<HBHBHH", sector, 11
+        sector_bytes, self._sectors_per_cluster, reserved, copies, root_entries, total_16 = (
+            struct.unpack_from("<HBHBHH", sector, 11)
         )
         (table_16,) = struct.unpack_from("<H", sector, 22)
         total_32, table_32, flags = struct.unpack_from("<IIH", sector, 32)
@@ -82,7 +83,7 @@ class FatVolume:
         count = (total - data_sector) // self._sectors_per_cluster
         if count < 4085:
             raise FatError("it is FAT12, or smaller than a boot partition can be")
-        self._wide = not table_16
+        self._wide: bool = not table_16
         self._width = 4 if self._wide else 2
         self._data = data_sector * sector_bytes
         self._root_at = (reserved + copies * table) * sector_bytes
@@ -116,7 +117,9 @@ class FatVolume:
         entry = self._find(path)
         if entry is None or entry.is_folder:
             raise FileNotFoundError(path)
-        data = b"".join(self._read(self._place(cluster), self.cluster_bytes) for cluster in self._chain(entry.cluster))
+        data = b"".join(
+            self._read(self._place(cluster), self.cluster_bytes) for cluster in self._chain(entry.cluster)
+        )
         if len(data) < entry.size:
             raise FatError(f"{path} is cut off: the file system is damaged")
         return data[: entry.size]
@@ -239,9 +242,10 @@ class FatVolume:
     def _folder_bytes(self, folder: int) -> bytearray:
         if not folder:
             return bytearray(self._read(self._root_at, self._root_bytes))
-        return bytearray(
-            b"".join(self._read(self._place(cluster), self.cluster_bytes) for cluster in self._chain(folder))
-        )
+        return bytearray(b"".join(self._clusters(folder)))
+
+    def _clusters(self, first: int) -> Iterator[bytes]:
+        return (self._read(self._place(cluster), self.cluster_bytes) for cluster in self._chain(first))
 
     def _store_folder(self, folder: int, content: bytearray, first_slot: int, last_slot: int) -> None:
         """Writes the parts of a folder that hold these slots."""
@@ -251,7 +255,10 @@ class FatVolume:
             return
         size = self.cluster_bytes
         for number, cluster in enumerate(self._chain(folder)):
-            if first_slot * _ENTRY_BYTES < (number + 1) * size and (last_slot + 1) * _ENTRY_BYTES > number * size:
+            if (
+                first_slot * _ENTRY_BYTES < (number + 1) * size
+                and (last_slot + 1) * _ENTRY_BYTES > number * size
+            ):
                 self._write(self._place(cluster), bytes(content[number * size : (number + 1) * size]))
 
     def _enter(self, folder: int, name: str, attributes: int, cluster: int, size: int) -> None:
@@ -262,7 +269,9 @@ class FatVolume:
             if entry[0] not in (0, _FREE) and entry[11] & 0x3F != _LONG_NAME
         }
         short, exact = _short_for(name, taken)
-        entries = ([] if exact else _long_entries(name, short)) + [_short_entry(short, attributes, cluster, size)]
+        entries = ([] if exact else _long_entries(name, short)) + [
+            _short_entry(short, attributes, cluster, size)
+        ]
         content = self._folder_bytes(folder)
         slot = _gap(content, len(entries))
         while slot is None:

@@ -1,8 +1,9 @@
 """What is put on a Raspberry Pi's boot partition so that its first boot installs the agent, keyboard or none.
 
-Source: raspberrypi/rpi-imager, doc/os_customisation_formats.md. Bookworm, and Trixie until October 2025, run a
-script that the kernel's command line names (systemd-run-generator(8)); later ones have cloud-init, which takes
-its files from the boot partition (NoCloud). Everything here is bytes in and bytes out; nothing is written.
+Source: raspberrypi/rpi-imager, doc/os_customisation_formats.md. Bookworm, and Trixie until October 2025, run
+a script that the kernel's command line names (systemd-run-generator(8)); later ones have cloud-init, which
+takes its files from the boot partition (NoCloud). Everything here is bytes in and bytes out; nothing is
+written.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Format(enum.Enum):
 
 @dataclass(frozen=True)
 class Wifi:
-    """A wireless network. ``key`` is the 64 digits that the password and the name make; empty: none is asked."""
+    """A wireless network. ``key`` is the 64 digits that the password and the name make; empty: open."""
 
     name: str
     key: str
@@ -73,8 +74,8 @@ class Plan:
 
 
 def wifi_key(name: str, password: str) -> str:
-    """The key in 64 digits that WPA makes of name and password (IEEE 802.11i, H.4), so that the password itself
-    is not on the card. Raises ValueError for a password that WPA does not allow.
+    """The key in 64 digits that WPA makes of name and password (IEEE 802.11i, H.4), so that the password
+    itself is not on the card. Raises ValueError for a password that WPA does not allow.
     """
     if not 8 <= len(password.encode()) <= 63:
         raise ValueError("a Wi-Fi password has 8 to 63 characters")
@@ -271,7 +272,7 @@ def _both(before: bytes, ours: str, order: Order) -> str:
     text = before.decode("utf-8", "replace")
     if text.startswith("#!"):
         kind = "text/x-shellscript"
-    elif text.startswith("#cloud-config\n") or text.startswith("#cloud-config\r\n"):
+    elif text.startswith(("#cloud-config\n", "#cloud-config\r\n")):
         kind = "text/cloud-config"
     else:
         raise CliError(
@@ -315,7 +316,9 @@ def _command_line(read: Callable[[str], bytes | None]) -> list[str]:
         raise CliError("there is no cmdline.txt: this is no boot partition of a Raspberry Pi")
     words = data.decode("utf-8", "replace").split()
     if not any(word.startswith("root=") for word in words):
-        raise CliError("cmdline.txt names no root=: this is no boot partition of a Raspberry Pi, or it is damaged")
+        raise CliError(
+            "cmdline.txt names no root=: this is no boot partition of a Raspberry Pi, or it is damaged"
+        )
     return words
 
 

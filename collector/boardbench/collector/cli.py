@@ -22,7 +22,9 @@ from boardbench.collector.errors import CollectorError
 
 if TYPE_CHECKING:
     from boardbench.collector.serve import Listening
+    from boardbench.collector.stores.enrolments import Enrolments
 
+_Answer = TypeVar("_Answer")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # What boardbench[collector] brings, by the name that it is imported as.
@@ -116,6 +118,11 @@ def main() -> None:
     help="Series of results that one board may have in /metrics.",
 )
 @_option(
+    "--require-enrolment",
+    is_flag=True,
+    help="Refuse boards that were not enrolled with a token.",
+)
+@_option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -132,6 +139,7 @@ def serve(
     series_ttl: float,
     result_ttl: float,
     series_per_device: int,
+    require_enrolment: bool,
     log_level: str,
 ) -> None:
     """Run the collector until SIGTERM or Ctrl-C."""
@@ -144,6 +152,7 @@ def serve(
         series_ttl_seconds=series_ttl,
         result_ttl_seconds=result_ttl,
         series_per_device=series_per_device,
+        require_enrolment=require_enrolment,
     )
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
@@ -184,6 +193,82 @@ def check(*, data_dir: Path | None) -> None:
 
     _run(run())
     click.echo(f"{path}: sound")
+
+
+@main.group()
+def token() -> None:
+    """Tokens that each let one board be enrolled."""
+
+
+@token.command()
+@_data_dir
+@click.option(
+    "--hours",
+    type=click.FloatRange(min=0, max=24, min_open=True),
+    default=24.0,
+    show_default=True,
+    help="How long it is good.",
+)
+@click.option(
+    "--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label that the board gets. Repeatable."
+)
+def create(*, data_dir: Path | None, hours: float, labels: tuple[str, ...]) -> None:
+    """Make a token, good for one board, and print it; it is kept nowhere."""
+    given = {}
+    for label in labels:
+        name, equals, value = label.partition("=")
+        if not equals or not name.strip():
+            raise click.UsageError(f"--label: {label!r} is not NAME=VALUE")
+        given[name.strip()] = value
+    click.echo(_enrolments(data_dir, lambda kept: kept.create(hours, given)))
+
+
+@token.command("list")
+@_data_dir
+def list_tokens(*, data_dir: Path | None) -> None:
+    """List the tokens by their beginning: until when each is good, and which board has used it."""
+    import time
+
+    for kept in _enrolments(data_dir, lambda enrolments: enrolments.tokens()):
+        if kept.used is not None:
+            state = f"used by {kept.device_id}"
+        else:
+            left = kept.expires - time.time()
+            state = f"good for {left / 3600:.1f} h" if left > 0 else "expired"
+        labels = " ".join(f"{name}={value}" for name, value in sorted(kept.labels.items()))
+        click.echo(f"{kept.name}…  {state}  {labels}".rstrip())
+
+
+@token.command()
+@_data_dir
+@click.argument("beginning")
+def revoke(*, data_dir: Path | None, beginning: str) -> None:
+    """Make a token that was not used yet worth nothing; its BEGINNING is what `token list` shows."""
+    if not _enrolments(data_dir, lambda enrolments: enrolments.revoke(beginning.rstrip("…"))):
+        raise click.ClickException(f"no token that was not used begins with {beginning!r}")
+
+
+@main.command()
+@_data_dir
+@click.argument("device_id")
+def forget(*, data_dir: Path | None, device_id: str) -> None:
+    """Make the key of a board worth nothing: it must be enrolled again. Its results stay."""
+    if not _enrolments(data_dir, lambda enrolments: enrolments.forget(device_id)):
+        raise click.ClickException(f"no board {device_id!r} is enrolled")
+
+
+def _enrolments(data_dir: Path | None, ask: Callable[[Enrolments], _Answer]) -> _Answer:
+    """What is asked of the tokens and keys; the collector may run meanwhile."""
+    import contextlib
+
+    from boardbench.collector.stores.enrolments import Enrolments
+
+    path = CollectorConfig(data_dir=data_dir or default_data_dir()).enrolments_path
+    try:
+        with contextlib.closing(Enrolments(path)) as enrolments:
+            return ask(enrolments)
+    except CollectorError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

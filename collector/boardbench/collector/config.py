@@ -119,6 +119,15 @@ class CollectorConfig:
     drain_seconds: float = 5.0
     """How long streams and requests get to end when the collector stops; systemd kills after 90."""
 
+    require_enrolment: bool = False
+    """Whether boards must have been enrolled with a token before they may report. Without it the first
+    results come without any ceremony; a board that shows a wrong key is refused either way."""
+
+    @property
+    def enrolments_path(self) -> Path:
+        """The file of tokens and keys, whatever store the results are in."""
+        return self.data_dir / "enrolments.db"
+
     @property
     def store_path(self) -> Path:
         """The file of the SQLite store."""
