@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -203,3 +204,38 @@ def test_the_options_of_a_run_are_those_of_the_agent(small_model, boardbench, tm
     assert asked["runtime"] == "tflite"
     assert asked["options"] == {"xnnpack": "off"}
     assert (asked["min_runs"], asked["max_runs"], asked["timeout_seconds"]) == (3, 3, 60.0)
+
+
+def test_a_delegate_of_this_folder_and_its_options_reach_the_engine(
+    boardbench, small_model, edgetpu_standin, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    library = tmp_path / "libmine.so"
+    library.symlink_to(edgetpu_standin)
+    done = boardbench(
+        *("run", small_model, "--delegate", "libmine.so", "--duration", "0.1", "--format", "json"),
+        *("--delegate-option", "claim=ops", "--delegate-option", "claim_types=SOFTMAX", "--no-profile"),
+    )
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["runtime"]["options"]["delegate"] == str(library)
+    assert result["runtime"]["options"]["delegate.claim_types"] == "SOFTMAX"
+    taken = [op["type"] for op in result["placement"]["ops"] if op["delegate"] == "libmine.so"]
+    assert taken == ["SOFTMAX"]
+
+
+def test_a_core_ml_package_is_a_folder_and_travels_as_one_file(boardbench):
+    package = Path(__file__).resolve().parents[1] / "coreml" / "affine.mlpackage"
+    done = boardbench("run", package, "--format", "json")
+    assert done.code in (0, 1), done.err
+    result = json.loads(done.out)
+    assert result["model"]["name"] == "affine.mlpackage"
+    assert result["model"]["format"] == "coreml"
+    if done.code == 1:  # everywhere but on macOS
+        assert result["error"]["code"] == "runtime_unavailable"
+
+
+def test_another_folder_is_no_model(boardbench, tmp_path):
+    done = boardbench("run", tmp_path)
+    assert done.code == 2
+    assert "give the path of a model file, or of an .mlpackage" in done.err

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -150,9 +151,41 @@ def _open(library: str) -> ctypes.CDLL:
         return ctypes.CDLL(library)
     except OSError as error:
         raise RuntimeUnavailable(
-            f"the delegate library {library} can't be loaded ({error}): install it (for an Edge TPU the "
-            "package libedgetpu1-std or libedgetpu1-max), or give its path with the option delegate=PATH"
+            f"the delegate library {library} can't be loaded ({error}): {_why_not(library, str(error))}"
         ) from error
+
+
+def _why_not(library: str, said: str) -> str:
+    """What to do about a library that the system's loader refuses."""
+    path = Path(library)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_ELF_BYTES)
+    except OSError:
+        if "/" in library and not path.exists():
+            return "there is no such file on this board: give a path there, whose delegate is built for it"
+        return (
+            "install it (for an Edge TPU the package libedgetpu1-std or libedgetpu1-max), or give its path with "
+            "the option delegate=PATH"
+        )
+    if head[:4] != b"\x7fELF" or len(head) < _ELF_BYTES:
+        return "it is no shared library of Linux, or not whole"
+    own = _own_elf_head()
+    # Class and byte order, and the machine.
+    if own and (head[4:6], head[18:20]) != (own[4:6], own[18:20]):
+        return f"it is built for another kind of processor; this Python is one for {platform.machine()}"
+    needed = re.match(r"(\S+): cannot open shared object file", said)
+    if needed and needed.group(1) != library:
+        return f"it needs {needed.group(1)}, which is not here: install that"
+    return "was it built for this system?"
+
+
+def _own_elf_head() -> bytes:
+    try:
+        with open("/proc/self/exe", "rb") as file:
+            return file.read(_ELF_BYTES)
+    except OSError:  # no Linux
+        return b""
 
 
 def _devices(loaded: ctypes.CDLL) -> Tuple[str, ...]:
@@ -224,6 +257,10 @@ def load_delegate(
     module: Any, library: str, options: Mapping[str, str], *, sys_root: Path = Path("/")
 ) -> Any:
     """The delegate, by the interpreter package ``module``. Raises RuntimeUnavailable with the reason."""
+    if not hasattr(_open(library), _ENTRY):
+        raise RuntimeUnavailable(
+            f"{library} is a shared library and no delegate of TensorFlow Lite: it has no {_ENTRY}"
+        )
     try:
         return module.load_delegate(library, dict(options))
     except (ValueError, RuntimeError, AttributeError) as error:
@@ -235,7 +272,7 @@ def load_delegate(
     said = said or _reason_on_stderr(module, library, options)
     raise RuntimeUnavailable(
         f"the delegate {library} refused to start ({said or 'it gave no reason'}): "
-        + _diagnosis(library, sys_root)
+        + _diagnosis(library, sys_root, options=options)
     )
 
 
@@ -255,6 +292,9 @@ def _reason_on_stderr(module: Any, library: str, options: Mapping[str, str]) -> 
         loaded.edgetpu_verbosity(0)
     return _condensed("".join(captured))
 
+
+_ENTRY = "tflite_plugin_create_delegate"
+_ELF_BYTES = 20
 
 _LOG_LINE = re.compile(r"^[IWEF] \S+?:\d+\] ?(.*)$")
 _NOISE = re.compile(r"^\S+\.(?:cc|h|c):\d+$|^~?\w+$")
@@ -293,12 +333,19 @@ def _captured_stderr() -> Iterator[List[str]]:
         os.close(kept)
 
 
-def _diagnosis(library: str, sys_root: Path, access: Callable[[Path, int], bool] = os.access) -> str:
+def _diagnosis(
+    library: str,
+    sys_root: Path,
+    access: Callable[[Path, int], bool] = os.access,
+    options: Optional[Mapping[str, str]] = None,
+) -> str:
     """What is seen on the board, and what to do."""
     if standin(library):
         return "it is a stand-in and does as its options say"
     if not is_driver(library):
-        return "is its device plugged in, free, and may this user open it?"
+        given = ", ".join(f"{key}={value}" for key, value in (options or {}).items())
+        asked = f"does it take the options {given}? Else: " if given else ""
+        return f"{asked}is its device plugged in, free, and may this user open it?"
     seen = find(sys_root)
     if not seen:
         if _without_driver(sys_root):
