@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62oardbench/v1/latency.proto\x12\rboardbench.v1\"\xad\x02\n\x07Latency\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x14\n\x0cmean_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bmin_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bmax_seconds\x18\x04 \x01(\x01\x12\x1a\n\rstdev_seconds\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12.\n\x0bpercentiles\x18\x06 \x03(\x0b\x32\x19.boardbench.v1.Percentile\x12\x1b\n\x13samples_nanoseconds\x18\x07 \x03(\x04\x12\x17\n\nconfidence\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0f\x65\x66\x66\x65\x63tive_count\x18\t \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_stdev_secondsB\r\n\x0b_confidenceB\x12\n\x10_effective_count\"\xa0\x01\n\nPercentile\x12\x12\n\npercentile\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x13\n\x0blow_seconds\x18\x03 \x01(\x01\x12\x14\n\x0chigh_seconds\x18\x04 \x01(\x01\x12%\n\x18loadgen_estimate_seconds\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x1b\n\x19_loadgen_estimate_secondsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62oardbench/v1/latency.proto\x12\rboardbench.v1\"\xe1\x02\n\x07Latency\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x14\n\x0cmean_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bmin_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bmax_seconds\x18\x04 \x01(\x01\x12\x1a\n\rstdev_seconds\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12.\n\x0bpercentiles\x18\x06 \x03(\x0b\x32\x19.boardbench.v1.Percentile\x12\x1b\n\x13samples_nanoseconds\x18\x07 \x03(\x04\x12\x17\n\nconfidence\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0f\x65\x66\x66\x65\x63tive_count\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x32\n\thistogram\x18\n \x01(\x0b\x32\x1f.boardbench.v1.LatencyHistogramB\x10\n\x0e_stdev_secondsB\r\n\x0b_confidenceB\x12\n\x10_effective_count\"[\n\x10LatencyHistogram\x12\x0e\n\x06schema\x18\x01 \x01(\x11\x12\x13\n\x0bindex_steps\x18\x02 \x03(\x11\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x04\x12\x12\n\nzero_count\x18\x04 \x01(\x04\"\xa0\x01\n\nPercentile\x12\x12\n\npercentile\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x13\n\x0blow_seconds\x18\x03 \x01(\x01\x12\x14\n\x0chigh_seconds\x18\x04 \x01(\x01\x12%\n\x18loadgen_estimate_seconds\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x1b\n\x19_loadgen_estimate_secondsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'boardbench.v1.latency_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LATENCY']._serialized_start=47
-  _globals['_LATENCY']._serialized_end=348
-  _globals['_PERCENTILE']._serialized_start=351
-  _globals['_PERCENTILE']._serialized_end=511
+  _globals['_LATENCY']._serialized_end=400
+  _globals['_LATENCYHISTOGRAM']._serialized_start=402
+  _globals['_LATENCYHISTOGRAM']._serialized_end=493
+  _globals['_PERCENTILE']._serialized_start=496
+  _globals['_PERCENTILE']._serialized_end=656
 # @@protoc_insertion_point(module_scope)

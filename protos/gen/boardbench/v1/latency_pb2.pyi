@@ -33,6 +33,7 @@ class Latency(google.protobuf.message.Message):
     SAMPLES_NANOSECONDS_FIELD_NUMBER: builtins.int
     CONFIDENCE_FIELD_NUMBER: builtins.int
     EFFECTIVE_COUNT_FIELD_NUMBER: builtins.int
+    HISTOGRAM_FIELD_NUMBER: builtins.int
     count: builtins.int
     """Number of counted inferences."""
     mean_seconds: builtins.float
@@ -57,6 +58,10 @@ class Latency(google.protobuf.message.Message):
     def samples_nanoseconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Every counted inference in the order it ran, in nanoseconds."""
 
+    @property
+    def histogram(self) -> Global___LatencyHistogram:
+        """How often inferences took how long; there when the single ones were dropped with age."""
+
     def __init__(
         self,
         *,
@@ -69,9 +74,10 @@ class Latency(google.protobuf.message.Message):
         samples_nanoseconds: collections.abc.Iterable[builtins.int] | None = ...,
         confidence: builtins.float | None = ...,
         effective_count: builtins.float | None = ...,
+        histogram: Global___LatencyHistogram | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_confidence", b"_confidence", "_effective_count", b"_effective_count", "_stdev_seconds", b"_stdev_seconds", "confidence", b"confidence", "effective_count", b"effective_count", "stdev_seconds", b"stdev_seconds"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_effective_count", b"_effective_count", "_stdev_seconds", b"_stdev_seconds", "confidence", b"confidence", "count", b"count", "effective_count", b"effective_count", "max_seconds", b"max_seconds", "mean_seconds", b"mean_seconds", "min_seconds", b"min_seconds", "percentiles", b"percentiles", "samples_nanoseconds", b"samples_nanoseconds", "stdev_seconds", b"stdev_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_confidence", b"_confidence", "_effective_count", b"_effective_count", "_stdev_seconds", b"_stdev_seconds", "confidence", b"confidence", "effective_count", b"effective_count", "histogram", b"histogram", "stdev_seconds", b"stdev_seconds"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_confidence", b"_confidence", "_effective_count", b"_effective_count", "_stdev_seconds", b"_stdev_seconds", "confidence", b"confidence", "count", b"count", "effective_count", b"effective_count", "histogram", b"histogram", "max_seconds", b"max_seconds", "mean_seconds", b"mean_seconds", "min_seconds", b"min_seconds", "percentiles", b"percentiles", "samples_nanoseconds", b"samples_nanoseconds", "stdev_seconds", b"stdev_seconds"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_confidence", b"_confidence"]) -> typing.Literal["confidence"] | None: ...
     @typing.overload
@@ -80,6 +86,44 @@ class Latency(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_stdev_seconds", b"_stdev_seconds"]) -> typing.Literal["stdev_seconds"] | None: ...
 
 Global___Latency: typing_extensions.TypeAlias = Latency
+
+@typing.final
+class LatencyHistogram(google.protobuf.message.Message):
+    """How often inferences took how long, in buckets that are each wider than the one before by the same factor,
+    as in Prometheus' native histograms. Two of one schema are merged by adding up their buckets.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCHEMA_FIELD_NUMBER: builtins.int
+    INDEX_STEPS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    ZERO_COUNT_FIELD_NUMBER: builtins.int
+    schema: builtins.int
+    """2^schema buckets a doubling: bucket i holds what took more than 2^((i-1)/2^schema) seconds and at most
+    2^(i/2^schema). With 7 a percentile is right to 0.27 %.
+    """
+    zero_count: builtins.int
+    """Number of those that took no time by the clock."""
+    @property
+    def index_steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Index of each bucket that is not empty, less that of the one before; the first less 0."""
+
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Number of inferences in each of these."""
+
+    def __init__(
+        self,
+        *,
+        schema: builtins.int = ...,
+        index_steps: collections.abc.Iterable[builtins.int] | None = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
+        zero_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counts", b"counts", "index_steps", b"index_steps", "schema", b"schema", "zero_count", b"zero_count"]) -> None: ...
+
+Global___LatencyHistogram: typing_extensions.TypeAlias = LatencyHistogram
 
 @typing.final
 class Percentile(google.protobuf.message.Message):
