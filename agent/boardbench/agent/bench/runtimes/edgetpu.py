@@ -162,11 +162,10 @@ def _why_not(library: str, said: str) -> str:
         with path.open("rb") as file:
             head = file.read(_ELF_BYTES)
     except OSError:
-        if "/" in library and not path.exists():
-            return "there is no such file on this board: give a path there, whose delegate is built for it"
+        here = "there is no such file on this board: " if "/" in library and not path.exists() else ""
         return (
-            "install it (for an Edge TPU the package libedgetpu1-std or libedgetpu1-max), or give its path with "
-            "the option delegate=PATH"
+            f"{here}install it (for an Edge TPU the package libedgetpu1-std or libedgetpu1-max), or give its "
+            "path on the board with the option delegate=PATH"
         )
     if head[:4] != b"\x7fELF" or len(head) < _ELF_BYTES:
         return "it is no shared library of Linux, or not whole"
