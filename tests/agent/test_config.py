@@ -185,6 +185,11 @@ def test_mistake_in_a_flag_names_the_flag() -> None:
         load(None, {}, {"listen": "x"})
 
 
+def test_use_of_caches_is_one_that_there_is() -> None:
+    with pytest.raises(ConfigurationError, match=r"spec\.cache is 'warm'; it must be none or keep"):
+        load(None, {"BOARDBENCH_AGENT_SPEC_CACHE": "warm"})
+
+
 def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"none\.toml: can't be read: No such file"):
         load(tmp_path / "none.toml", {})
@@ -196,6 +201,7 @@ def test_every_key_has_a_variable() -> None:
     # What is held to the names that there are.
     named = {
         ("sensors", "without"): "nvidia, rapl",
+        ("spec", "cache"): "keep",
         ("validity", "severity"): "high_load=note",
         ("validity", "thresholds"): "variation_ratio=0.2, clock_reads=50",
     }
@@ -209,6 +215,7 @@ def test_every_key_has_a_variable() -> None:
     config = load(None, environment)
     assert config.deadlines.start_seconds == 7.5
     assert config.runs.kept_limit == 7
+    assert config.spec.cache == "keep"
     assert config.sensors.without_kinds == ("nvidia", "rapl")
     assert config.validity.severity == {"high_load": "note"}
     assert config.validity.thresholds == {"variation_ratio": 0.2, "clock_reads": 50.0}

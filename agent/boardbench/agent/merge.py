@@ -74,7 +74,7 @@ def into(
     ``offsets_seconds``: when each process began, on the time axis of the first.
     """
     whole.started_at.CopyFrom(results[0].started_at)
-    fold(whole, results, ONCE)
+    fold(whole, loaded_alike(results), ONCE)
     whole.environment.CopyFrom(environment(results))
     whole.memory.CopyFrom(memory(results))
     if whole.HasField("warm_up"):
@@ -89,6 +89,15 @@ def into(
     # Only the first measured it.
     if results[0].effective_spec.HasField("idle_seconds"):
         whole.effective_spec.idle_seconds = results[0].effective_spec.idle_seconds
+
+
+def loaded_alike(results: Sequence[result_pb2.RunResult]) -> list[result_pb2.RunResult]:
+    """Those that found in the engine's caches what the last one found: other loads take other times."""
+
+    def found(result: result_pb2.RunResult) -> list[tuple[str, bool]]:
+        return [(cache.name, cache.warm) for cache in result.caches]
+
+    return [result for result in results if found(result) == found(results[-1])]
 
 
 def fold(whole: _Message, parts: Sequence[_Message], folds: dict[str, _Fold]) -> None:
@@ -107,7 +116,9 @@ def by_itself(whole: result_pb2.RunResult, alone: Sequence[result_pb2.RunResult]
     The board has one supply and one memory.
     """
     whole.started_at.CopyFrom(alone[0].started_at)
-    fold(whole, alone, ONCE)
+    fold(whole, loaded_alike(alone), ONCE)
+    del whole.caches[:]
+    whole.caches.extend(alone[-1].caches)
     swapped = whole.memory.peak_swap_bytes
     whole.memory.CopyFrom(memory(alone))
     if swapped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from boardbench.agent import wire, worker
 from boardbench.agent.bench.runtimes import offered
 from boardbench.agent.board.identify import EMULATORS
-from boardbench.agent.config import SpecConfig
+from boardbench.agent.config import AgentConfig, SpecConfig
 from boardbench.agent.errors import InvalidRequest, NotRunnable
 from boardbench.agent.version import version
 from boardbench.v1 import board_pb2, model_pb2, result_pb2, scenario_pb2
@@ -52,6 +53,11 @@ _MOST_TARGETS = 16
 _MOST_MEMBERS = 32
 # Reading all sensors of a board takes about a hundredth of a second.
 _MOST_SAMPLE_HERTZ = 100.0
+# More than any kernel of Linux is built for.
+_MOST_PROCESSORS = 8192
+_LONGEST_POWER_MODE = 64
+# As the worker has it.
+_MOST_OUTPUT_VALUES = 65536
 # What thermal zones can show.
 _CELSIUS = (-40.0, 150.0)
 
@@ -125,11 +131,35 @@ def check_spec(spec: result_pb2.BenchmarkSpec) -> None:
         raise InvalidRequest(
             f"inputs_sha256 is {spec.inputs_sha256[:80]!r}; it must be 64 lower-case hex digits"
         )
+    _check_settings(spec)
     _check_precision(spec)
     _check_processes(spec)
     _check_scenario(spec)
     _check_surroundings(spec)
     _check_group(spec)
+
+
+def _check_settings(spec: result_pb2.BenchmarkSpec) -> None:
+    processors = list(spec.cpu_affinity)
+    if len(set(processors)) < len(processors):
+        raise InvalidRequest("cpu_affinity names a processor twice")
+    if any(number >= _MOST_PROCESSORS for number in processors):
+        raise InvalidRequest(f"cpu_affinity names processor {max(processors)}; no board has as many")
+    if spec.compute_precision:
+        from boardbench.agent.bench.runtime import PRECISIONS
+
+        if spec.compute_precision not in PRECISIONS:
+            raise InvalidRequest(
+                f"compute_precision is {spec.compute_precision[:80]!r}; it must be {', '.join(PRECISIONS)}"
+            )
+    if len(spec.power_mode) > _LONGEST_POWER_MODE or not spec.power_mode.isprintable():
+        raise InvalidRequest(f"power_mode is {spec.power_mode[:80]!r}, which is no name of a mode")
+    if spec.cache not in result_pb2.CacheUse.values():
+        raise InvalidRequest(f"there is no use of caches {spec.cache}: the agent may be older than what asks")
+    if spec.output_values > _MOST_OUTPUT_VALUES:
+        raise InvalidRequest(
+            f"output_values is {spec.output_values}; it must be at most {_MOST_OUTPUT_VALUES}"
+        )
 
 
 def _check_precision(spec: result_pb2.BenchmarkSpec) -> None:
@@ -233,6 +263,14 @@ def _check_group(spec: result_pb2.BenchmarkSpec) -> None:
         raise InvalidRequest("group.mode is neither GROUP_MODE_INTERLEAVED nor GROUP_MODE_CONCURRENT")
 
 
+def check_power_mode(config: AgentConfig, spec: result_pb2.BenchmarkSpec) -> None:
+    """Raises NoPowerMode when a mode is asked for that the board does not have."""
+    if spec.power_mode:
+        from boardbench.agent.board.power_modes import PowerModes
+
+        PowerModes(config.sys_root, config.data_dir).index_of(spec.power_mode)
+
+
 def scenario_name(kind: int) -> str:
     """The scenario as a person reads it: "multi stream"."""
     name = scenario_pb2.ScenarioKind.Name(scenario_pb2.ScenarioKind.ValueType(kind))
@@ -255,6 +293,8 @@ class Plan:
     held: bool = False
     # By name, from where on the worker raises a doubt, where that is configured otherwise than it has it.
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    # Whether nobody asked for the use of caches: then an engine that keeps nothing is no error.
+    cache_by_default: bool = False
 
     @property
     def processes(self) -> int:
@@ -364,7 +404,13 @@ def plan(
     spec = result_pb2.BenchmarkSpec()
     spec.CopyFrom(asked)
     spec.runtime, spec.device = status.name, device
+    _refuse_settings(asked, status, statuses)
+    _refuse_processors(asked)
     _fill_in(spec, asked, defaults)
+    by_default = not asked.cache
+    if by_default:
+        keeps = defaults.cache == "keep" and CACHE in status.settings
+        spec.cache = result_pb2.CACHE_USE_KEEP if keeps else result_pb2.CACHE_USE_NONE
     if _given(asked, "timeout_seconds") and spec.timeout_seconds <= counted_seconds(spec):
         raise InvalidRequest(
             f"timeout_seconds is {spec.timeout_seconds:g} and the measurement alone takes "
@@ -373,7 +419,7 @@ def plan(
     if not _given(asked, "timeout_seconds"):
         each = spec.warm_up_seconds + spec.cool_down_seconds
         spec.timeout_seconds += counted_seconds(spec) + spec.idle_seconds + each * spec.processes
-    found = Plan(status, spec, thresholds=thresholds or {})
+    found = Plan(status, spec, thresholds=thresholds or {}, cache_by_default=by_default)
     if len(job_line(found, model.format, Path("/"), None)) > worker.JOB_LIMIT_BYTES - 3 * _PATH_BYTES:
         raise InvalidRequest("options and shapes together are too long for a job")
     return found
@@ -430,6 +476,52 @@ def _fill_in_scenario(spec: result_pb2.BenchmarkSpec) -> None:
             )
 
 
+CACHE = "cache"
+
+
+def asked_settings(spec: result_pb2.BenchmarkSpec) -> dict[str, str]:
+    """The common settings of the engine that are asked for, each with its value in words."""
+    asked = {
+        "threads": str(spec.threads) if _given(spec, "threads") else "",
+        "cpu_affinity": ",".join(str(number) for number in spec.cpu_affinity),
+        "compute_precision": spec.compute_precision,
+        CACHE: "",
+    }
+    if spec.cache in (result_pb2.CACHE_USE_KEEP, result_pb2.CACHE_USE_RENEW):
+        asked[CACHE] = result_pb2.CacheUse.Name(spec.cache).removeprefix("CACHE_USE_").lower()
+    return {name: value for name, value in asked.items() if value}
+
+
+def _refuse_settings(
+    asked: result_pb2.BenchmarkSpec,
+    status: board_pb2.RuntimeStatus,
+    statuses: tuple[board_pb2.RuntimeStatus, ...],
+) -> None:
+    """Raises NotRunnable for a common setting that the engine would not heed."""
+    # An engine that says nothing about settings is asked when the run begins.
+    for name, value in asked_settings(asked).items() if status.settings else ():
+        if name in status.settings:
+            continue
+        takers = ", ".join(each.name for each in statuses if each.available and name in each.settings)
+        raise NotRunnable(
+            f"{status.name} takes no {name} ({value} was asked for); on this board "
+            + (f"{takers} can be told: leave it out, or choose another runtime" if takers else "none can be")
+        )
+
+
+def _refuse_processors(asked: result_pb2.BenchmarkSpec) -> None:
+    """Raises NotRunnable for a processor that the worker can't have."""
+    if not asked.cpu_affinity or not hasattr(os, "sched_getaffinity"):
+        return
+    here = os.sched_getaffinity(0)
+    missing = sorted(set(asked.cpu_affinity) - here)
+    if missing:
+        raise NotRunnable(
+            f"cpu_affinity names processor {', '.join(map(str, missing))}, and the agent may use "
+            f"{', '.join(map(str, sorted(here)))}"
+        )
+
+
 _PATH_BYTES = 4096
 
 
@@ -464,7 +556,16 @@ def _choose(
     )
 
 
-def job_line(plan: Plan, format: str, model: Path, inputs: Path | None, sys_root: Path = Path("/")) -> bytes:
+def job_line(
+    plan: Plan,
+    format: str,
+    model: Path,
+    inputs: Path | None,
+    sys_root: Path = Path("/"),
+    *,
+    model_sha256: str = "",
+    cache_root: Path | None = None,
+) -> bytes:
     """The job as the worker reads it: one line of JSON, without its end."""
     spec = plan.spec
     job: dict[str, object] = {
@@ -501,6 +602,17 @@ def job_line(plan: Plan, format: str, model: Path, inputs: Path | None, sys_root
         job["confidence"] = spec.confidence
     if _given(spec, "scenario"):
         job["scenario"] = json_format.MessageToDict(spec.scenario, preserving_proto_field_name=True)
+    if spec.cpu_affinity:
+        job["cpu_affinity"] = list(spec.cpu_affinity)
+    if spec.compute_precision:
+        job["compute_precision"] = spec.compute_precision
+    if spec.cache not in (result_pb2.CACHE_USE_UNSPECIFIED, result_pb2.CACHE_USE_NONE):
+        job["cache"] = result_pb2.CacheUse.Name(spec.cache)
+        job["cache_root"], job["model_sha256"] = str(cache_root), model_sha256
+        if plan.cache_by_default:
+            job["cache_by_default"] = True
+    if spec.output_values:
+        job["output_values"] = spec.output_values
     if plan.thresholds:
         job["thresholds"] = dict(plan.thresholds)
     if plan.held:

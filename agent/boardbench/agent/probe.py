@@ -160,6 +160,7 @@ class Engines:
             *(found[name] for name in self._own),
             *(found[name] for name in found if name not in self._own),
         )
+        mark_defaults(self._known)
         self._probed_at = asyncio.get_running_loop().time()
 
     async def _probe_all(
@@ -278,6 +279,16 @@ class Engines:
         last = child.output_tail.strip().splitlines()[-1:]
         what = "; ".join(complaints[:1] or last or ["it said nothing"])
         raise _NoAnswer(f"{python} was asked about it and exited with {end.exit_code}: {what}")
+
+
+def mark_defaults(statuses: Statuses) -> None:
+    """Says of each runtime for which formats it is the default: the first that can run them."""
+    taken: set[str] = set()
+    for status in statuses:
+        del status.default_formats[:]
+        if status.available:
+            status.default_formats.extend(format for format in status.formats if format not in taken)
+            taken.update(status.formats)
 
 
 class _NoAnswer(Exception):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from boardbench.agent import validity, wire, worker
+from boardbench.agent import caches, validity, wire, worker
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.plan import Job, blank_result, counted_seconds, job_line, samples_a_run
 from boardbench.v1 import agent_pb2, placement_pb2, result_pb2
@@ -40,6 +40,7 @@ ERRORS = {
     "not_started": "The board's disk did not let the run begin.",
     "not_runnable": "The runtime that was asked for is no longer available.",
     "out_of_memory": "The kernel killed the worker because memory ran out.",
+    "power_mode_not_set": "The board's power mode that was asked for could not be set.",
     "protocol_error": "The worker sent what is no event; the worker was killed.",
     "worker_exited": "The worker exited without a result.",
     "worker_killed": "A signal ended the worker.",
@@ -194,6 +195,7 @@ class Attempt:
                     started_at = wire.timestamp(time.time_ns())
                     end = await self._work()
                 await self._look_back()
+            await self._bound_caches()
         finally:
             whole.cancel()
         if not self._is_over():
@@ -213,6 +215,8 @@ class Attempt:
                     self._job.model_path,
                     self._job.inputs_path,
                     self._sys_root,
+                    model_sha256=self._job.model.sha256,
+                    cache_root=caches.root(self._config.data_dir).absolute(),
                 ),
                 self._job.scratch,
                 self._heard,
@@ -236,6 +240,23 @@ class Attempt:
             if self._worker is not None:
                 self._worker.kill()
                 await self._worker.ended()
+
+    async def _bound_caches(self) -> None:
+        """Removes the oldest of what engines keep, where it has become too much."""
+        if self._job.plan.spec.cache in (result_pb2.CACHE_USE_UNSPECIFIED, result_pb2.CACHE_USE_NONE):
+            return
+        limit_bytes = self._config.store.cache_limit_bytes
+        gone = await asyncio.to_thread(caches.bound, caches.root(self._config.data_dir), limit_bytes)
+        kept = self._report.caches if self._report is not None else ()
+        if any(str(path) in cache.path for path in gone for cache in kept):
+            self._doubt(
+                validity.warn(
+                    "cache_not_kept",
+                    f"what the engine left for the next load takes {sum(c.size_bytes for c in kept)} bytes, "
+                    f"and all caches together may take {limit_bytes}",
+                    validity.NOTE,
+                )
+            )
 
     # --- before the worker
 
@@ -607,7 +628,7 @@ class Attempt:
         result.status = result_pb2.RUN_STATUS_SUCCEEDED
         result.effective_spec.inputs_sha256 = self._job.plan.spec.inputs_sha256
         spec = self._job.plan.spec
-        for name in ("timeout_seconds", "strict", "allow_fallback", "tune"):
+        for name in ("timeout_seconds", "strict", "allow_fallback", "tune", "power_mode"):
             setattr(result.effective_spec, name, getattr(spec, name))
         if spec.HasField("cool_down_celsius"):
             result.effective_spec.cool_down_celsius = spec.cool_down_celsius

@@ -25,6 +25,7 @@ from boardbench.v1 import agent_pb2, result_pb2
 
 if TYPE_CHECKING:
     # Loaded when a board is set up: few runs ask for it.
+    from boardbench.agent.board.power_modes import PowerModes
     from boardbench.agent.board.tune import Tuner
 
 _log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class Session:
         self._tuner = tuner
         # Who holds the board; empty when nobody of this session does.
         self._owner = ""
+        # Of a board that is in another power mode than before; None while it is not.
+        self._modes: PowerModes | None = None
         # Jobs of one session are of one group, or there is only one.
         self._group = jobs[0].asked.group
         self._at_the_same_time = self._group.mode == result_pb2.GROUP_MODE_CONCURRENT
@@ -101,12 +104,13 @@ class Session:
 
     async def execute(self) -> None:
         """Measures all of it; every member has its result then."""
-        await self._set_up()
         try:
-            if self._at_the_same_time and len(self._members) > 1:
-                await self._measure_at_the_same_time()
-            else:
-                await self._take_turns()
+            if await self._set_power_mode():
+                await self._set_up()
+                if self._at_the_same_time and len(self._members) > 1:
+                    await self._measure_at_the_same_time()
+                else:
+                    await self._take_turns()
             while self._ends:
                 await asyncio.gather(*self._ends)
         finally:
@@ -115,6 +119,25 @@ class Session:
                 _log.warning("%s", line)
 
     # --- the board's settings
+
+    async def _set_power_mode(self) -> bool:
+        """Whether the board is in the mode that was asked for; if not, all members have failed."""
+        wanted = next(iter(self._members.values())).job.plan.spec.power_mode
+        if not wanted:
+            return True
+        from boardbench.agent.board.power_modes import NoPowerMode, PowerModes
+
+        # Put back by whoever ends this, also when it is cancelled in here.
+        self._modes = modes = PowerModes(self._config.sys_root, self._config.data_dir)
+        try:
+            await asyncio.to_thread(modes.set, wanted)
+        except NoPowerMode as error:
+            for member in self._members.values():
+                self._stop(member, result_pb2.RunError(code="power_mode_not_set", message=str(error)))
+            while self._ends:
+                await asyncio.gather(*self._ends)
+            return False
+        return True
 
     async def _set_up(self) -> None:
         """Holds the board as it is set up for measuring: set once, and not again for every process."""
@@ -133,10 +156,15 @@ class Session:
 
     async def _put_back(self) -> list[str]:
         """Lets go of the board, once; what could not be put back."""
-        if self._tuner is None or not self._owner:
-            return []
-        owner, self._owner = self._owner, ""
-        return await asyncio.to_thread(self._tuner.release, owner)
+        failed: list[str] = []
+        if self._tuner is not None and self._owner:
+            owner, self._owner = self._owner, ""
+            failed += await asyncio.to_thread(self._tuner.release, owner)
+        if self._modes is not None:
+            # After the clocks, whose bounds are those of the mode.
+            modes, self._modes = self._modes, None
+            failed += await asyncio.to_thread(modes.put_back)
+        return failed
 
     def stop(self, run_id: str, error: result_pb2.RunError | None = None) -> None:
         """Ends a member at once: failed with that error, or cancelled without one. One that is over stays so.

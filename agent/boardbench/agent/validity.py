@@ -60,6 +60,13 @@ RULES = (
         "a stronger supply, or a power mode that draws less",
     ),
     Rule(
+        "cache_not_kept",
+        "what the engine left for the next load is more than all caches may take, and was removed",
+        "note",
+        "the next load is a first one again",
+        "raise store.cache_limit_bytes in the agent's configuration",
+    ),
+    Rule(
         "throttled_before",
         "the board was throttled or short of voltage since it booted, and not while it was measured",
         "note",

@@ -71,6 +71,7 @@ def test_the_spec_that_was_run_has_every_default_filled_in(worker: Any, fake_job
         "shapes": {"x": {"dimensions": [2, 4]}}, "seed": 2**64 - 1, "duration_seconds": 0.0,
         "min_runs": 20, "max_runs": 1_000_000, "warm_up_seconds": 0.0, "warm_up_runs": 2,
         "confidence": 0.95, "scenario": {"kind": "SCENARIO_KIND_SINGLE_STREAM"},
+        "cache": "CACHE_USE_NONE",
     }  # fmt: skip
     assert {key: spec[key] for key in expected} == expected
     assert not any(value for key, value in spec.items() if key not in expected)

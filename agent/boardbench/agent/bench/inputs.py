@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Mapping, Optional, Sequen
 
 from boardbench.agent.bench import memory, shapes
 from boardbench.agent.bench.runtime import InputsRejected
-from boardbench.agent.domain import InputData, TensorInfo
+from boardbench.agent.domain import InputData, OutputValues, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +77,26 @@ def _seeded(tensor: TensorInfo, seed: int, position: int) -> Array:
         else:
             part[:] = words >> np.uint64(63)
     return values.reshape(tensor.shape)
+
+
+def values_of(names: Sequence[str], outputs: Mapping[str, Array], most: int) -> Tuple[OutputValues, ...]:
+    """At most so many elements of these outputs, an even share of each, spread over the whole of it.
+
+    One that holds text, complex numbers or what is not finite is left out.
+    """
+    import numpy as np
+
+    if not most:
+        return ()
+    kept = [name for name in names if name in outputs and outputs[name].dtype.kind in "fiub"]
+    found = []
+    for name in kept:
+        flat = outputs[name].reshape(-1)
+        step = max(1, -(-flat.size * len(kept) // most))
+        values = flat[::step].astype(np.float64)
+        if np.isfinite(values).all():
+            found.append(OutputValues(name, flat.dtype.name, int(flat.size), step, tuple(values.tolist())))
+    return tuple(found)
 
 
 def shapes_in_file(path: Path) -> Dict[str, Tuple[int, ...]]:

@@ -157,7 +157,7 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
     if runs:
         events.profiling()
         found = profiling.profiled(
-            job.line(),
+            replace(job, cache=loaded.cache).line(),
             measurement.placement,
             wanted=wanted,
             runs=runs,
@@ -172,7 +172,8 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
 def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
     """Every instance of the model that the scenario wants."""
     shapes = _shapes(job)
-    settings = _settings(job, engine.name, engine.version, shapes)
+    settings = Settings(job.compute_precision)
+    cache = job.cache
 
     def load() -> LoadedModel:
         return runtime.load(
@@ -186,14 +187,21 @@ def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
         )
 
     try:
-        model, create_seconds = _timed(load)
+        try:
+            settings = _settings(job, engine.name, engine.version, shapes)
+            model, create_seconds = _timed(load)
+        except OptionRejected:
+            if cache is CacheUse.NONE or not job.cache_by_default:
+                raise
+            settings, cache = Settings(job.compute_precision), CacheUse.NONE
+            model, create_seconds = _timed(load)
     except InputsRejected as error:
         if job.inputs_path is None:
             raise
         named = {*job.shapes, EVERY}
         held = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name not in named)
         raise InputsRejected(f"{error}; the .npz holds {held or 'no array'}") from error
-    loaded = _Loaded(engine, [model], create_seconds)
+    loaded = _Loaded(engine, [model], create_seconds, cache)
     wanted = scenarios.instances(job.scenario)
     try:
         while len(loaded.models) < wanted:
@@ -342,6 +350,8 @@ class _Loaded:
     models: List[LoadedModel]
     create_seconds: float
     """Of the first."""
+    cache: CacheUse
+    """What the engine could do of what was asked for."""
 
     @property
     def model(self) -> LoadedModel:
@@ -448,7 +458,7 @@ def _run(
             scenario=job.scenario,
             cpu_affinity=job.cpu_affinity,
             compute_precision=job.compute_precision,
-            cache=job.cache,
+            cache=loaded.cache,
             output_values=job.output_values or None,
         ),
         import_seconds=engine.import_seconds,

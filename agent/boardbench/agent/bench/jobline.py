@@ -82,6 +82,8 @@ class Job:
     """Processors that this process may use; empty: those that it has."""
     compute_precision: str = ""
     cache: CacheUse = CacheUse.NONE
+    cache_by_default: bool = False
+    """Nobody asked for the cache: where the engine can't have one, it has none."""
     cache_root: Optional[Path] = None
     """Folder of all caches of all engines."""
     model_sha256: str = ""

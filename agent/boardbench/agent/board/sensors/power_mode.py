@@ -104,14 +104,22 @@ def power_mode(root: Path) -> PowerMode | None:
     except OSError:
         configuration = ""
     index = int(found.group(1))
-    names = {int(number): name for number, name in _MODEL.findall(configuration)}
     default = _DEFAULT.search(configuration)
     return PowerMode(
         index=index,
-        name=names.get(index, ""),
+        name=modes(root).get(index, ""),
         default=int(default.group(1)) if default else None,
         fan=found.group(2) or "",
     )
+
+
+def modes(root: Path) -> dict[int, str]:
+    """The names of all modes by their numbers; empty where there is no nvpmodel."""
+    try:
+        configuration = sysfs.table(root / "etc/nvpmodel.conf")
+    except OSError:
+        return {}
+    return {int(number): name for number, name in _MODEL.findall(configuration)}
 
 
 def jetson_clocks(root: Path, command: Command | None = None) -> JetsonClocks | None:
