@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc
@@ -25,7 +26,7 @@ CONFIGURATION = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheu
 class Prometheus:
     """A Prometheus server with one target."""
 
-    def __init__(self, program: str, folder: Path, port: int, target: str) -> None:
+    def __init__(self, program: str, folder: Path, port: int, target: str, *arguments: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         configuration = CONFIGURATION.read_text().replace("127.0.0.1:7343", target)
         assert target in configuration
@@ -40,6 +41,7 @@ class Prometheus:
                 f"--config.file={file}",
                 f"--storage.tsdb.path={folder / 'tsdb'}",
                 f"--web.listen-address=127.0.0.1:{port}",
+                *arguments,
             ],
             stdout=self._log,
             stderr=self._log,
@@ -138,6 +140,61 @@ def test_promql_returns_what_the_board_measured_and_forgets_boards_that_are_gone
     assert not prometheus.query("boardbench_latency_seconds")
     assert prometheus.query("boardbench_collector_open_streams")[0][1] == 0
     assert prometheus.query("up{job='boardbench'}")[0][1] == 1
+
+
+def test_native_histograms_are_scraped_and_right(
+    start_collector: Callable[..., Any],
+    find_program: Callable[[str], str],
+    make_result: MakeResult,
+    make_hello: MakeHello,
+    wait_until: Callable[..., None],
+    tmp_path: Path,
+    free_port: int,
+) -> None:
+    result = make_result()
+    random = Random(11)
+    samples = [int(1e7 * random.lognormvariate(0, 0.3)) for _ in range(20_000)]
+    del result.latency.samples_nanoseconds[:]
+    result.latency.samples_nanoseconds.extend(samples)
+    collector = start_collector()
+    with grpc.insecure_channel(collector.grpc_address) as channel:
+        stub = collector_pb2_grpc.CollectorServiceStub(channel)
+        messages = (
+            collector_pb2.ReportRequest(hello=make_hello()),
+            collector_pb2.ReportRequest(
+                result=collector_pb2.SpooledResult(spool_id="spool-1", sequence=1, result=result)
+            ),
+        )
+        assert [answer.WhichOneof("response") for answer in stub.Report(iter(messages))][
+            -1
+        ] == "acknowledgement"
+    prometheus = Prometheus(
+        find_program("prometheus"),
+        tmp_path,
+        free_port,
+        collector.url.removeprefix("http://"),
+        "--enable-feature=native-histograms",
+    )
+    try:
+        name = "boardbench_latency_distribution_seconds"
+        wait_until(lambda: prometheus.query(f"histogram_count({name})"), "the histogram is scraped")
+        ((labels, count),) = prometheus.query(f"histogram_count({name})")
+        assert (labels["model"], count) == ("mobilenet.tflite", len(samples))
+        ((_, total),) = prometheus.query(f"histogram_sum({name})")
+        assert total == pytest.approx(sum(samples) / 1e9)
+        for share in (0.01, 0.5, 0.9, 0.99, 0.999):
+            ((_, seconds),) = prometheus.query(f"histogram_quantile({share}, {name})")
+            exact = sorted(samples)[int(share * len(samples))] / 1e9
+            assert seconds == pytest.approx(exact, rel=2 ** (1 / 32) - 1), share
+        # What has no exponential buckets comes with its classic ones, and everything else as ever.
+        acknowledged = "boardbench_collector_acknowledge_seconds"
+        assert prometheus.query(f"{acknowledged}_count")[0][1] == 1
+        assert prometheus.query(f'{acknowledged}_bucket{{le="+Inf"}}')[0][1] == 1
+        assert prometheus.query("boardbench_runs_total")[0][1] == 1
+        assert prometheus.query("boardbench_device_info")[0][0]["soc"] == "bcm2712"
+        assert prometheus.query("process_resident_memory_bytes{job='boardbench'}")[0][1] > 1e6
+    finally:
+        prometheus.stop()
 
 
 def test_the_configuration_that_we_ship_is_valid(find_program: Callable[[str], str]) -> None:

@@ -11,12 +11,13 @@ vanishes here, one with it would linger for five minutes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gzip
+import itertools
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.exposition import choose_encoder
@@ -68,6 +69,9 @@ _RESULT_FAMILIES = frozenset(
 _END = "\0"
 """Between the families of a group's text; no label holds it, since all are printable."""
 
+_SHARED = "\1"
+"""Where the labels go that all samples of a group share."""
+
 
 class _Layout:
     """Which samples a group has; shared by all groups that have the same."""
@@ -89,16 +93,24 @@ class _Layout:
             self.sizes[-1] += 1
             lines.append(self._line(name, extra, shared))
         self.template = "".join(lines)
+        self._shared = shared
+
+    @functools.cached_property
+    def encoded(self) -> tuple[bytes, ...]:
+        """Labels of each sample behind the shared ones, as protobuf."""
+        return tuple(
+            native.labels(zip(_label_names(name)[self._shared :], extra, strict=True))
+            for name, extra in self.entries
+        )
 
     @staticmethod
     def _line(name: str, extra: tuple[str, ...], shared: int) -> str:
         names = _label_names(name)[shared:]
         pairs = ",".join(_pair(*pair) for pair in zip(names, extra, strict=True)).replace("%", "%%")
         if not shared and not pairs:
-            # The shared labels, which are none, must have their place all the same.
-            return f"{name}%s %r\n"
-        comma = "," if shared and pairs else ""
-        return f"{name}{{%s{comma}{pairs}}} %r\n"
+            return f"{name} %r\n"
+        start = _SHARED + ("," if pairs else "") if shared else ""
+        return f"{name}{{{start}{pairs}}} %r\n"
 
 
 class _Block:
@@ -125,9 +137,27 @@ class _Block:
     def cells(self) -> list[str]:
         """Returns the text of each of its families, in the order of its layout."""
         layout = self.layout
-        return (
-            layout.template % tuple(chain.from_iterable(zip(repeat(self.shared), self.values, strict=False)))
-        ).split(_END)
+        return (layout.template % self.values).replace(_SHARED, self.shared).split(_END)
+
+    def encoded(self, families: Container[int]) -> Iterator[tuple[int, bytes]]:
+        """Returns those of its families as protobuf: (family, fields of a MetricFamily)."""
+        layout, at = self.layout, 0
+        shared = b""
+        for family, size in zip(layout.families, layout.sizes, strict=True):
+            begin, at = at, at + size
+            if family not in families:
+                continue
+            metric = METRICS[family]
+            shared = shared or native.labels(zip(metric.labels, self.labels, strict=False))
+            values = self.values[begin:at]
+            if metric.kind == "histogram":
+                entries = layout.entries[begin:at]
+                yield family, native.histogram_metric(shared, entries, values, self.distribution)
+            else:
+                yield (
+                    family,
+                    native.metrics(metric.kind, shared, layout.encoded[begin:at], values),
+                )
 
     def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Returns (name, labels, value) of each sample."""
@@ -227,10 +257,11 @@ class _Segment:
         columns: dict[int, list[str]] = {family: [] for family in self._dirty}
         if len(columns) > len(METRICS) // 4:
             # Most of a group is wanted: writing all of it and picking is cheaper than finding the places.
-            spare: list[str] = []
-            for block in self._blocks(self._dirty):
-                for family, cell in zip(block.layout.families, block.cells(), strict=True):
-                    columns.get(family, spare).append(cell)
+            for layout, alike in itertools.groupby(self._blocks(self._dirty), lambda block: block.layout):
+                cells_by_family = zip(*(block.cells() for block in alike), strict=True)
+                for family, same in zip(layout.families, cells_by_family, strict=True):
+                    if family in columns:
+                        columns[family].append("".join(same))
         else:
             for block in self._blocks(self._dirty):
                 if not columns.keys().isdisjoint(block.layout.families):
@@ -245,33 +276,16 @@ class _Segment:
                 self.text.pop(family, None)
         self._dirty.clear()
 
-    def protobuf(self, family: int) -> bytes:
-        """Returns the metrics of the family as fields of a MetricFamily."""
-        found = self.encoded.get(family)
-        if found is None:
-            found = self.encoded[family] = b"".join(
-                _encoded(block, family) for block in self._blocks((family,))
-            )
-        return found
-
-
-def _encoded(block: _Block, family: int) -> bytes:
-    metric = METRICS[family]
-    at = 0
-    for candidate, size in zip(block.layout.families, block.layout.sizes, strict=True):
-        if candidate == family:
-            entries = block.layout.entries[at : at + size]
-            values = block.values[at : at + size]
-            base = native.labels(zip(metric.labels, block.labels, strict=False))
-            extra_names = metric.labels[len(block.labels) :]
-            if metric.kind == "histogram":
-                return native.histogram_metric(base, entries, values, block.distribution)
-            return b"".join(
-                native.metric(metric.kind, base + native.labels(zip(extra_names, extra, strict=True)), value)
-                for (_, extra), value in zip(entries, values, strict=True)
-            )
-        at += size
-    return b""
+    def encode(self) -> None:
+        """Writes as protobuf what is not there yet."""
+        missing = self.text.keys() - self.encoded.keys()
+        if not missing:
+            return
+        columns: dict[int, list[bytes]] = {family: [] for family in missing}
+        for block in self._blocks(missing):
+            for family, cell in block.encoded(columns):
+                columns[family].append(cell)
+        self.encoded.update((family, b"".join(cells)) for family, cells in columns.items())
 
 
 class Exposition:
@@ -372,7 +386,7 @@ class Exposition:
     def _remove(self, device_id: str) -> None:
         board = self._boards.pop(device_id)
         blocks = (board.about, board.now, *board.results)
-        board.segment.changed(blocks, repeat(None, len(blocks)))
+        board.segment.changed(blocks, itertools.repeat(None, len(blocks)))
         del board.segment.boards[device_id]
 
     def _results(self, board: _Board, entries: list[LatestResult], left_out: int) -> None:
@@ -479,10 +493,16 @@ class Exposition:
         return b"".join(pieces)
 
     def _protobuf(self) -> bytes:
+        own: dict[int, list[bytes]] = {}
+        for block in self._own:
+            for family, cell in block.encoded(range(len(METRICS))):
+                own.setdefault(family, []).append(cell)
+        for segment in self._segments:
+            segment.encode()
         pieces: list[bytes] = []
         for family, metric in enumerate(METRICS):
-            metrics = [found for segment in self._segments if (found := segment.protobuf(family))]
-            metrics += [found for block in self._own if (found := _encoded(block, family))]
+            metrics = [found for segment in self._segments if (found := segment.encoded.get(family))]
+            metrics += own.get(family, [])
             if metrics:
                 pieces.append(native.family(metric, b"".join(metrics)))
         return b"".join(pieces)

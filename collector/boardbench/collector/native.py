@@ -5,6 +5,7 @@ Messages and field numbers: https://github.com/prometheus/client_model/blob/mast
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry
@@ -16,7 +17,14 @@ from boardbench.collector.protowire import double, number, piece, text, varint, 
 CONTENT_TYPE = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
 
 _COUNTER, _GAUGE, _HISTOGRAM, _GAUGE_HISTOGRAM = 0, 1, 4, 5
-_VALUE_FIELD = {"gauge": 2, "info": 2, "counter": 3}
+_METRIC = varint(4 << 3 | 2)
+_DOUBLE = struct.Struct("<d")
+_VALUE_HEAD = {
+    kind: varint(field << 3 | 2) + bytes((9, 1 << 3 | 1))
+    for kind, field in (("gauge", 2), ("info", 2), ("counter", 3))
+}
+"""A field that holds a message of nine bytes, which is one double."""
+_VALUE_BYTES = 11
 _ZERO_THRESHOLD_SECONDS = 2.0**-128
 """Prometheus's default: nothing that was measured is so short."""
 
@@ -26,9 +34,14 @@ def labels(pairs: Iterable[tuple[str, str]]) -> bytes:
     return b"".join(piece(1, text(1, name) + text(2, value)) for name, value in pairs)
 
 
-def metric(kind: str, labelled: bytes, value: float) -> bytes:
-    """Returns a field of a MetricFamily that is one sample."""
-    return piece(4, labelled + piece(_VALUE_FIELD[kind], double(1, value)))
+def metrics(kind: str, shared: bytes, labelled: Sequence[bytes], values: Sequence[float]) -> bytes:
+    """Returns fields of a MetricFamily, one a sample, each with the shared labels and its own."""
+    head = _VALUE_HEAD[kind]
+    pieces: list[bytes] = []
+    for more, value in zip(labelled, values, strict=True):
+        size = len(shared) + len(more) + _VALUE_BYTES
+        pieces += (_METRIC, varint(size), shared, more, head, _DOUBLE.pack(value))
+    return b"".join(pieces)
 
 
 def histogram_metric(
@@ -63,14 +76,14 @@ def histogram_metric(
     return piece(4, labelled + piece(7, content))
 
 
-def family(described: Metric, metrics: bytes) -> bytes:
+def family(described: Metric, content: bytes) -> bytes:
     """Returns a MetricFamily with its length in front."""
     kinds = {"counter": _COUNTER, "gauge": _GAUGE, "info": _GAUGE, "histogram": _HISTOGRAM}
     kind = kinds[described.kind]
     if described.name == "boardbench_latency_distribution_seconds":
         # Of the latest run: it goes down as well as up.
         kind = _GAUGE_HISTOGRAM
-    return _delimited(described.name, described.meaning, kind, metrics)
+    return _delimited(described.name, described.meaning, kind, content)
 
 
 def registry(collectors: CollectorRegistry) -> bytes:
@@ -78,13 +91,13 @@ def registry(collectors: CollectorRegistry) -> bytes:
     pieces: list[bytes] = []
     for found in collectors.collect():
         counter = found.type == "counter"
-        metrics = b"".join(
-            metric("counter" if counter else "gauge", labels(sample.labels.items()), sample.value)
+        shown = b"".join(
+            metrics("counter" if counter else "gauge", labels(sample.labels.items()), (b"",), (sample.value,))
             for sample in found.samples
             if not sample.name.endswith("_created")
         )
         name = found.samples[0].name if found.samples else found.name
-        pieces.append(_delimited(name, found.documentation, _COUNTER if counter else _GAUGE, metrics))
+        pieces.append(_delimited(name, found.documentation, _COUNTER if counter else _GAUGE, shown))
     return b"".join(pieces)
 
 

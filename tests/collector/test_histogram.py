@@ -1,0 +1,62 @@
+"""Distributions: every sample in its bucket, classic and exponential."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from boardbench.collector.histogram import BOUNDS_SECONDS, Distribution, distribution
+
+
+def buckets(found: Distribution) -> dict[int, int]:
+    """Counts by exponential bucket, as a reader of spans and deltas finds them."""
+    counts: dict[int, int] = {}
+    index, count = 0, 0
+    deltas = iter(found.native.deltas)
+    for offset, length in found.native.spans:
+        index += offset
+        for _ in range(length):
+            count += next(deltas)
+            counts[index] = count
+            index += 1
+    assert next(deltas, None) is None
+    return counts
+
+
+def test_nothing_and_nonsense_have_no_distribution() -> None:
+    assert distribution([]) is None
+    assert distribution([5, 0]) is None
+
+
+def test_bounds_are_the_same_for_everything() -> None:
+    assert BOUNDS_SECONDS[0] == 0.0001 and BOUNDS_SECONDS[-1] == 10
+    assert list(BOUNDS_SECONDS) == sorted(set(BOUNDS_SECONDS))
+    assert 0.002 in BOUNDS_SECONDS and 5.0 in BOUNDS_SECONDS
+
+
+@given(st.lists(st.integers(1, 10**13), min_size=1, max_size=200))
+def test_every_sample_is_in_its_bucket(samples: list[int]) -> None:
+    found = distribution(samples)
+    assert found is not None
+    assert (found.count, found.sum_seconds) == (len(samples), sum(samples) / 1e9)
+    expected = tuple(sum(sample / 1e9 <= bound for sample in samples) for bound in BOUNDS_SECONDS)
+    assert found.cumulative == expected
+    counts = buckets(found)
+    assert sum(counts.values()) == len(samples)
+    assert all(count > 0 for count in counts.values())
+    for index, count in counts.items():
+        # A sample on a bound may be on either side of it, as floating point rounds.
+        low, high = 2 ** ((index - 1) / 32) * 1e9, 2 ** (index / 32) * 1e9
+        inside = sum(low < sample <= high for sample in samples)
+        near = sum(min(abs(sample - low), abs(sample - high)) <= 1e-9 * high for sample in samples)
+        assert abs(count - inside) <= near
+
+
+def test_a_stall_far_from_the_rest_costs_two_buckets() -> None:
+    found = distribution([1_000_000] * 99 + [10**13])
+    assert found is not None
+    assert len(found.native.deltas) == 2
+    assert sorted(buckets(found).values()) == [1, 99]
+    assert math.isclose(found.sum_seconds, 10_000.099)
