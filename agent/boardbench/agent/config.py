@@ -38,6 +38,9 @@ class StoreConfig:
     limit_bytes: int = 4 * _GIB
     # Enough for the system to write logs and for package managers to work.
     free_floor_bytes: int = 512 * _MIB
+    # What engines keep from one load to the next, where that is asked for, of all models together: a few
+    # engines of TensorRT, or blobs of OpenVINO, each about as large as its model. Oldest go first.
+    cache_limit_bytes: int = _GIB
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,13 @@ class SpecConfig:
     # Heat and power move within tenths of a second; ten samples of all sensors cost a board some percent of
     # one processor. 0: none.
     sample_hertz: float = 10.0
+    # What engines keep from one load to the next: "none", so that every load is a first one and loading times
+    # compare; or "keep", where the engine can.
+    cache: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHE_USES:
+            raise ConfigurationError(f"spec.cache is {self.cache!r}; it must be {' or '.join(CACHE_USES)}")
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,7 @@ class ValidityConfig:
                     )
 
 
+CACHE_USES = ("none", "keep")
 SEVERITIES = ("note", "doubtful", "invalid")
 
 

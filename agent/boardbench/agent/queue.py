@@ -41,7 +41,7 @@ from boardbench.agent.errors import (
     Unavailable,
 )
 from boardbench.agent.journal import Ended, Journal, Order, Unfinished
-from boardbench.agent.plan import RUN_ID, Job, Plan, blank_result, check_spec, plan
+from boardbench.agent.plan import RUN_ID, Job, Plan, blank_result, check_power_mode, check_spec, plan
 from boardbench.agent.probe import Engines
 from boardbench.agent.receive import FileKind, ModelStore, StoredFile
 from boardbench.agent.run import stage_name
@@ -347,6 +347,7 @@ class Runs:
                     )
                 return run_id
             check_spec(spec)
+            check_power_mode(self._config, spec)
             self._check_group(spec)
             if len(self._waiting) >= self._config.runs.waiting_limit:
                 raise QueueFull(
@@ -610,6 +611,7 @@ class Runs:
                 ("processes", spec.processes, theirs.processes),
                 # It is set for the board, and so for all of them.
                 ("tune", spec.tune, theirs.tune),
+                ("power_mode", spec.power_mode, theirs.power_mode),
             ):
                 if one != other:
                     raise InvalidRequest(
