@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from boardbench_affine import graph
+from boardbench_affine.engine import AffineRuntime
 
 from boardbench.agent.bench.runtime import ModelRejected
 from boardbench.testkit import BenchChild, EngineContract, Subject
-from boardbench_affine import graph
-from boardbench_affine.engine import AffineRuntime
 
 
 def relu_and_itself(batch: int = 1) -> bytes:
@@ -35,7 +35,13 @@ class TestAffine(EngineContract):
 def layer(seed: int = 0, size: int = 16) -> dict[str, object]:
     random = np.random.default_rng(seed)
     weights = random.standard_normal((size, size)).astype(np.float32)
-    return {"type": "dense", "name": "layer", "of": ["x"], "weights": weights, "bias": np.ones(size, np.float32)}
+    return {
+        "type": "dense",
+        "name": "layer",
+        "of": ["x"],
+        "weights": weights,
+        "bias": np.ones(size, np.float32),
+    }
 
 
 def test_dense_is_a_product_and_a_sum(tmp_path: Path) -> None:

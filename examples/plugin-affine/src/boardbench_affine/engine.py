@@ -1,14 +1,15 @@
 """The engine. Its contract, word for word, is ``boardbench.agent.bench.runtime``.
 
-It runs in a process of its own, under the interpreter that has this distribution, for one run; what it imports
-of boardbench is there without being installed. NumPy is loaded when it is first asked for.
+It runs in a process of its own, under the interpreter that has this distribution, for one run; what it
+imports of boardbench is there without being installed. NumPy is loaded when it is first asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any
 
 from boardbench.agent.bench import placement, shapes
 from boardbench.agent.bench.options import OptionReader
@@ -22,18 +23,20 @@ if TYPE_CHECKING:
     from boardbench.agent.bench.runtime import Tensors
 
     Array = np.ndarray[Any, np.dtype[Any]]
-    Step = Callable[[Dict[str, Array]], Array]
+    Step = Callable[[dict[str, Array]], Array]
 
 
 class AffineRuntime:
     """The engine, before a model is loaded."""
 
     name = "affine"
-    formats: Tuple[str, ...] = ("affine",)
+    formats: tuple[str, ...] = ("affine",)
     # Those of boardbench's own settings that it takes: none. How many threads NumPy has, it decides itself.
-    settings: Tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     # Its own options, each with what it does.
-    options: Mapping[str, str] = {"accumulate": "float32 (default) or float64: what sums of dense are kept in"}
+    options: Mapping[str, str] = {
+        "accumulate": "float32 (default) or float64: what sums of dense are kept in"
+    }
     sys_root = Path("/")
 
     def version(self) -> str:
@@ -44,7 +47,7 @@ class AffineRuntime:
             raise RuntimeUnavailable(f"no NumPy ({error}): python -m pip install numpy") from error
         return f"numpy {np.__version__}"
 
-    def devices(self) -> Tuple[str, ...]:
+    def devices(self) -> tuple[str, ...]:
         """What can be asked for with --device, the default first."""
         return ("cpu",)
 
@@ -53,9 +56,9 @@ class AffineRuntime:
         model: Path,
         *,
         device: str,
-        threads: Optional[int],
+        threads: int | None,
         options: Mapping[str, str],
-        shapes: Mapping[str, Tuple[int, ...]],
+        shapes: Mapping[str, tuple[int, ...]],
         allow_fallback: bool = False,  # noqa: ARG002 - the CPU is always there
     ) -> AffineModel:
         """Reads the file; what can't be done as it is asked for is refused, never ignored."""
@@ -63,8 +66,8 @@ class AffineRuntime:
             raise OptionRejected(f"affine has no device {device!r}; it has {', '.join(self.devices())}")
         if threads is not None:
             raise OptionRejected(
-                "affine takes no number of threads: set OPENBLAS_NUM_THREADS, or whatever NumPy's BLAS listens "
-                "to, in the agent's environment"
+                "affine takes no number of threads: set OPENBLAS_NUM_THREADS, or whatever NumPy's BLAS "
+                "listens to, in the agent's environment"
             )
         reader = OptionReader(self.name, options)
         double = reader.choice("accumulate", ("float32", "float64"), default="float32") == "float64"
@@ -98,7 +101,7 @@ class AffineModel:
         found: graph.Graph,
         *,
         options: Mapping[str, str],
-        given: Mapping[str, Tuple[int, ...]],
+        given: Mapping[str, tuple[int, ...]],
         double: bool,
     ) -> None:
         """Settles the sizes that the model leaves open."""

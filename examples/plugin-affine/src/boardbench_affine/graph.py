@@ -1,12 +1,12 @@
-"""The format: a graph in JSON, and its constants.
+r"""The format: a graph in JSON, and its constants.
 
-    AFFINE1\\n
+    AFFINE1\n
     {"input":   {"name": "x", "shape": [-1, 4]},                     -1: open; only the first may be
      "output":  {"name": "y", "value": "sum"},
      "operations": [
         {"type": "dense", "name": "hidden", "of": ["x"], "weights": [4, 8], "at": 0},
         {"type": "relu",  "name": "act",    "of": ["hidden"]},
-        {"type": "add",   "name": "sum",    "of": ["act", "act"]}]}\\n
+        {"type": "add",   "name": "sum",    "of": ["act", "act"]}]}\n
     float32, little-endian: for each dense operation from byte "at" on its weights, then as many biases as
     they have columns
 
@@ -16,9 +16,10 @@ All on one line but for the breaks that are written. A value is called as the op
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,9 +44,9 @@ class Operation:
 
     type: str
     name: str
-    of: Tuple[str, ...]
-    weights: Optional[Array] = None
-    bias: Optional[Array] = None
+    of: tuple[str, ...]
+    weights: Array | None = None
+    bias: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Graph:
     """A model, checked: every value is made before it is taken, and every size fits."""
 
     input_name: str
-    input_shape: Tuple[int, ...]
+    input_shape: tuple[int, ...]
     output_name: str
     output_value: str
-    output_shape: Tuple[int, ...]
-    operations: Tuple[Operation, ...]
+    output_shape: tuple[int, ...]
+    operations: tuple[Operation, ...]
 
 
 def read(path: Path) -> Graph:
@@ -90,7 +91,7 @@ def write(
     import numpy as np
 
     constants = b""
-    told: List[Dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
     for operation in operations:
         entry = {key: operation[key] for key in ("type", "name", "of")}
         if operation["type"] == "dense":
@@ -141,10 +142,12 @@ def _operation(entry: Mapping[str, Any], constants: bytes) -> Operation:
         raise ValueError(f"the weights of {name!r} are not all there: the file is truncated; copy it again")
     # Copied, so that they lie as NumPy likes them, whatever the length of the text before.
     values = np.frombuffer(constants, "<f4", count, start).astype(np.float32)
-    return Operation(kind, name, of, values[: rows * columns].reshape(rows, columns), values[rows * columns :])
+    return Operation(
+        kind, name, of, values[: rows * columns].reshape(rows, columns), values[rows * columns :]
+    )
 
 
-def _shape(operation: Operation, of: Sequence[Tuple[int, ...]]) -> Tuple[int, ...]:
+def _shape(operation: Operation, of: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     if operation.type == "add" and of[0] != of[1]:
         raise ValueError(f"add {operation.name!r} of {list(of[0])} and {list(of[1])}")
     if operation.weights is None:
@@ -153,5 +156,3 @@ def _shape(operation: Operation, of: Sequence[Tuple[int, ...]]) -> Tuple[int, ..
     if of[0][-1] != rows:
         raise ValueError(f"dense {operation.name!r} has {rows} rows and takes {list(of[0])}")
     return (*of[0][:-1], columns)
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Callable, Iterable, List
+from collections.abc import Callable, Iterable
 
 from boardbench.agent.bench.runtime import Profile, ProfileRequest
 from boardbench_affine.engine import AffineRuntime
@@ -19,7 +19,7 @@ def profile(runtime: AffineRuntime, request: ProfileRequest, runs: Callable[[], 
         shapes=request.shapes,
     )
     feed = request.feeds(model.inputs)[model.graph.input_name]
-    whole: List[float] = []
+    whole: list[float] = []
     sums = [0.0] * len(model.steps)
     # Told before anything that could end the process: what was told last is then left out the next time.
     request.trying("timing each operation")
