@@ -35,12 +35,24 @@ COMMANDS: dict[str, Command] = {
     ),
     "results": Command("boardbench.cli.results", "results", "List the results that the collector keeps."),
     "show": Command("boardbench.cli.results", "show", "Show one result of the collector, whole."),
-    "devices": Command("boardbench.cli.devices", "devices", "List boards and what they can run."),
+    "jobs": Command("boardbench.cli.jobs", "jobs", "List, follow, cancel or retry the jobs of a collector."),
+    "suite": Command(
+        "boardbench.cli.suite",
+        "suite",
+        "Run many models on many boards: at once, by the clock, as files come.",
+    ),
+    "devices": Command(
+        "boardbench.cli.devices", "devices", "List boards and what they can run; reserve and label them."
+    ),
+    "runtimes": Command(
+        "boardbench.cli.runtimes", "runtimes", "List a board's engines, or those that can run a model."
+    ),
     "doctor": Command("boardbench.cli.doctor", "doctor", "Say whether a board is fit to measure on."),
     "models": Command("boardbench.cli.models", "models", "List or delete the files that a board keeps."),
     "runs": Command("boardbench.cli.runs", "runs", "List the runs of a board."),
     "watch": Command("boardbench.cli.runs", "watch", "Follow a run on a board to its result."),
     "cancel": Command("boardbench.cli.runs", "cancel", "End a run on a board, waiting or running."),
+    "flash": Command("boardbench.cli.flash", "flash", "Put the agent onto a board, before its first boot."),
     "demo": Command(
         "boardbench.cli.demo", "demo", "Try everything on this machine, with models built on the spot."
     ),
@@ -61,7 +73,8 @@ EPILOG = (
 \b
 Environment:
   BOARDBENCH_AGENT      boards for --to, separated by spaces
-  BOARDBENCH_COLLECTOR  the collector for --collector
+  BOARDBENCH_COLLECTOR  the collector for --collector, and for --via of jobs, devices and suite
+  BOARDBENCH_HOLDER     who asks, for --holder
   BOARDBENCH_DEBUG=1    show the traceback of an error
   NO_COLOR              no colour and no other terminal styling
 """

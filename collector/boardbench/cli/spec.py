@@ -43,6 +43,13 @@ _SCENARIO_OPTIONS = {
     "multi-stream": ("streams",),
     "sustained": ("window",),
 }
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+"""What an engine can be told to compute in."""
+
+CACHES = {"none": "CACHE_USE_NONE", "keep": "CACHE_USE_KEEP", "renew": "CACHE_USE_RENEW"}
+"""The wire's name of each use of caches, by what people write."""
+
+_MOST_PROCESSORS = 8192
 MOST_PROFILE_RUNS = 10_000  # what a board takes; beyond it a profile grows no sharper, only longer
 
 
@@ -82,6 +89,12 @@ class Spec:
     idle: float | None = None
     sample_rate: float | None = None
     tune: bool = False
+    affinity: tuple[int, ...] = ()
+    compute: str = ""
+    power_mode: str = ""
+    cache: str = ""
+    output_values: int | None = None
+    """Asked for by no option: where results of engines are compared, their outputs are, too."""
 
     def message(self, inputs_sha256: str = "") -> result_pb2.BenchmarkSpec:
         """The same for the wire, with the hash of the inputs in place of their path."""
@@ -116,6 +129,11 @@ class Spec:
             idle_seconds=self.idle,
             sample_hertz=self.sample_rate,
             tune=self.tune,
+            cpu_affinity=self.affinity,
+            compute_precision=self.compute,
+            power_mode=self.power_mode,
+            cache=result_pb2.CacheUse.Value(CACHES[self.cache] if self.cache else "CACHE_USE_UNSPECIFIED"),
+            output_values=self.output_values,
         )
         if self.scenario:
             spec.scenario.CopyFrom(
@@ -264,6 +282,24 @@ def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     return options
 
 
+def _processors(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    found: list[int] = []
+    for text in (value or "").split(",") if value is not None else ():
+        first, dash, last = text.strip().partition("-")
+        try:
+            low, high = int(first), int(last) if dash else int(first)
+        except ValueError:
+            low, high = 0, -1
+        if not 0 <= low <= high < _MOST_PROCESSORS:
+            raise click.BadParameter(
+                f"{text!r} is no processor: write numbers and ranges, as in 0,2-3", ctx, param
+            )
+        found += range(low, high + 1)
+    if len(set(found)) < len(found):
+        raise click.BadParameter("a processor is given twice", ctx, param)
+    return tuple(sorted(found))
+
+
 def _shapes(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
@@ -287,7 +323,38 @@ def _shapes(
 
 _OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option(
-        "--runtime", default="", help="Engine: tflite, onnxruntime, …  [default: the board's for the format]"
+        "--runtime",
+        default="",
+        help="Engine: tflite, onnxruntime, …; all: every one that takes the model, compared.  "
+        "[default: the board's for the format, see `boardbench runtimes`]",
+    ),
+    click.option(
+        "--affinity",
+        metavar="0,2-3",
+        default=None,
+        callback=lambda ctx, param, value: _processors(ctx, param, value),
+        help="Processors that the engine may use, whichever it is.  [default: those of the agent]",
+    ),
+    click.option(
+        "--compute",
+        type=click.Choice(PRECISIONS),
+        default=None,
+        callback=lambda _ctx, _param, value: value or "",
+        help="Arithmetic to compute in; an engine that can't be told is an error.  [default: the engine's]",
+    ),
+    click.option(
+        "--power-mode",
+        metavar="NAME",
+        default="",
+        help="Power mode of the board for the time of the run, as MAXN on a Jetson; then it is put back.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Choice(tuple(CACHES)),
+        default=None,
+        callback=lambda _ctx, _param, value: value or "",
+        help="What the engine may keep on the board for its next load: nothing, so that every load is a "
+        "first one; compiled blobs, engines and timing caches; or these anew.  [default: the board's, none]",
     ),
     click.option("--device", default="", help="cpu, edgetpu, cuda, …  [default: cpu]"),
     click.option("--threads", type=Count(1, 1024), help="Threads of the engine.  [default: the engine's]"),

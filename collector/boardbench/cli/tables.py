@@ -18,7 +18,15 @@ from boardbench.cli.report import EMULATORS, STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.cli.trust import validity_word
 from boardbench.cli.verdict import device_asked, is_plain, percent, placement_known
-from boardbench.v1 import agent_pb2, board_pb2, collector_pb2, latency_pb2, placement_pb2, result_pb2
+from boardbench.v1 import (
+    agent_pb2,
+    board_pb2,
+    collector_pb2,
+    job_pb2,
+    latency_pb2,
+    placement_pb2,
+    result_pb2,
+)
 
 _FIGURES = ("p50", "p90", "memory")
 _NUMBERS = (*_FIGURES, "fallback", "size", "results")
@@ -58,11 +66,11 @@ def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
             ended,
             boards[result.board.device_id],
             result.model.name,
-            _runtime(result),
+            of_runtime(result),
             *_figures(result),
-            _accelerated(result),
+            accelerated(result),
             *([_fallback(result)] if fallback else []),
-            _status(result),
+            status_of(result),
             result.run_id[:_ID_DIGITS],
         )
     return table
@@ -78,11 +86,11 @@ def comparison_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
         table.add_row(
             result.model.name,
             boards[result.board.device_id],
-            _runtime(result),
+            of_runtime(result),
             *_figures(result),
-            _accelerated(result),
+            accelerated(result),
             *([_fallback(result)] if fallback else []),
-            _status(result),
+            status_of(result),
         )
     return table
 
@@ -98,28 +106,36 @@ def _short_names(boards: Iterable[board_pb2.Board]) -> dict[str, str]:
 
 
 def _figures(result: result_pb2.RunResult) -> tuple[str, str, str]:
-    memory = result.memory
     return (
-        _percentile(result.latency, 50),
-        _percentile(result.latency, 90),
-        figures.count_bytes(memory.peak_rss_bytes) if memory.HasField("peak_rss_bytes") else "–",
+        percentile(result.latency, 50),
+        percentile(result.latency, 90),
+        peak_memory(result),
     )
 
 
-def _runtime(result: result_pb2.RunResult) -> str:
+def of_runtime(result: result_pb2.RunResult) -> str:
+    """The engine, and the device where that is not the CPU."""
     name = result.runtime.name or result.spec.runtime or "–"
     device = result.runtime.device or result.spec.device
     return f"{name} {device}" if device and device != "cpu" else name
 
 
-def _percentile(latency: latency_pb2.Latency, percentile: float) -> str:
+def percentile(latency: latency_pb2.Latency, number: float) -> str:
+    """The percentile as it is read; a dash where there is none."""
     for entry in latency.percentiles:
-        if entry.percentile == percentile:
+        if entry.percentile == number:
             return figures.seconds(entry.seconds)
     return "–"
 
 
-def _accelerated(result: result_pb2.RunResult) -> Text:
+def peak_memory(result: result_pb2.RunResult) -> str:
+    """The highest peak of the worker."""
+    memory = result.memory
+    return figures.count_bytes(memory.peak_rss_bytes) if memory.HasField("peak_rss_bytes") else "–"
+
+
+def accelerated(result: result_pb2.RunResult) -> Text:
+    """How many of its operations an accelerator runs."""
     placement = result.placement
     if result.status != result_pb2.RUN_STATUS_SUCCEEDED and not result.HasField("placement"):
         return Text("–", QUIET)
@@ -149,7 +165,8 @@ def _any_fallback(results: Iterable[result_pb2.RunResult]) -> bool:
     return any(result.placement.HasField("fallback_cost") and not is_plain(result) for result in results)
 
 
-def _status(result: result_pb2.RunResult) -> Text:
+def status_of(result: result_pb2.RunResult) -> Text:
+    """How it ended, and what it is worth."""
     word, style = _STATUS.get(result.status, ("unknown", DOUBTFUL))
     if result.HasField("error") and result.error.code:
         word += f" {result.error.code}"
@@ -174,15 +191,35 @@ def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
     for device in map(cleaned, devices):
         board = device.board
         table.add_row(
-            Text(board_name(board), STRONG),
+            _who(device),
             _hardware(board),
             _up(device, now),
             Text("\n").join(_runtime_status(status, short=True) for status in device.runtimes) or "–",
             device.address or "–",
-            _queue(device.heartbeat.running_run_id, device.heartbeat.queued_runs),
+            _occupied(device),
             figures.whole(device.results),
         )
+        for problem in device.problems:
+            table.add_row("", Text(problem, BAD))
     return table
+
+
+def _who(device: collector_pb2.Device) -> Text:
+    """The board's name, and its labels; the operator's go before the agent's."""
+    text = Text(board_name(device.board), STRONG)
+    labels = dict(device.board.labels) | dict(device.labels)
+    for name, value in sorted(labels.items()):
+        text.append(f"\n{name}={value}", QUIET)
+    return text
+
+
+def _occupied(device: collector_pb2.Device) -> Text:
+    text = Text(_queue(device.heartbeat.running_run_id, device.heartbeat.queued_runs))
+    if device.open_jobs:
+        text.append(f"\n{figures.plural(device.open_jobs, 'job')}")
+    if device.HasField("reservation"):
+        text.append(f"\nreserved by {device.reservation.holder}", DOUBTFUL)
+    return text
 
 
 def _up(device: collector_pb2.Device, now: datetime.datetime) -> Text:
@@ -321,6 +358,49 @@ def runs_table(runs: Iterable[agent_pb2.RunSummary]) -> RenderableType:
             _time(run.created_at if run.HasField("created_at") else None),
             _state(run),
         )
+    return table
+
+
+_JOB_STATES: dict[int, tuple[str, str]] = {
+    job_pb2.JOB_STATE_QUEUED: ("queued", QUIET),
+    job_pb2.JOB_STATE_LEASED: ("leased", ""),
+    job_pb2.JOB_STATE_RUNNING: ("running", STRONG),
+    job_pb2.JOB_STATE_DONE: ("done", GOOD),
+    job_pb2.JOB_STATE_CANCELLED: ("cancelled", DOUBTFUL),
+    job_pb2.JOB_STATE_DEAD: ("DEAD", BAD),
+}
+
+
+def jobs_table(jobs: Iterable[job_pb2.Job]) -> RenderableType:
+    """A line a job of a collector."""
+    table = _table("job", "board", "model", "submitted", "state", "tries", "by", "", whole=("job",))
+    for job in map(cleaned, jobs):
+        table.add_row(
+            job.job_id[:_ID_DIGITS],
+            job.device_id,
+            job.model.name or job.model.sha256[:12],
+            _time(job.created_at if job.HasField("created_at") else None),
+            _job_state(job),
+            f"{job.attempts} of {job.max_attempts}" if job.max_attempts else f"{job.attempts}",
+            job.holder,
+            job.reason or job.progress,
+        )
+    return table
+
+
+def _job_state(job: job_pb2.Job) -> Text:
+    if job.state == job_pb2.JOB_STATE_DONE and job.run_status == result_pb2.RUN_STATUS_FAILED:
+        return Text("done, run FAILED", BAD)
+    word, style = _JOB_STATES.get(job.state, ("unknown", DOUBTFUL))
+    return Text(word, style)
+
+
+def reservations_table(reservations: Iterable[job_pb2.Reservation]) -> RenderableType:
+    """A line a board that is taken."""
+    table = _table("board", "holder", "until", "for")
+    for reservation in map(cleaned, reservations):
+        ends = reservation.ends_at if reservation.HasField("ends_at") else None
+        table.add_row(reservation.device_id, reservation.holder, _time(ends), reservation.reason)
     return table
 
 
