@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -50,6 +51,24 @@ def _option(name: str, **more: Any) -> Callable[[_Command], _Command]:
     """Returns a click option that can also be given in the environment."""
     variable = ENVIRONMENT_PREFIX + name.removeprefix("--").replace("-", "_").upper()
     return click.option(name, envvar=variable, show_envvar=True, **more)
+
+
+def _urls(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    for url in given:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise click.BadParameter(f"{url!r} can't be sent to; write http://HOST:PORT/api/v1/write")
+    return given
+
+
+def _headers(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    headers = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise click.BadParameter(f"{text!r} is no header; write NAME=VALUE")
+        headers[name.strip()] = value.strip()
+    return headers
 
 
 _data_dir = _option(
@@ -123,6 +142,20 @@ def main() -> None:
     help="Refuse boards that were not enrolled with a token.",
 )
 @_option(
+    "--remote-write",
+    multiple=True,
+    metavar="URL",
+    callback=_urls,
+    help="Send every result on to this address, by Prometheus's remote write; may be repeated.",
+)
+@_option(
+    "--remote-write-header",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_headers,
+    help="Header of these requests, such as X-Scope-OrgID=lab; may be repeated.",
+)
+@_option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -139,6 +172,8 @@ def serve(
     series_ttl: float,
     result_ttl: float,
     series_per_device: int,
+    remote_write: tuple[str, ...],
+    remote_write_header: dict[str, str],
     require_enrolment: bool,
     log_level: str,
 ) -> None:
@@ -152,6 +187,8 @@ def serve(
         series_ttl_seconds=series_ttl,
         result_ttl_seconds=result_ttl,
         series_per_device=series_per_device,
+        remote_write=remote_write,
+        remote_write_headers=remote_write_header,
         require_enrolment=require_enrolment,
     )
     logging.basicConfig(

@@ -101,8 +101,15 @@ class CollectorConfig:
     monthly runs would be a guess about the future; shorter would lose weekly ones."""
 
     series_per_device: int = 5000
-    """Series of results that one board may have in ``/metrics``: about 80 models at 62 each. Prometheus
+    """Series of results that one board may have in ``/metrics``: about 60 models at 80 each. Prometheus
     keeps every one in memory, so one board must not be able to fill it."""
+
+    remote_write: tuple[str, ...] = ()
+    """URLs that results are sent on to, by Prometheus's remote write: so that those of a board that was
+    offline appear at the time they were measured. None: a scrape is enough where boards are online."""
+
+    remote_write_headers: Mapping[str, str] = field(default_factory=dict)
+    """Headers of every such request: an ``Authorization``, a tenant."""
 
     max_result_bytes: int = 16 * 1024 * 1024
     """A record that is larger is refused: five million samples fit in it."""

@@ -25,7 +25,7 @@ _VALUE_HEAD = {
 }
 """A field that holds a message of nine bytes, which is one double."""
 _VALUE_BYTES = 11
-_ZERO_THRESHOLD_SECONDS = 2.0**-128
+ZERO_THRESHOLD_SECONDS = 2.0**-128
 """Prometheus's default: nothing that was measured is so short."""
 
 
@@ -65,7 +65,7 @@ def histogram_metric(
     if shape is not None:
         content += (
             number(5, zigzag(SCHEMA))
-            + double(6, _ZERO_THRESHOLD_SECONDS)
+            + double(6, ZERO_THRESHOLD_SECONDS)
             + number(7, 0)
             + b"".join(
                 piece(12, number(1, zigzag(offset)) + number(2, length))

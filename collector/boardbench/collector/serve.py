@@ -24,6 +24,7 @@ from boardbench.collector.config import Address, CollectorConfig
 from boardbench.collector.errors import StartError, StoreError
 from boardbench.collector.expose import MIN_SERIES_PER_RESULT, Exposition, Scrapes
 from boardbench.collector.fleet import Fleet
+from boardbench.collector.forward import Forwarder, posting
 from boardbench.collector.look import ReadModel
 from boardbench.collector.service import SERVICE_NAME, CollectorService
 from boardbench.collector.store import ResultStore
@@ -86,11 +87,13 @@ async def running(
 ) -> AsyncIterator[Listening]:
     """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
     fleet = Fleet(store, silence_seconds=config.silence_seconds)
+    forwarders: list[Forwarder] = []
     look = ReadModel(
         store,
         fleet,
         result_ttl_seconds=config.result_ttl_seconds,
         results_per_device=max(1, config.series_per_device // MIN_SERIES_PER_RESULT),
+        forwarded=lambda: tuple(forwarder.view() for forwarder in forwarders),
     )
     for address in (config.listen, config.http):
         if not address.is_loopback:
@@ -98,6 +101,7 @@ async def running(
     async with contextlib.AsyncExitStack() as stack:
         grpc_address = await _start_grpc(config, store, fleet, look, enrolments, stack)
         http_address = await _start_http(config, look, _scrapes(config, look), stack)
+        await _start_forwarders(config, store, forwarders, stack)
         watch = asyncio.create_task(fleet.watch())
         try:
             yield Listening(grpc_address, http_address)
@@ -156,6 +160,27 @@ async def _start_grpc(
 
     stack.push_async_callback(stop)
     return Address(config.listen.host, port)
+
+
+async def _start_forwarders(
+    config: CollectorConfig,
+    store: ResultStore,
+    forwarders: list[Forwarder],
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    if config.remote_write:
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for url in config.remote_write:
+        post = await stack.enter_async_context(posting(url, config.remote_write_headers))
+        forwarder = Forwarder(url, store, config.data_dir, post)
+        forwarders.append(forwarder)
+        task = asyncio.create_task(forwarder.run())
+
+        async def stop(task: asyncio.Task[None] = task) -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        stack.push_async_callback(stop)
 
 
 def _scrapes(config: CollectorConfig, look: ReadModel) -> Scrapes:
