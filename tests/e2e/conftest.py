@@ -498,7 +498,7 @@ def house(module_programs: Programs) -> House:
     return House(module_programs, collector, agent)
 
 
-@pytest.fixture(name="eventually")
+@pytest.fixture(name="eventually", scope="session")
 def give_eventually() -> Callable[..., Any]:
     """:func:`eventually`, for suites that can't import this file."""
     return eventually
@@ -563,3 +563,44 @@ def prometheus() -> dict[str, str]:
             f"no {' and no '.join(missing)} on the PATH: install the package 'prometheus' (make test does)"
         )
     return {name: str(path) for name, path in found.items()}
+
+
+@pytest.fixture(scope="session")
+def start_prometheus(prometheus: dict[str, str]) -> Callable[[Programs, str], str]:
+    """Starts a real Prometheus that scrapes one target four times a second; its address, once it answers."""
+
+    def start(programs: Programs, target: str) -> str:
+        folder = programs.folder / "prometheus"
+        folder.mkdir()
+        configuration = folder / "prometheus.yml"
+        configuration.write_text(
+            json.dumps(
+                {
+                    "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"},
+                    "scrape_configs": [
+                        {"job_name": "boardbench", "static_configs": [{"targets": [target]}]}
+                    ],
+                }
+            )
+        )
+        port = free_port()
+        programs.start(
+            "prometheus",
+            [
+                prometheus["prometheus"], f"--config.file={configuration}",
+                f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}",
+            ],
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+
+        def ready() -> bool:
+            try:
+                with urllib.request.urlopen(f"{url}/-/ready", timeout=5) as answer:
+                    return bool(answer.status == 200)
+            except OSError:
+                return False
+
+        eventually("Prometheus is ready", ready, 60)
+        return url
+
+    return start

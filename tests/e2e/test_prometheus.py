@@ -13,14 +13,14 @@ QUICK = ("--duration", "0.2", "--min-runs", "20", "--warm-up", "0.05")
 
 
 def test_promql_returns_what_the_client_printed(
-    programs: Any, prometheus: dict[str, str], demo_tflite: Path, demo_onnx: Path, eventually: Any
+    programs: Any, start_prometheus: Any, demo_tflite: Path, demo_onnx: Path, eventually: Any
 ) -> None:
     collector = programs.collector()
     agent = programs.agent(collector=collector.address)
     answer = programs.client(
         "push", demo_tflite, demo_onnx, "--to", agent.address, "--format", "json", *QUICK
     )
-    url = _start_prometheus(programs, prometheus, collector.http, eventually)
+    url = start_prometheus(programs, collector.http)
     for result in answer.json:
         name = result["model"]["name"]
         for percentile in result["latency"]["percentiles"]:
@@ -44,11 +44,11 @@ def test_promql_returns_what_the_client_printed(
 
 
 def test_a_board_that_is_gone_is_seen_in_prometheus(
-    programs: Any, prometheus: dict[str, str], eventually: Any
+    programs: Any, start_prometheus: Any, eventually: Any
 ) -> None:
     collector = programs.collector()
     agent = programs.agent(collector=collector.address)
-    url = _start_prometheus(programs, prometheus, collector.http, eventually)
+    url = start_prometheus(programs, collector.http)
     query = f'boardbench_device_up{{device="{agent.device_id}"}}'
 
     def value() -> str | None:
@@ -76,42 +76,6 @@ def test_promtool_finds_nothing(
         timeout=60,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
-def _start_prometheus(programs: Any, paths: dict[str, str], target: str, eventually: Any) -> str:
-    import socket
-
-    folder = programs.folder / "prometheus"
-    folder.mkdir()
-    configuration = folder / "prometheus.yml"
-    configuration.write_text(
-        json.dumps(
-            {
-                "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"},
-                "scrape_configs": [{"job_name": "boardbench", "static_configs": [{"targets": [target]}]}],
-            }
-        )
-    )
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    programs.start(
-        "prometheus",
-        [
-            paths["prometheus"], f"--config.file={configuration}", f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-
-    def ready() -> bool:
-        try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    eventually("Prometheus is ready", ready, 60)
-    return url
 
 
 def _query(url: str, promql: str) -> list[dict[str, Any]]:

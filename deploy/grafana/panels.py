@@ -1,0 +1,285 @@
+"""Panels as every dashboard here has them: units, legends, links, and the validity of what they show.
+
+A run that is invalid must not look like a good one. So every query of a result's figures carries the label
+``validity`` (:func:`judged`), every legend shows it, and every panel draws what is not valid in its own
+colour: invalid in red and dashed, doubtful in orange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grafana_foundation_sdk.builders import (
+    bargauge,
+    common,
+    dashboard,
+    heatmap,
+    prometheus,
+    stat,
+    statetimeline,
+    table,
+    timeseries,
+)
+from grafana_foundation_sdk.models import common as common_model
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models import prometheus as prometheus_model
+
+SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
+# What makes a series of results: the labels that a result's figures and its validity share.
+SERIES = "device, model, model_sha256, runtime, target, threads, variant"
+# What the reader has chosen above the dashboard.
+CHOSEN = 'device=~"$board", model=~"$model", runtime=~"$runtime"'
+# How a series of results is called, and what it is worth.
+NAMED = "{{device}} {{model}} {{runtime}} {{target}} {{validity}}"
+
+RED, ORANGE, GREEN, BLUE, GREY = "red", "orange", "green", "blue", "#808080"
+VALIDITY = {"valid": GREEN, "doubtful": ORANGE, "invalid": RED, "unknown": GREY}
+VERDICTS = {
+    "accelerated": GREEN,
+    "partly": ORANGE,
+    "not_accelerated": RED,
+    "contradicted": RED,
+    "unknown": GREY,
+}
+RUNS = (
+    "${collector}/api/v1/results?device=${__field.labels.device}&model=${__field.labels.model_sha256}"
+    "&page_size=20&summary=true"
+)
+
+
+def judged(expression: str) -> str:
+    """The expression, of figures of results, with the label ``validity``."""
+    return f"({expression}) * on ({SERIES}) group_left (validity) boardbench_result_validity_info"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A query and how its series are called."""
+
+    expression: str
+    legend: str = ""
+
+
+def lines(
+    title: str,
+    description: str,
+    unit: str,
+    *asks: Ask,
+    width: int = 12,
+    height: int = 9,
+    stacked: bool = False,
+    points: bool = False,
+    runs: bool = True,
+    bands: Sequence[tuple[str, str]] = (),
+    repeated_by: str = "",
+) -> timeseries.Panel:
+    """Series over time.
+
+    ``bands``: names of series, upper and lower edge, between which it is filled, one band for each worth of
+    a result. ``repeated_by``: the variable of whose every value there is a panel.
+    """
+    panel = timeseries.Panel().fill_opacity(60 if stacked else 0).line_width(0 if stacked else 2)
+    panel = panel.show_points(
+        common_model.VisibilityMode.ALWAYS if points else common_model.VisibilityMode.NEVER
+    )
+    panel = panel.legend(
+        common.VizLegendOptions()
+        .show_legend(True)
+        .display_mode(common_model.LegendDisplayMode.TABLE)
+        .placement(common_model.LegendPlacement.BOTTOM)
+        .calcs(["lastNotNull"])
+    ).tooltip(common.VizTooltipOptions().mode(common_model.TooltipDisplayMode.MULTI))
+    if stacked:
+        panel = panel.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
+    dashed = model.DynamicConfigValue(id_val="custom.lineStyle", value={"fill": "dash", "dash": [8, 8]})
+    panel = _by_validity(panel, [dashed])
+    for upper, lower in bands:
+        for worth in VALIDITY:
+            filled = [
+                model.DynamicConfigValue(id_val="custom.fillBelowTo", value=f"{lower} {worth}"),
+                model.DynamicConfigValue(id_val="custom.fillOpacity", value=20),
+            ]
+            panel = panel.override_by_name(f"{upper} {worth}", filled)
+    if repeated_by:
+        panel = panel.repeat(repeated_by).repeat_direction("h").max_per_row(2)
+    if runs:
+        panel = panel.data_links([_link("Runs of this series in the collector", RUNS)])
+    return _placed(panel, title, description, unit, width, height, asks, instant=False)
+
+
+def number(
+    title: str,
+    description: str,
+    unit: str,
+    ask: Ask,
+    *,
+    width: int = 4,
+    height: int = 4,
+    bad_from: float | None = None,
+    doubtful_from: float | None = None,
+    good_from: float | None = None,
+) -> stat.Panel:
+    """One figure, coloured by where it becomes good or bad."""
+    steps = [model.Threshold(value=None, color=GREEN if good_from is None else RED)]
+    if good_from is not None:
+        steps.append(model.Threshold(value=good_from, color=GREEN))
+    if doubtful_from is not None:
+        steps.append(model.Threshold(value=doubtful_from, color=ORANGE))
+    if bad_from is not None:
+        steps.append(model.Threshold(value=bad_from, color=RED))
+    if (bad_from, doubtful_from, good_from) == (None, None, None):
+        steps = [model.Threshold(value=None, color=BLUE)]
+    panel = (
+        stat.Panel()
+        .thresholds(dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps))
+        .color_mode(common_model.BigValueColorMode.VALUE)
+        .graph_mode(common_model.BigValueGraphMode.NONE)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    )
+    return _placed(panel, title, description, unit, width, height, [ask], instant=True)
+
+
+def bars(
+    title: str, description: str, unit: str, *asks: Ask, width: int = 12, height: int = 9
+) -> bargauge.Panel:
+    """The latest value of each series, side by side."""
+    panel = (
+        bargauge.Panel()
+        .orientation(common_model.VizOrientation.HORIZONTAL)
+        .display_mode(common_model.BarGaugeDisplayMode.BASIC)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .thresholds(
+            dashboard.ThresholdsConfig()
+            .mode(model.ThresholdsMode.ABSOLUTE)
+            .steps([model.Threshold(value=None, color=BLUE)])
+        )
+    )
+    panel = _by_validity(panel, []).data_links([_link("Runs of this series in the collector", RUNS)])
+    return _placed(panel, title, description, unit, width, height, asks, instant=True)
+
+
+def heat(title: str, description: str, unit: str, ask: Ask, *, width: int = 12, height: int = 9) -> Any:
+    """A histogram over time."""
+    panel = heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit(unit))
+    panel = _placed(panel, title, description, unit, width, height, [], instant=False)
+    return panel.with_target(
+        _query(ask, "A", instant=False)
+        .format(prometheus_model.PromQueryFormat.HEATMAP)
+        .legend_format("{{le}}")
+    )
+
+
+def states(
+    title: str,
+    description: str,
+    ask: Ask,
+    names: Mapping[str, tuple[str, str]],
+    *,
+    width: int = 12,
+    height: int = 7,
+) -> statetimeline.Panel:
+    """States over time; ``names``: value → text and colour."""
+    panel = statetimeline.Panel().mappings(
+        [
+            model.ValueMap(
+                options={
+                    value: model.ValueMappingResult(text=text, color=colour)
+                    for value, (text, colour) in names.items()
+                }
+            )
+        ]
+    )
+    return _placed(panel, title, description, "", width, height, [ask], instant=False)
+
+
+def listing(
+    title: str,
+    description: str,
+    *columns: tuple[str, str, Ask],
+    joined_by: Sequence[str],
+    width: int = 24,
+    height: int = 9,
+) -> table.Panel:
+    """A table: one row a series, one column a query (heading, unit, query) that has the labels ``joined_by``.
+
+    Every query gives the labels of the row and its value; the columns are joined by the labels' text.
+    """
+    panel = table.Panel().cell_height(common_model.TableCellHeight.SM)
+    for place, (heading, unit, _) in enumerate(columns):
+        named = [model.DynamicConfigValue(id_val="displayName", value=heading)]
+        if unit:
+            named.append(model.DynamicConfigValue(id_val="unit", value=unit))
+        panel = panel.override_by_name(f"Value #{_ref(place)}", named)
+    for label, colours in (("validity", VALIDITY), ("verdict", VERDICTS)):
+        mapped = {
+            value: {"text": value, "color": colour, "index": index}
+            for index, (value, colour) in enumerate(colours.items())
+        }
+        panel = panel.override_by_name(
+            label,
+            [
+                model.DynamicConfigValue(id_val="mappings", value=[{"type": "value", "options": mapped}]),
+                model.DynamicConfigValue(id_val="custom.cellOptions", value={"type": "color-text"}),
+            ],
+        )
+    panel = panel.with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
+    panel = panel.with_transformation(
+        model.DataTransformerConfig(
+            id_val="organize",
+            options={
+                "excludeByName": {"Time": True},
+                "indexByName": {label: index for index, label in enumerate(joined_by)},
+            },
+        )
+    )
+    panel = _placed(panel, title, description, "", width, height, [], instant=True)
+    for place, (_, _, ask) in enumerate(columns):
+        by = ", ".join(joined_by)
+        summed = Ask(f"max by ({by}) ({ask.expression})")
+        panel = panel.with_target(
+            _query(summed, _ref(place), instant=True).format(prometheus_model.PromQueryFormat.TABLE)
+        )
+    return panel
+
+
+def _ref(place: int) -> str:
+    return chr(ord("A") + place)
+
+
+def _link(title: str, url: str) -> dashboard.DashboardLink:
+    return dashboard.DashboardLink(title).url(url).target_blank(True)
+
+
+def _by_validity(panel: Any, more: Sequence[model.DynamicConfigValue]) -> Any:
+    def fixed(colour: str) -> model.DynamicConfigValue:
+        return model.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": colour})
+
+    panel = panel.override_by_regexp("/\\binvalid\\b/", [fixed(RED), *more])
+    return panel.override_by_regexp("/\\bdoubtful\\b/", [fixed(ORANGE)])
+
+
+def _query(ask: Ask, ref: str, *, instant: bool) -> prometheus.Dataquery:
+    built = prometheus.Dataquery().expr(ask.expression).ref_id(ref).datasource(SOURCE)
+    built = built.instant() if instant else built.range()
+    return built.legend_format(ask.legend) if ask.legend else built
+
+
+def _placed(
+    panel: Any,
+    title: str,
+    description: str,
+    unit: str,
+    width: int,
+    height: int,
+    asks: Sequence[Ask],
+    *,
+    instant: bool,
+) -> Any:
+    panel = panel.title(title).description(description).datasource(SOURCE).span(width).height(height)
+    if unit:
+        panel = panel.unit(unit)
+    for place, ask in enumerate(asks):
+        panel = panel.with_target(_query(ask, _ref(place), instant=instant))
+    return panel
