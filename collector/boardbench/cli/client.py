@@ -27,6 +27,8 @@ from boardbench.v1 import (
     agent_pb2_grpc,
     collector_pb2,
     collector_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
     result_pb2,
 )
 
@@ -162,8 +164,8 @@ class Client:
         return f"the connection to {self.address} failed: {details or 'unavailable'}"
 
 
-class AgentClient(Client):
-    """A board."""
+class LongClient(Client):
+    """A client whose calls last, and are taken up again when the connection breaks."""
 
     def __init__(
         self,
@@ -178,7 +180,6 @@ class AgentClient(Client):
         had no success for ``retry_seconds``.
         """
         super().__init__(address)
-        self._stub: agent_pb2_grpc.AgentServiceStub = agent_pb2_grpc.AgentServiceStub(self._channel)
         self._retry_seconds = retry_seconds
         self._notice = notice
         self._stopped = threading.Event()
@@ -187,53 +188,27 @@ class AgentClient(Client):
         self._answered = False
 
     def stop(self) -> None:
-        """Ends what any thread waits for here with ``Interrupted``. Runs on the board go on."""
+        """Ends what any thread waits for here with ``Interrupted``. Runs go on."""
         self._stopped.set()
         with self._calls_lock:
             calls = list(self._calls)
         for call in calls:
             call.cancel()
 
-    def describe(self) -> agent_pb2.DescribeResponse:
-        """What the board is and what it can run."""
-        return self._ask(self._stub.Describe, agent_pb2.DescribeRequest())
-
-    def examine(self, request: agent_pb2.ExamineRequest) -> agent_pb2.ExamineResponse:
-        """Whether the board is fit to measure on, after setting or putting back what is asked for."""
-        return self._ask(self._stub.Examine, request, EXAMINE_SECONDS)
-
-    def list_models(self) -> list[agent_pb2.StoredModel]:
-        """The files that the board keeps, the one used last first."""
-        return list(self._ask(self._stub.ListModels, agent_pb2.ListModelsRequest()).models)
-
-    def delete_model(self, sha256: str) -> None:
-        """Removes a file from the board."""
-        self._ask(self._stub.DeleteModel, agent_pb2.DeleteModelRequest(sha256=sha256))
-
-    def list_runs(self) -> list[agent_pb2.RunSummary]:
-        """Running first, then waiting, then ended."""
-        return list(self._ask(self._stub.ListRuns, agent_pb2.ListRunsRequest()).runs)
-
-    def cancel(self, run_id: str) -> bool:
-        """Ends a run; False when it had ended before."""
-        return self._ask(self._stub.CancelRun, agent_pb2.CancelRunRequest(run_id=run_id)).cancelled
-
-    def push(
+    def _send(
         self,
+        method: Callable[[Iterator[Any]], Any],
+        message: type[agent_pb2.PushModelRequest] | type[job_pb2.SendFileRequest],
         source: Source,
-        kind: agent_pb2.FileKind.ValueType = agent_pb2.FILE_KIND_MODEL,
-        on_sent: Callable[[int], None] = lambda _bytes: None,
+        kind: agent_pb2.FileKind.ValueType,
+        on_sent: Callable[[int], None],
     ) -> agent_pb2.PushDone:
-        """The file as the board has it now. Bytes that it had are not sent; a broken connection is resumed.
-
-        ``on_sent`` is told, from another thread, how many bytes of the file have been sent.
-        """
         retry = _Retry(self, f"sending {source.name}")
         corrupt = 0
         while True:
-            push = _Push(source, kind, on_sent)
+            push = _Push(message, source, kind, on_sent)
             try:
-                with self._started(self._stub.PushModel(push.requests())) as call, push.watched(call):
+                with self._started(method(push.requests())) as call, push.watched(call):
                     return push.answered(call, self._heard, retry.progressed)
             except grpc.RpcError as error:
                 if push.failure:
@@ -271,6 +246,87 @@ class AgentClient(Client):
         elif not (self._answered and _is_broken_connection(error)):
             raise told from error
         return told
+
+    def _heard(self) -> None:
+        self._answered = True
+
+    @contextlib.contextmanager
+    def _started(self, call: Any) -> Iterator[Any]:
+        """Ends ``call`` in any case, and lets ``stop`` reach it."""
+        with self._calls_lock:
+            self._calls.add(call)
+        try:
+            if self._stopped.is_set():
+                raise Interrupted("interrupted")
+            yield call
+        finally:
+            with self._calls_lock:
+                self._calls.discard(call)
+            call.cancel()
+
+    def wait(self, seconds: float) -> None:
+        """Returns after this time; ``stop`` makes it raise ``Interrupted``."""
+        if self._stopped.wait(seconds):
+            raise Interrupted("interrupted")
+
+    def tell_outage(self, doing: str, error: CliError) -> None:
+        """Passes on that ``doing`` was broken off and is being tried again."""
+        self._notice(f"{doing}: {error}. Trying again")
+
+    def give_up_after_seconds(self) -> float:
+        """Time without success after which a repeat gives up; zero before the board has ever answered."""
+        return self._retry_seconds if self._answered else 0.0
+
+
+class AgentClient(LongClient):
+    """A board."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+        notice: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Connects nothing yet; see :class:`LongClient`."""
+        super().__init__(address, retry_seconds=retry_seconds, notice=notice)
+        self._stub: agent_pb2_grpc.AgentServiceStub = agent_pb2_grpc.AgentServiceStub(self._channel)
+
+    def describe(self) -> agent_pb2.DescribeResponse:
+        """What the board is and what it can run."""
+        return self._ask(self._stub.Describe, agent_pb2.DescribeRequest())
+
+    def examine(self, request: agent_pb2.ExamineRequest) -> agent_pb2.ExamineResponse:
+        """Whether the board is fit to measure on, after setting or putting back what is asked for."""
+        return self._ask(self._stub.Examine, request, EXAMINE_SECONDS)
+
+    def list_models(self) -> list[agent_pb2.StoredModel]:
+        """The files that the board keeps, the one used last first."""
+        return list(self._ask(self._stub.ListModels, agent_pb2.ListModelsRequest()).models)
+
+    def delete_model(self, sha256: str) -> None:
+        """Removes a file from the board."""
+        self._ask(self._stub.DeleteModel, agent_pb2.DeleteModelRequest(sha256=sha256))
+
+    def list_runs(self) -> list[agent_pb2.RunSummary]:
+        """Running first, then waiting, then ended."""
+        return list(self._ask(self._stub.ListRuns, agent_pb2.ListRunsRequest()).runs)
+
+    def cancel(self, run_id: str) -> bool:
+        """Ends a run; False when it had ended before."""
+        return self._ask(self._stub.CancelRun, agent_pb2.CancelRunRequest(run_id=run_id)).cancelled
+
+    def push(
+        self,
+        source: Source,
+        kind: agent_pb2.FileKind.ValueType = agent_pb2.FILE_KIND_MODEL,
+        on_sent: Callable[[int], None] = lambda _bytes: None,
+    ) -> agent_pb2.PushDone:
+        """The file as the board has it now. Bytes that it had are not sent; a broken connection is resumed.
+
+        ``on_sent`` is told, from another thread, how many bytes of the file have been sent.
+        """
+        return self._send(self._stub.PushModel, agent_pb2.PushModelRequest, source, kind, on_sent)
 
     def run(self, request: agent_pb2.RunBenchmarkRequest) -> Generator[agent_pb2.RunEvent, None, None]:
         """The events of a new run, each once; the last one holds the result. Needs ``request.run_id``.
@@ -317,35 +373,104 @@ class AgentClient(Client):
                 told = self._broken_or_raise(error)
             retry.after(told)
 
-    def _heard(self) -> None:
-        self._answered = True
 
-    @contextlib.contextmanager
-    def _started(self, call: Any) -> Iterator[Any]:
-        """Ends ``call`` in any case, and lets ``stop`` reach it."""
-        with self._calls_lock:
-            self._calls.add(call)
-        try:
-            if self._stopped.is_set():
-                raise Interrupted("interrupted")
-            yield call
-        finally:
-            with self._calls_lock:
-                self._calls.discard(call)
-            call.cancel()
+class JobsClient(LongClient):
+    """The collector's queue of jobs, its files and its reservations."""
 
-    def wait(self, seconds: float) -> None:
-        """Returns after this time; ``stop`` makes it raise ``Interrupted``."""
-        if self._stopped.wait(seconds):
-            raise Interrupted("interrupted")
+    program = "boardbench-collector"
+    noun = "collector"
+    port = COLLECTOR_PORT
 
-    def tell_outage(self, doing: str, error: CliError) -> None:
-        """Passes on that ``doing`` was broken off and is being tried again."""
-        self._notice(f"{doing}: {error}. Trying again")
+    def __init__(
+        self,
+        address: Address,
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+        notice: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Connects nothing yet; see :class:`LongClient`."""
+        super().__init__(address, retry_seconds=retry_seconds, notice=notice)
+        self._stub: job_pb2_grpc.JobServiceStub = job_pb2_grpc.JobServiceStub(self._channel)
 
-    def give_up_after_seconds(self) -> float:
-        """Time without success after which a repeat gives up; zero before the board has ever answered."""
-        return self._retry_seconds if self._answered else 0.0
+    def push(
+        self,
+        source: Source,
+        kind: agent_pb2.FileKind.ValueType = agent_pb2.FILE_KIND_MODEL,
+        on_sent: Callable[[int], None] = lambda _bytes: None,
+    ) -> agent_pb2.PushDone:
+        """The file as the collector has it now; as :meth:`AgentClient.push`."""
+        return self._send(self._stub.SendFile, job_pb2.SendFileRequest, source, kind, on_sent)
+
+    def submit(self, request: job_pb2.SubmitJobsRequest) -> list[job_pb2.Job]:
+        """The jobs of the request, one a board. Needs ``request.request_id``, and asks again with it."""
+        assert request.request_id, "without an id a repeat would queue the jobs twice"
+        return list(self._again("queueing the jobs", lambda: self._ask(self._stub.SubmitJobs, request)).jobs)
+
+    def jobs(self, wanted: job_pb2.JobFilter, limit: int = 1 << 30) -> Iterator[job_pb2.Job]:
+        """At most ``limit`` jobs, the latest first, fetched page by page."""
+        request = job_pb2.ListJobsRequest(filter=wanted)
+        while limit > 0:
+            request.page_size = min(500, limit)
+            response = self._ask(self._stub.ListJobs, request)
+            yield from response.jobs[:limit]
+            limit -= len(response.jobs)
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+
+    def watch(self, wanted: job_pb2.JobFilter) -> Generator[job_pb2.Job, None, None]:
+        """Every job as it is now, then each change, until all of them have ended."""
+        retry = _Retry(self, "following the jobs")
+        request = job_pb2.WatchJobsRequest(filter=wanted)
+        ended: dict[str, bool] = {}
+        while True:
+            try:
+                with self._started(self._stub.WatchJobs(request)) as call:
+                    for response in call:
+                        self._heard()
+                        retry.progressed()
+                        ended[response.job.job_id] = response.job.state in ENDED_STATES
+                        yield response.job
+                if all(ended.values()):
+                    return
+                told: CliError = Unreachable(f"{self.address} ended the call before the jobs had ended")
+            except grpc.RpcError as error:
+                told = self._broken_or_raise(error)
+            retry.after(told)
+
+    def cancel(self, wanted: job_pb2.JobFilter) -> list[job_pb2.Job]:
+        """Ends jobs, waiting or running; those that had not ended before."""
+        return list(self._ask(self._stub.CancelJobs, job_pb2.CancelJobsRequest(filter=wanted)).jobs)
+
+    def retry(self, wanted: job_pb2.JobFilter) -> list[job_pb2.Job]:
+        """Queues dead jobs again; those that were dead."""
+        return list(self._ask(self._stub.RetryJobs, job_pb2.RetryJobsRequest(filter=wanted)).jobs)
+
+    def reserve(self, request: job_pb2.ReserveRequest) -> list[job_pb2.Reservation]:
+        """Takes boards for one holder alone."""
+        return list(self._ask(self._stub.Reserve, request).reservations)
+
+    def release(self, request: job_pb2.ReleaseRequest) -> list[job_pb2.Reservation]:
+        """Gives them back; what was given back."""
+        return list(self._ask(self._stub.Release, request).reservations)
+
+    def label(self, terms: Iterable[str], labels: dict[str, str]) -> list[str]:
+        """Sets the operator's labels of boards, an empty value removes one; identities of the boards."""
+        request = job_pb2.SetLabelsRequest(on=terms, labels=labels)
+        return list(self._ask(self._stub.SetLabels, request).device_ids)
+
+    def _again(self, doing: str, ask: Callable[[], _T]) -> _T:
+        """What ``ask`` returns, tried again while the connection is broken; only for what may be repeated."""
+        retry = _Retry(self, doing)
+        while True:
+            try:
+                return ask()
+            except Unreachable as error:
+                retry.after(error)
+
+
+ENDED_STATES = (job_pb2.JOB_STATE_DONE, job_pb2.JOB_STATE_CANCELLED, job_pb2.JOB_STATE_DEAD)
+"""A job in one of these changes no more, unless a dead one is queued again."""
 
 
 class CollectorClient(Client):
@@ -363,9 +488,9 @@ class CollectorClient(Client):
             self._channel
         )
 
-    def devices(self) -> list[collector_pb2.Device]:
-        """Boards that have reported, by their identity."""
-        return list(self._ask(self._stub.ListDevices, collector_pb2.ListDevicesRequest()).devices)
+    def devices(self, terms: Iterable[str] = ()) -> list[collector_pb2.Device]:
+        """Boards that have reported and meet all the terms, by their identity."""
+        return list(self._ask(self._stub.ListDevices, collector_pb2.ListDevicesRequest(on=terms)).devices)
 
     def results(
         self,
@@ -408,8 +533,13 @@ class _Push:
     """One try at sending a file."""
 
     def __init__(
-        self, source: Source, kind: agent_pb2.FileKind.ValueType, on_sent: Callable[[int], None]
+        self,
+        message: type[agent_pb2.PushModelRequest] | type[job_pb2.SendFileRequest],
+        source: Source,
+        kind: agent_pb2.FileKind.ValueType,
+        on_sent: Callable[[int], None],
     ) -> None:
+        self._message = message
         self._source = source
         self._kind = kind
         self._on_sent = on_sent
@@ -420,10 +550,10 @@ class _Push:
         self.failure: CliError | None = None
         self.stalled = False
 
-    def requests(self) -> Iterator[agent_pb2.PushModelRequest]:
+    def requests(self) -> Iterator[agent_pb2.PushModelRequest | job_pb2.SendFileRequest]:
         """Header, then, when told where to go on, the chunks; gRPC takes them in a thread of its own."""
         source = self._source
-        yield agent_pb2.PushModelRequest(
+        yield self._message(
             header=agent_pb2.PushHeader(
                 sha256=source.sha256, name=source.name, size_bytes=source.size_bytes, kind=self._kind
             )
@@ -433,7 +563,7 @@ class _Push:
             return
         try:
             for at, data in source.chunks(offset):
-                yield agent_pb2.PushModelRequest(
+                yield self._message(
                     chunk=agent_pb2.PushChunk(offset_bytes=at, data=data, crc32=zlib.crc32(data))
                 )
                 self._moved_at = time.monotonic()
@@ -444,7 +574,7 @@ class _Push:
 
     def answered(
         self,
-        call: Iterable[agent_pb2.PushModelResponse],
+        call: Iterable[agent_pb2.PushModelResponse | job_pb2.SendFileResponse],
         heard: Callable[[], None],
         progressed: Callable[[int], None],
     ) -> agent_pb2.PushDone:
@@ -457,8 +587,8 @@ class _Push:
             offset = response.resume.offset_bytes
             if not 0 <= offset <= self._source.size_bytes:
                 raise Refused(
-                    f"the agent asks for byte {offset} of {self._source.name}, "
-                    f"which has {self._source.size_bytes}: a defect of the agent; look at its version"
+                    f"it asks for byte {offset} of {self._source.name}, which has {self._source.size_bytes}: "
+                    "a defect of the other side; look at its version"
                 )
             progressed(offset)
             self._on_sent(offset)
@@ -489,7 +619,7 @@ class _Push:
 class _Retry:
     """When to try again, and when to give up: after a time without progress, not after a count."""
 
-    def __init__(self, client: AgentClient, doing: str) -> None:
+    def __init__(self, client: LongClient, doing: str) -> None:
         self._client = client
         self._doing = doing
         self._furthest = -1

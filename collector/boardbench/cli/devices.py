@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from boardbench.cli.address import AGENT_PORT, Address, AddressType
-from boardbench.cli.collected import collector_option
+from boardbench.cli.collected import holder_option, on_option, pairs, via_option
 from boardbench.cli.errors import CliError, ExitCode, worst
+from boardbench.cli.spec import Count, Seconds
 from boardbench.cli.terminal import Output, output_from, output_options
 
+if TYPE_CHECKING:
+    from boardbench.v1 import job_pb2
 
-@click.command()
+
+@click.group(invoke_without_command=True)
 @click.option(
     "--to",
     "boards",
@@ -21,28 +25,43 @@ from boardbench.cli.terminal import Output, output_from, output_options
     type=AddressType(AGENT_PORT),
     help="Ask this board itself, instead of the collector. Repeatable.",
 )
-@collector_option
+@on_option("Only boards that meet these.")
+@via_option
 @output_options
-def devices(boards: tuple[Address, ...], collector: Address, **values: Any) -> ExitCode:
-    """List boards and what they can run.
+@click.pass_context
+def devices(
+    context: click.Context,
+    /,
+    boards: tuple[Address, ...],
+    on: tuple[str, ...],
+    collector: Address,
+    **values: Any,
+) -> ExitCode | None:
+    """List boards and what they can run; reserve and label them.
 
     Without --to: every board that ever reported to the collector. With --to: what a board says about
     itself, with every runtime and, for those that can't run, why not and what to do.
 
     With --format json: an array of Device; with --to the DescribeResponse of one board, an array for several.
     """
+    if context.invoked_subcommand is not None:
+        return None
     output = output_from(values)
+    if boards and on:
+        raise click.UsageError("--on chooses among the boards of a collector: leave --to out")
     if boards:
         return _describe(list(dict.fromkeys(boards)), output)
     from boardbench.cli.client import CollectorClient
     from boardbench.cli.tables import devices_table
 
     with CollectorClient(collector) as client:
-        found = client.devices()
+        found = client.devices(on)
     if output.json:
         output.show_json(found)
     elif found:
         output.show(devices_table(found), table=True)
+    elif on:
+        output.note(f"no board of the collector at {collector} meets {', '.join(on)}")
     else:
         hint = (
             " (BOARDBENCH_AGENT is for --to of other commands)" if os.environ.get("BOARDBENCH_AGENT") else ""
@@ -75,3 +94,104 @@ def _describe(boards: list[Address], output: Output) -> ExitCode:
     elif output.json and answers:
         output.show_json(answers[0])
     return worst(codes)
+
+
+@devices.command()
+@on_option("Which boards.")
+@click.option("--count", type=Count(1, 100_000), help="So many of them that nobody has.  [default: all]")
+@click.option(
+    "--for",
+    "seconds",
+    type=Seconds(zero=False),
+    default=3600.0,
+    show_default=True,
+    help="For so long; then they are free again.",
+)
+@click.option("--reason", default="", help="What for, in words that others see.")
+@holder_option
+@via_option
+@output_options
+def reserve(
+    on: tuple[str, ...],
+    count: int | None,
+    seconds: float,
+    reason: str,
+    holder: str,
+    collector: Address,
+    **values: Any,
+) -> ExitCode:
+    """Take boards for yourself: only your jobs are handed to them.
+
+    Runs of others that go on are not ended. With --format json: an array of Reservation.
+    """
+    output = output_from(values)
+    _need_terms(on)
+    from boardbench.cli.client import JobsClient
+    from boardbench.v1 import job_pb2
+
+    request = job_pb2.ReserveRequest(on=on, count=count or 0, holder=holder, reason=reason, seconds=seconds)
+    with JobsClient(collector) as client:
+        found = client.reserve(request)
+    _show_reservations(found, output, "no board was taken")
+    return ExitCode.DONE
+
+
+@devices.command()
+@on_option("Which boards.  [default: all that you have]")
+@click.option("--force", is_flag=True, help="Take them away from whoever has them.")
+@holder_option
+@via_option
+@output_options
+def release(on: tuple[str, ...], force: bool, holder: str, collector: Address, **values: Any) -> ExitCode:
+    """Give boards back.
+
+    With --format json: an array of the Reservations that ended.
+    """
+    output = output_from(values)
+    if force:
+        _need_terms(on)
+    from boardbench.cli.client import JobsClient
+    from boardbench.v1 import job_pb2
+
+    with JobsClient(collector) as client:
+        found = client.release(job_pb2.ReleaseRequest(on=on, holder=holder, force=force))
+    _show_reservations(found, output, f"{holder} had none of them")
+    return ExitCode.DONE
+
+
+def _show_reservations(found: list[job_pb2.Reservation], output: Output, none: str) -> None:
+    from boardbench.cli.tables import reservations_table
+
+    if output.json:
+        output.show_json(found)
+    elif found:
+        output.show(reservations_table(found), table=True)
+    else:
+        output.note(none)
+
+
+@devices.command()
+@click.argument("labels", metavar="NAME=VALUE...", nargs=-1, required=True, callback=pairs)
+@on_option("Which boards.")
+@via_option
+@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr; errors still.")
+def label(labels: dict[str, str], on: tuple[str, ...], collector: Address, quiet: bool) -> ExitCode:
+    """Label boards, for --on of other commands; NAME= removes the label.
+
+    Your labels go before those that the boards' agents are configured with. Prints the boards, one a line.
+    """
+    _need_terms(on)
+    from boardbench.cli.client import JobsClient
+
+    with JobsClient(collector) as client:
+        found = client.label(on, labels)
+    for device_id in found:
+        click.echo(device_id)
+    if not quiet:
+        click.echo(f"{len(found)} labelled", err=True)
+    return ExitCode.DONE
+
+
+def _need_terms(on: tuple[str, ...]) -> None:
+    if not on:
+        raise click.UsageError("which boards? Give --on TERMS; --on device_id=* means all")

@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command] = {
         "boardbench.cli.devices", "devices", "List boards and what they can run; reserve and label them."
     ),
     "runtimes": Command(
-        "boardbench.cli.runtimes", "runtimes", "List a board's engines, or those that can run a model."
+        "boardbench.cli.runtimes", "runtimes", "List the engines of a board, or those that take a model."
     ),
     "doctor": Command("boardbench.cli.doctor", "doctor", "Say whether a board is fit to measure on."),
     "models": Command("boardbench.cli.models", "models", "List or delete the files that a board keeps."),

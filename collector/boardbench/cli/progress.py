@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from boardbench.v1 import agent_pb2
 # Drawing costs processor time, and `boardbench run` draws on the machine that it measures.
 _DRAWINGS_PER_SECOND = 4
 _LABEL_WIDTH = 36
+_PERCENT = re.compile(r"\s+(\d+) ?%$")
 _PATIENT_SECONDS = 2.0  # a step that takes longer shows its time, so that nobody takes it as hung
 
 
@@ -41,6 +43,9 @@ class Watched(Protocol):
 
     def happened(self, job: str, event: agent_pb2.RunEvent) -> None:
         """Something happened in a run."""
+
+    def doing(self, job: str, step: str) -> None:
+        """A job of a collector is at this step."""
 
     def ended(self, job: str) -> None:
         """Nothing more comes of this job."""
@@ -59,6 +64,9 @@ class Unwatched:
         """Ignored."""
 
     def happened(self, job: str, event: agent_pb2.RunEvent) -> None:
+        """Ignored."""
+
+    def doing(self, job: str, step: str) -> None:
         """Ignored."""
 
     def ended(self, job: str) -> None:
@@ -145,6 +153,13 @@ class Live:
                 total=1.0 if known else None,
                 detail=detail,
             )
+
+    def doing(self, job: str, step: str) -> None:
+        """Draws the step; a share of it in percent at its end is the bar."""
+        found = _PERCENT.search(step)
+        name = step if found is None else step[: found.start()]
+        share = None if found is None else int(found[1]) / 100
+        self._draw(job, printable(name), completed=share or 0.0, total=None if share is None else 1.0)
 
     def _draw(
         self,

@@ -6,23 +6,25 @@ import contextlib
 import queue
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from boardbench.cli.address import AGENT_PORT, Address, AddressType
+from boardbench.cli.address import AGENT_PORT, COLLECTOR_PORT, Address, AddressType
+from boardbench.cli.collected import holder_option, on_option, pairs
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, Refused, Unreachable, worst
 from boardbench.cli.require import Requirement, all_hold, require_option
-from boardbench.cli.spec import Seconds, Spec, spec_from, spec_options
+from boardbench.cli.spec import Count, Seconds, Spec, spec_from, spec_options
 from boardbench.cli.terminal import Output, full_option, output_from, output_options
 
 if TYPE_CHECKING:
     from boardbench.cli.client import AgentClient
     from boardbench.cli.progress import Watched
     from boardbench.cli.source import Source
+    from boardbench.cli.via import Choice
     from boardbench.v1 import agent_pb2, model_pb2, result_pb2
 
 
@@ -34,6 +36,8 @@ Examples:
   boardbench push model.tflite --to pi5 --precision p50=1%,p99=5% --processes 5
   boardbench push a.tflite b.tflite --to pi5 --interleave
   boardbench push model.tflite --to pi5 --scenario periodic --rate 30
+  boardbench push model.onnx --to pi5 --runtime all --interleave
+  boardbench push model.tflite --via lab.example --on board=pi5,lab=zurich --count 3
 """
 
 
@@ -50,11 +54,42 @@ Examples:
     "--to",
     "boards",
     multiple=True,
-    required=True,
     envvar="BOARDBENCH_AGENT",
     type=AddressType(AGENT_PORT),
     help=f"Board to run on; port {AGENT_PORT} when none is given. Repeatable: boards work at the same time.",
 )
+@click.option(
+    "--via",
+    type=AddressType(COLLECTOR_PORT),
+    help="Let this collector hand the runs to boards that it knows, reachable or not, instead of --to.",
+)
+@on_option("With --via: which boards.")
+@click.option(
+    "--count",
+    type=Count(1, 100_000),
+    help="With --via: only so many of these boards, those with the shortest queue first.",
+)
+@click.option("--all", "every", is_flag=True, help="With --via: all boards, when no --on chooses some.")
+@click.option(
+    "--priority", type=int, default=0, help="With --via: higher goes first, where jobs wait.  [default: 0]"
+)
+@click.option(
+    "--attempts", type=Count(1, 100), help="With --via: give a job up after so many attempts of its board."
+)
+@click.option(
+    "--give-up-after",
+    type=Seconds(zero=False),
+    help="With --via: give a job up that has not ended after so long.",
+)
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=pairs,
+    help="With --via: a word that is kept with the jobs. Repeatable.",
+)
+@holder_option
 @spec_options
 @require_option()
 @click.option("--detach", is_flag=True, help="Leave once the runs are queued, and print their ids.")
@@ -82,6 +117,15 @@ Examples:
 def push(
     paths: tuple[Path, ...],
     boards: tuple[Address, ...],
+    via: Address | None,
+    on: tuple[str, ...],
+    count: int | None,
+    every: bool,
+    priority: int,
+    attempts: int | None,
+    give_up_after: float | None,
+    tags: dict[str, str],
+    holder: str,
     detach: bool,
     no_run: bool,
     interleave: bool,
@@ -91,6 +135,9 @@ def push(
     **values: Any,
 ) -> ExitCode:
     """Send models to boards, run them there and show the results.
+
+    With --to boards are asked themselves. With --via a collector is: it keeps the file, and hands the run to
+    every board that meets --on, over the connection that the board holds open. What can't be done now waits.
 
     A file is known by its SHA-256: one that the board has is not sent again, and a broken upload goes on
     where it stopped. Models run one after the other on each board. Ctrl-C cancels the run on the board;
@@ -110,12 +157,24 @@ def push(
             "--require looks at results, and there will be none yet"
             + (": give it to `boardbench watch`" if detach else "")
         )
-    together = _together(interleave, concurrent, len(paths), no_run=no_run)
+    every_engine = spec.runtime == "all"
+    if every_engine and concurrent:
+        raise click.UsageError("--runtime all compares engines: with --concurrent they disturb each other")
+    together = _together(interleave, concurrent, len(paths) + every_engine, no_run=no_run)
     if interleave and spec.processes is None:
         spec = replace(spec, processes=INTERLEAVED_PROCESSES)
+    choice = _choice(via, boards, on, count, every, priority, attempts, give_up_after, tags, holder)
+    if choice is not None and together:
+        raise click.UsageError("--interleave and --concurrent need one board: give it with --to")
+    if choice is not None and every_engine:
+        raise click.UsageError("--runtime all asks a board for its engines: give it with --to")
     from boardbench.cli.progress import progress_for
     from boardbench.cli.source import Source
 
+    if via is not None and choice is not None:
+        return _push_via(
+            via, paths, spec, choice, output, require, detach=detach, no_run=no_run, retry_seconds=retry_for
+        )
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(Source(path)) for path in paths]
         inputs = stack.enter_context(Source(spec.inputs)) if spec.inputs else None
@@ -126,12 +185,97 @@ def push(
             detach=detach,
             no_run=no_run,
             retry_seconds=retry_for,
+            chosen=output.shows_progress,
             together=together,
         )
         addresses = list(dict.fromkeys(boards))
         with progress_for(output) as progress:
             outcomes = push_all(order, addresses, progress, output)
     return _conclude(outcomes, order, addresses, output, require)
+
+
+def _choice(
+    via: Address | None,
+    boards: tuple[Address, ...],
+    on: tuple[str, ...],
+    count: int | None,
+    every: bool,
+    priority: int,
+    attempts: int | None,
+    give_up_after: float | None,
+    tags: dict[str, str],
+    holder: str,
+) -> Choice | None:
+    """The boards that a collector is to choose; None when boards are asked themselves."""
+    from boardbench.cli.via import Choice
+
+    if via is None:
+        given = {
+            "--on": on,
+            "--count": count,
+            "--all": every,
+            "--priority": priority,
+            "--attempts": attempts,
+            "--give-up-after": give_up_after,
+            "--tag": tags,
+        }
+        if wrong := [flag for flag, value in given.items() if value]:
+            raise click.UsageError(f"{wrong[0]} is about boards of a collector: give --via, too")
+        if not boards:
+            raise click.UsageError("which board? Give --to HOST, or --via COLLECTOR and --on TERMS")
+        return None
+    # A board from the environment is for those commands that name none.
+    source = click.get_current_context().get_parameter_source("boards")
+    if boards and source == click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--to asks boards themselves and --via a collector: leave one of them out")
+    if every and (on or count):
+        raise click.UsageError("--all means every board: leave --on and --count out, or --all")
+    if not (on or count or every):
+        raise click.UsageError("which boards? Give --on TERMS, --count NUMBER or --all")
+    return Choice(on, count or 0, priority, holder, attempts or 0, give_up_after, tags)
+
+
+def _push_via(
+    collector: Address,
+    paths: tuple[Path, ...],
+    spec: Spec,
+    choice: Choice,
+    output: Output,
+    require: tuple[Requirement, ...],
+    *,
+    detach: bool,
+    no_run: bool,
+    retry_seconds: float,
+) -> ExitCode:
+    from boardbench.cli import via
+    from boardbench.cli.client import JobsClient
+    from boardbench.cli.interrupt import Interrupt
+    from boardbench.cli.progress import progress_for
+    from boardbench.cli.source import Source
+
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(Source(path)) for path in paths]
+        inputs = stack.enter_context(Source(spec.inputs)) if spec.inputs else None
+        progress = progress_for(output)
+        stack.enter_context(progress)
+        client = stack.enter_context(JobsClient(collector, retry_seconds=retry_seconds, notice=progress.note))
+        with Interrupt(client.stop):
+            if no_run:
+                for source in sources:
+                    sha256 = via.send(client, source, progress)
+                    with progress.paused():
+                        click.echo(f"{sha256}  {source.name}")
+                return ExitCode.DONE
+            jobs = via.submit(client, sources, inputs, spec, choice, progress)
+        if detach:
+            with progress.paused():
+                via.tell_queued(jobs, output, collector)
+            return ExitCode.DONE
+        follower = via.Follower(client, collector, jobs, progress, output, owner=True)
+        ended = follower.follow()
+    return via.conclude(
+        ended, len(jobs), output, require, interrupted=follower.interrupted, collector=collector
+    )
 
 
 INTERLEAVED_PROCESSES = 6
@@ -162,6 +306,8 @@ class Order:
     detach: bool
     no_run: bool
     retry_seconds: float
+    chosen: bool = False
+    """Whether to tell which engine is taken, where a board chooses."""
     together: str = ""
     """Name of the group mode that all models are measured in; empty: one after the other."""
 
@@ -176,6 +322,19 @@ class Outcome:
     result: result_pb2.RunResult | None = None
     queued: agent_pb2.RunSummary | None = None
     stored: model_pb2.Model | None = None
+    turn: int = 0
+    """Place among the engines that the model is run by."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one model on one board."""
+
+    index: int
+    source: Source
+    label: str
+    request: agent_pb2.RunBenchmarkRequest
+    turn: int = 0
 
 
 class Board(threading.Thread):
@@ -217,12 +376,11 @@ class Board(threading.Thread):
                         raise Interrupted("interrupted")
                     if self._order.inputs is not None and not inputs_sha256:
                         inputs_sha256 = self._send(self._order.inputs, inputs=True).sha256
-                    outcome = self._do(index, source, inputs_sha256)
+                    self._do(index, source, inputs_sha256)
                 except CliError as error:
-                    outcome = Outcome(self._address, index, error=error)
+                    self._inbox.put(Outcome(self._address, index, error=error))
                 finally:
                     self._progress.ended(self._label(source))
-                self._inbox.put(outcome)
         except BaseException as error:
             # Never leave the main thread waiting: a defect here is told like any other.
             self._inbox.put(Outcome(self._address, len(self._order.sources), error=_Defect.of(error)))
@@ -263,27 +421,70 @@ class Board(threading.Thread):
     def _label(self, source: Source) -> str:
         return source.name if self._alone else f"{source.name} → {self._address}"
 
-    def _do(self, index: int, source: Source, inputs_sha256: str) -> Outcome:
-        from boardbench.v1 import agent_pb2
-
+    def _do(self, index: int, source: Source, inputs_sha256: str) -> None:
         model = self._send(source)
         if self._order.no_run:
-            return Outcome(self._address, index, stored=model)
-        spec = self._order.spec.message(inputs_sha256)
-        return self._measure(
-            index,
-            source,
-            agent_pb2.RunBenchmarkRequest(model_sha256=model.sha256, spec=spec, run_id=uuid.uuid4().hex),
-        )
+            self._inbox.put(Outcome(self._address, index, stored=model))
+            return
+        for task in self._tasks(index, source, model, inputs_sha256):
+            if self._interrupted.is_set():
+                raise Interrupted("interrupted")
+            self._inbox.put(self._outcome_of(task))
+
+    def _tasks(
+        self, index: int, source: Source, model: model_pb2.Model, inputs_sha256: str
+    ) -> Iterator[Task]:
+        """The runs of one model: one, or one by each engine that can; of the others it is told why not."""
+        from boardbench.cli import engines
+        from boardbench.v1 import agent_pb2
+
+        order, label = self._order, self._label(source)
+
+        def task(spec: Spec, label: str, turn: int = 0) -> Task:
+            request = agent_pb2.RunBenchmarkRequest(
+                model_sha256=model.sha256, spec=spec.message(inputs_sha256), run_id=uuid.uuid4().hex
+            )
+            return Task(index, source, label, request, turn)
+
+        if order.spec.runtime != engines.ALL:
+            if order.chosen and not order.spec.runtime:
+                self._tell_default(model)
+            yield task(order.spec, label)
+            return
+        found = engines.choices(self._client.describe().runtimes, model.format, order.spec)
+        if not found:
+            raise CliError(
+                f"{self._address} knows no engine for {model.name} ({model.format or 'of no known format'})"
+            )
+        # Those that have to be told of begin no run.
+        for turn, choice in enumerate(found):
+            if choice.refusal:
+                refused = engines.refused(choice, model, order.spec)
+                self._inbox.put(Outcome(self._address, index, result=refused, turn=turn))
+            else:
+                yield task(engines.spec_for(choice, order.spec), f"{label} {choice.name}", turn)
+
+    def _tell_default(self, model: model_pb2.Model) -> None:
+        from boardbench.cli import engines
+
+        with contextlib.suppress(CliError):
+            found = engines.choices(self._client.describe().runtimes, model.format, self._order.spec)
+            if line := engines.default_line(found, model.name):
+                self._progress.note(line)
 
     def _do_together(self) -> None:
         """Sends all files, then queues all runs as one group and follows each in a thread of its own."""
-        from boardbench.v1 import agent_pb2, result_pb2
+        from boardbench.v1 import result_pb2
 
         order = self._order
         try:
             inputs_sha256 = self._send(order.inputs, inputs=True).sha256 if order.inputs else ""
             models = [self._send(source) for source in order.sources]
+            tasks = [
+                task
+                for index, (source, model) in enumerate(zip(order.sources, models, strict=True))
+                for task in self._tasks(index, source, model, inputs_sha256)
+            ]
             if self._interrupted.is_set():
                 raise Interrupted("interrupted")
         except CliError as error:
@@ -291,42 +492,41 @@ class Board(threading.Thread):
                 self._progress.ended(self._label(source))
                 self._inbox.put(Outcome(self._address, index, error=error))
             return
-        group = result_pb2.RunGroup(
-            id=uuid.uuid4().hex, size=len(models), mode=result_pb2.GroupMode.Value(order.together)
-        )
-        requests = []
-        for model in models:
-            spec = order.spec.message(inputs_sha256)
-            spec.group.CopyFrom(group)
-            requests.append(
-                agent_pb2.RunBenchmarkRequest(model_sha256=model.sha256, spec=spec, run_id=uuid.uuid4().hex)
+        if len(tasks) > 1:
+            group = result_pb2.RunGroup(
+                id=uuid.uuid4().hex, size=len(tasks), mode=result_pb2.GroupMode.Value(order.together)
             )
+            for task in tasks:
+                task.request.spec.group.CopyFrom(group)
         # All of them, before any is asked for: a cancelled member must not leave the others waiting.
-        self._run_ids.update(request.run_id for request in requests)
+        self._run_ids.update(task.request.run_id for task in tasks)
         followers = [
             threading.Thread(
-                target=self._follow_member, args=(index, request), name=f"{self.name} {index}", daemon=True
+                target=self._follow_member, args=(task,), name=f"{self.name} {number}", daemon=True
             )
-            for index, request in enumerate(requests)
+            for number, task in enumerate(tasks)
         ]
         for follower in followers:
             follower.start()
         for follower in followers:
             follower.join()
 
-    def _follow_member(self, index: int, request: agent_pb2.RunBenchmarkRequest) -> None:
-        source = self._order.sources[index]
+    def _follow_member(self, task: Task) -> None:
         try:
-            outcome = self._measure(index, source, request)
-        except CliError as error:
-            outcome = Outcome(self._address, index, error=error)
-            if isinstance(error, Refused):
-                self._cancel_others(request.run_id)
+            outcome = self._outcome_of(task)
+            if isinstance(outcome.error, Refused):
+                self._cancel_others(task.request.run_id)
         except BaseException as error:
-            outcome = Outcome(self._address, index, error=_Defect.of(error))
-        finally:
-            self._progress.ended(self._label(source))
+            outcome = Outcome(self._address, task.index, error=_Defect.of(error), turn=task.turn)
         self._inbox.put(outcome)
+
+    def _outcome_of(self, task: Task) -> Outcome:
+        try:
+            return replace(self._measure(task), turn=task.turn)
+        except CliError as error:
+            return Outcome(self._address, task.index, error=error, turn=task.turn)
+        finally:
+            self._progress.ended(task.label)
 
     def _cancel_others(self, run_id: str) -> None:
         """The board does not take one of the group: the others would wait for it in vain."""
@@ -334,14 +534,14 @@ class Board(threading.Thread):
             with contextlib.suppress(CliError, ValueError):
                 self._client.cancel(other)
 
-    def _measure(self, index: int, source: Source, request: agent_pb2.RunBenchmarkRequest) -> Outcome:
-        run_id = request.run_id
+    def _measure(self, task: Task) -> Outcome:
+        request, run_id = task.request, task.request.run_id
         self._run_ids.add(run_id)
         try:
             if self._interrupted.is_set():
                 raise Interrupted("interrupted")
             with contextlib.closing(self._client.run(request)) as events:
-                return self._follow(index, source, run_id, events)
+                return self._follow(task, run_id, events)
         except Unreachable as error:
             raise Unreachable(
                 f"{error}. A run that has begun goes on without this connection; see its result with: "
@@ -350,18 +550,16 @@ class Board(threading.Thread):
         finally:
             self._run_ids.discard(run_id)
 
-    def _follow(
-        self, index: int, source: Source, run_id: str, events: Iterable[agent_pb2.RunEvent]
-    ) -> Outcome:
+    def _follow(self, task: Task, run_id: str, events: Iterable[agent_pb2.RunEvent]) -> Outcome:
         from boardbench.v1.agent_pb2 import RunSummary
 
         for event in events:
-            self._progress.happened(self._label(source), event)
+            self._progress.happened(task.label, event)
             if event.HasField("result"):
-                return Outcome(self._address, index, result=event.result)
+                return Outcome(self._address, task.index, result=event.result)
             if self._order.detach:
                 known = (run for run in self._client.list_runs() if run.run_id == run_id)
-                return Outcome(self._address, index, queued=next(known, RunSummary(run_id=run_id)))
+                return Outcome(self._address, task.index, queued=next(known, RunSummary(run_id=run_id)))
         raise CliError(f"{self._address} told no end of run {run_id}")
 
     def _send(self, source: Source, *, inputs: bool = False) -> model_pb2.Model:
@@ -442,6 +640,8 @@ def _tell(outcome: Outcome, order: Order, output: Output) -> None:
         return
     name = order.sources[outcome.index].name
     if outcome.result is not None:
+        if not outcome.result.run_id:
+            return  # an engine that was not asked to run it; the comparison says why
         from boardbench.cli.answer import answer
 
         more = f"boardbench watch {outcome.result.run_id[:8]} --to {outcome.address} --full"
@@ -465,7 +665,9 @@ def _conclude(
 ) -> ExitCode:
     """The exit code, after writing the JSON document or, for several results, the comparison."""
     place = {address: position for position, address in enumerate(addresses)}
-    outcomes = sorted(outcomes, key=lambda outcome: (outcome.index, place[outcome.address]))
+    outcomes = sorted(outcomes, key=lambda outcome: (outcome.index, place[outcome.address], outcome.turn))
+    if order.spec.runtime == "all" and not order.detach:
+        return _conclude_engines(outcomes, output, require)
     answers = [
         answer for outcome in outcomes if (answer := outcome.result or outcome.queued or outcome.stored)
     ]
@@ -481,6 +683,33 @@ def _conclude(
         output.show(comparison_table(results), table=True)
     codes = [exit_code_of(outcome) for outcome in outcomes]
     if not all_hold(require, results, output):
+        codes.append(ExitCode.FAILED)
+    code = worst(codes)
+    if code == ExitCode.INTERRUPTED:
+        output.complain("interrupted")
+    return code
+
+
+def _conclude_engines(outcomes: list[Outcome], output: Output, require: tuple[Requirement, ...]) -> ExitCode:
+    """The exit code, after showing for each model and board what its engines measured, side by side."""
+    from boardbench.cli import engines
+    from boardbench.v1 import result_pb2
+
+    groups: dict[tuple[int, Address], list[result_pb2.RunResult]] = {}
+    codes = []
+    for outcome in outcomes:
+        if outcome.result is not None:
+            groups.setdefault((outcome.index, outcome.address), []).append(outcome.result)
+        elif outcome.error is not None and not isinstance(outcome.error, Refused):
+            codes.append(outcome.error.exit_code)
+    codes.append(engines.conclude(list(groups.values()), output))
+    measured = [
+        result
+        for group in groups.values()
+        for result in group
+        if result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    ]
+    if not all_hold(require, measured, output):
         codes.append(ExitCode.FAILED)
     code = worst(codes)
     if code == ExitCode.INTERRUPTED:

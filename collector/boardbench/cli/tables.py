@@ -395,6 +395,14 @@ def _job_state(job: job_pb2.Job) -> Text:
     return Text(word, style)
 
 
+def cases_table(rows: Iterable[tuple[str, ...]]) -> RenderableType:
+    """A line a case of a suite."""
+    table = _table("model", "runtime", "scenario", "boards", "there")
+    for row in rows:
+        table.add_row(*(cell or "–" for cell in row))
+    return table
+
+
 def reservations_table(reservations: Iterable[job_pb2.Reservation]) -> RenderableType:
     """A line a board that is taken."""
     table = _table("board", "holder", "until", "for")
