@@ -168,7 +168,7 @@ class FatVolume:
     @property
     def free_bytes(self) -> int:
         """What can still be written."""
-        return self._free * self.cluster_bytes
+        return self._free * int(self.cluster_bytes)
 
     # Folders.
 
@@ -363,7 +363,7 @@ class FatVolume:
     # Bytes.
 
     def _place(self, cluster: int) -> int:
-        return self._data + (cluster - 2) * self.cluster_bytes
+        return int(self._data) + (cluster - 2) * int(self.cluster_bytes)
 
     def _read(self, at: int, size: int) -> bytes:
         self._file.seek(self._offset + at)

@@ -93,25 +93,28 @@ def plan(order: Order, form: Format, read: Callable[[str], bytes | None]) -> Pla
     """What to write over what is there; the same again when it was written before. Raises CliError."""
     if order.hostname and not _HOSTNAME.fullmatch(order.hostname):
         raise CliError(f"{order.hostname!r} is no hostname: letters, digits and hyphens, at most 63")
-    files: dict[str, bytes] = {
-        PACKAGE: order.package,
-        SUMS: f"{hashlib.sha256(order.package).hexdigest()}  agent.deb\n".encode(),
-        SETTINGS: settings(order).encode(),
-        INSTALL: _INSTALL.encode(),
-    }
-    removed = [LOG, DONE]
-    secret = set()
-    if order.token:
-        files[ENROLMENT] = _json({"collector": order.collector, "token": order.token})
-        secret.add(ENROLMENT)
-    else:
-        removed.append(ENROLMENT)
+    files = bundle(order)
+    removed = [LOG, DONE, *([] if order.token else [ENROLMENT])]
+    secret = {ENROLMENT}
     make = _systemd if form is Format.SYSTEMD else _cloud_init
     more, gone = make(order, read, files)
     files.update(more)
     if order.wifi is not None:
         secret.add("firstrun.sh" if form is Format.SYSTEMD else "network-config")
     return Plan(files, (*removed, *gone), frozenset(secret))
+
+
+def bundle(order: Order) -> dict[str, bytes]:
+    """The folder that INSTALL works in, the same for every kind of board."""
+    files = {
+        PACKAGE: order.package,
+        SUMS: f"{hashlib.sha256(order.package).hexdigest()}  agent.deb\n".encode(),
+        SETTINGS: settings(order).encode(),
+        INSTALL: _INSTALL.encode(),
+    }
+    if order.token:
+        files[ENROLMENT] = _json({"collector": order.collector, "token": order.token})
+    return files
 
 
 def settings(order: Order) -> str:
