@@ -22,8 +22,9 @@ from boardbench.cli.terminal import Output, full_option, output_from, output_opt
 
 if TYPE_CHECKING:
     from boardbench.cli.progress import Watched
-    from boardbench.v1 import agent_pb2, result_pb2
+    from boardbench.v1 import agent_pb2, board_pb2, result_pb2
 
+_LIBRARIES = ("delegate", "provider_library")
 _STDERR_LINES = 40  # of a child that breaks: a traceback and what led to it
 _AGENT_USAGE = 2  # exit code of boardbench-agent for a request that it can't even begin with
 _END_SECONDS = 10.0  # from the last event to the end of the process; then it is killed
@@ -66,9 +67,11 @@ def run(paths: tuple[Path, ...], require: tuple[Requirement, ...], **values: Any
     from boardbench.cli.source import as_file
     from boardbench.cli.tables import comparison_table
 
-    spec = _with_local_delegate(spec)
+    spec = _with_local_libraries(spec)
     results: list[result_pb2.RunResult] = []
     codes: list[ExitCode] = []
+    if spec.runtime == "all":
+        return _by_every_engine(paths, spec, output, require)
     with progress_for(output) as progress:
         for path in paths:
             local = LocalRun(path, spec)
@@ -101,15 +104,101 @@ def run(paths: tuple[Path, ...], require: tuple[Requirement, ...], **values: Any
     return code
 
 
-def _with_local_delegate(spec: Spec) -> Spec:
-    """The delegate by its whole path where it is a file here: the worker is in a folder of its own.
+def _with_local_libraries(spec: Spec) -> Spec:
+    """A delegate or provider by its whole path where it is a file here: the worker is in a folder of its own.
 
     A name that is no file here is left to the system's loader, as ``libedgetpu.so.1``.
     """
-    library = Path(spec.options.get("delegate", ""))
-    if not library.is_file():
-        return spec
-    return replace(spec, options={**spec.options, "delegate": str(library.absolute())})
+    named = {name: Path(spec.options[name]) for name in _LIBRARIES if name in spec.options}
+    whole = {name: str(path.absolute()) for name, path in named.items() if path.is_file()}
+    return replace(spec, options={**spec.options, **whole}) if whole else spec
+
+
+def _by_every_engine(
+    paths: tuple[Path, ...], spec: Spec, output: Output, require: tuple[Requirement, ...]
+) -> ExitCode:
+    """Runs each model by every engine that takes it, and shows them side by side."""
+    from boardbench.cli import engines
+    from boardbench.cli.answer import answer
+    from boardbench.cli.progress import progress_for
+    from boardbench.inspect.sniff import sniff
+    from boardbench.v1 import model_pb2, result_pb2
+
+    statuses = _statuses()
+    groups: list[list[result_pb2.RunResult]] = []
+    codes: list[ExitCode] = []
+    with progress_for(output) as progress:
+        for path in paths:
+            model = model_pb2.Model(name=path.name, format=sniff(path))
+            found = engines.choices(statuses, model.format, spec)
+            if not found:
+                raise CliError(f"no engine here takes {path.name} ({model.format or 'of no known format'})")
+            results: list[result_pb2.RunResult] = []
+            groups.append(results)
+            for choice in found:
+                if choice.refusal:
+                    results.append(engines.refused(choice, model, spec))
+                    continue
+                local = LocalRun(path, engines.spec_for(choice, spec))
+                try:
+                    result = _followed(local, progress)
+                except CliError as error:
+                    if local.interrupted:
+                        codes.append(error.exit_code)
+                    else:
+                        results.append(engines.refused(replace(choice, refusal=str(error)), model, spec))
+                else:
+                    results.append(result)
+                    if not output.json:
+                        with progress.paused():
+                            answer(result, output, more="--full shows all")
+                if local.interrupted:
+                    codes.append(ExitCode.INTERRUPTED)
+                    break
+            if codes:
+                break
+    codes.append(engines.conclude(groups, output))
+    measured = [
+        result for group in groups for result in group if result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    ]
+    if not all_hold(require, measured, output):
+        codes.append(ExitCode.FAILED)
+    code = worst(codes)
+    if code == ExitCode.INTERRUPTED:
+        output.complain("interrupted")
+    return code
+
+
+def _statuses() -> list[board_pb2.RuntimeStatus]:
+    """The engines of this machine, by the agent's own code. Raises CliError."""
+    from google.protobuf import json_format
+
+    from boardbench.v1 import agent_pb2
+
+    done = subprocess.run(
+        [sys.executable, "-m", "boardbench.agent", "probe", "--format", "json"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        missing = re.search(r"No module named '([\w.]+)'", done.stderr)
+        raise CliError(
+            _needs_more(missing[1]) if missing else f"engines can't be found: {done.stderr.strip()}"
+        )
+    try:
+        return list(json_format.Parse(done.stdout, agent_pb2.DescribeResponse()).runtimes)
+    except json_format.ParseError as error:
+        raise CliError(f"the agent's part printed something that is no description: {error}") from error
+
+
+def _needs_more(module: str) -> str:
+    return (
+        f"running models here needs more of boardbench ({module} is missing): "
+        "pip install 'boardbench[agent,tflite,onnx]'"
+    )
 
 
 def _conclude(results: list[result_pb2.RunResult], asked: int, output: Output) -> None:
@@ -211,10 +300,7 @@ class LocalRun:
     def _broken(self, code: int, said: str) -> CliError:
         missing = re.search(r"No module named '([\w.]+)'", said)
         if missing:
-            return CliError(
-                f"running models here needs more of boardbench ({missing[1]} is missing): "
-                "pip install 'boardbench[agent,tflite,onnx]'"
-            )
+            return CliError(_needs_more(missing[1]))
         words = said.strip() or f"it ended with exit code {code} and said nothing"
         if code == _AGENT_USAGE:
             return WrongUse(_without_prefix(words))
