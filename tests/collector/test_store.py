@@ -22,6 +22,7 @@ from boardbench.collector.store import (
     News,
     Places,
     Position,
+    Removed,
     ResultFilter,
     ResultStore,
     Series,
@@ -32,6 +33,7 @@ from boardbench.collector.store import (
     series_of,
     split,
 )
+from boardbench.collector.thinning import DROPPED, histogram, total
 from boardbench.v1 import collector_pb2, placement_pb2, result_pb2, scenario_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
@@ -424,6 +426,8 @@ def test_every_long_list_is_in_the_detail_only(make_result: MakeResult) -> None:
     result.interference.alone.samples_nanoseconds.extend([10, 11])
     result.telemetry.rate_hertz = 10
     result.telemetry.series.add(quantity="power_watts", values=[1.5, 2.5], times_seconds=[0, 0.1])
+    for latency in (result.latency, result.scenario.service, result.interference.alone):
+        latency.histogram.CopyFrom(histogram([5_000, 6_000]))
     summary, detail = split(result)
     short = result_pb2.RunResult.FromString(summary)
     assert (short.warm_up.runs, short.scenario.service.count, short.telemetry.rate_hertz) == (3, 2, 10)
@@ -633,3 +637,97 @@ async def test_the_latest_of_some_boards_only(store: ResultStore, make_result: M
     assert {entry.device_id for entry in some.results} == {"pi5", "nano"}
     assert len(some.results) == 4 and some.left_out == {"pi5": 1, "nano": 1}
     assert await store.latest(received_since=0, per_device=2, devices=()) == LatestResults((), {})
+
+
+# Retention
+
+
+def _sampled(make_result: MakeResult, run_id: str, **more: object) -> result_pb2.RunResult:
+    """A result that has every kind of single samples."""
+    result = make_result(run_id, **more)
+    result.warm_up.samples_nanoseconds.extend([5, 6, 7])
+    result.scenario.service.samples_nanoseconds.extend([8_000, 9_000])
+    result.interference.alone.samples_nanoseconds.extend([10_000, 11_000])
+    result.telemetry.series.add(quantity="power_watts", values=[1.5, 2.5], times_seconds=[0, 0.1])
+    return result
+
+
+async def test_single_samples_go_with_age_and_their_distribution_stays(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    for n in (1, 2, 3):
+        await store.append("pi5", "spool-1", n, _sampled(make_result, f"run-{n}", p50=0.01 * n))
+    assert await store.thin(received_before=1.0, limit=10) == Removed(), "nothing is that old"
+    first = await store.thin(received_before=4e9, limit=2)
+    assert (first.results, first.samples, first.more) == (2, 2 * (100 + 3 + 2 + 2 + 2), True)
+    assert first.size_bytes > 0
+    second = await store.thin(received_before=4e9, limit=2)
+    assert (second.results, second.more) == (1, False)
+    assert (await store.thin(received_before=4e9, limit=2)).results == 0, "once is enough"
+    for n in (1, 2, 3):
+        whole = _sampled(make_result, f"run-{n}", p50=0.01 * n)
+        (thin,) = await store.find(f"run-{n}")
+        assert thin.latency.percentiles == whole.latency.percentiles
+        assert thin.placement == whole.placement
+        assert not any(list_at(thin, path) for path in DROPPED)
+        for before, after in (
+            (whole.latency, thin.latency),
+            (whole.scenario.service, thin.scenario.service),
+            (whole.interference.alone, thin.interference.alone),
+        ):
+            assert after.histogram == histogram(before.samples_nanoseconds)
+            assert total(after.histogram) == len(before.samples_nanoseconds)
+    await store.check()
+    latest = await store.latest(received_since=0, per_device=9)
+    assert [entry.result.run_id for entry in latest.results] == ["run-3"]
+
+
+async def test_a_result_that_was_made_smaller_is_still_known(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    await store.append("pi5", "spool-1", 1, _sampled(make_result, "run-1"))
+    await store.thin(received_before=4e9, limit=10)
+    assert await store.append("pi5", "spool-1", 1, _sampled(make_result, "run-1")) is False
+    assert await store.append("pi5", "spool-2", 1, _sampled(make_result, "run-1")) is False
+    with pytest.raises(ResultRefused, match="with other contents"):
+        await store.append("pi5", "spool-2", 2, _sampled(make_result, "run-1", p50=0.5))
+
+
+async def test_results_go_with_age_but_never_the_latest_of_a_series(
+    store: ResultStore, make_result: MakeResult
+) -> None:
+    failed = result_pb2.RUN_STATUS_FAILED
+    for n, more in enumerate([{}, {}, {"status": failed}, {"model": "other"}, {"status": failed}], 1):
+        await store.append("pi5", "spool-1", n, make_result(f"run-{n}", **more))
+    before = await store.outcomes()
+    assert await store.remove(received_before=1.0, per_series=None, limit=10) == Removed()
+    first = await store.remove(received_before=4e9, per_series=None, limit=1)
+    assert (first.results, first.more, first.size_bytes > 0) == (1, True, True)
+    await store.remove(received_before=4e9, per_series=None, limit=10)
+    left = {result.run_id for result in (await store.results(ResultFilter(), limit=10)).results}
+    assert left == {"run-2", "run-4", "run-5"}, "the latest of each series, and where the order ends"
+    assert (await store.remove(received_before=4e9, per_series=None, limit=10)).results == 0
+    assert await store.outcomes() == before, "what was counted stays counted"
+    assert await store.acknowledged("pi5", "spool-1") == 5
+    assert await store.append("pi5", "spool-1", 6, make_result("run-6"), after=5) is True
+    assert (await store.news(0)).position > 5
+
+
+async def test_so_many_results_of_each_series_are_kept(store: ResultStore, make_result: MakeResult) -> None:
+    failed = result_pb2.RUN_STATUS_FAILED
+    sequence = 0
+    for device_id, model in (("pi5", "a"), ("pi5", "b"), ("pi4", "a")):
+        for n in range(4):
+            sequence += 1
+            await store.append(
+                device_id, "spool", sequence, make_result(f"{device_id}-{model}-{n}", model=model)
+            )
+    sequence += 1
+    await store.append("pi4", "spool", sequence, make_result("last", model="a", status=failed))
+    removed = [await store.remove(received_before=None, per_series=2, limit=3) for _ in range(4)]
+    assert [each.results for each in removed] == [3, 3, 1, 0]
+    left = {result.run_id for result in (await store.results(ResultFilter(), limit=100)).results}
+    assert left == {"pi5-a-2", "pi5-a-3", "pi5-b-2", "pi5-b-3", "pi4-a-3", "last"}
+    await store.remove(received_before=None, per_series=1, limit=100)
+    left = {result.run_id for result in (await store.results(ResultFilter(), limit=100)).results}
+    assert left == {"pi5-a-3", "pi5-b-3", "pi4-a-3", "last"}, "what succeeded last stays"

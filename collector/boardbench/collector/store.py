@@ -11,7 +11,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 from boardbench.collector.errors import InvalidRequest, ResultRefused
@@ -265,6 +265,28 @@ def has_drifted(before: Places, after: Places) -> bool:
     return before.units != after.units and not (unknown_unit in before.units or unknown_unit in after.units)
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What was taken out of a store."""
+
+    results: int = 0
+    """Results that were removed, or made smaller."""
+    samples: int = 0
+    """Single samples that were dropped."""
+    size_bytes: int = 0
+    """Bytes of records that are gone."""
+    more: bool = False
+    """Whether there may be more to do at once."""
+
+    def __add__(self, other: Removed) -> Removed:
+        return Removed(
+            self.results + other.results,
+            self.samples + other.samples,
+            self.size_bytes + other.size_bytes,
+            other.more,
+        )
+
+
 class ResultStore(Protocol):
     """Results and the boards they come from."""
 
@@ -340,6 +362,20 @@ class ResultStore(Protocol):
         Only of these ``devices``; None: of all.
         Drifts are counted as results are stored, in the order of their arrival, and outlive everything but
         the store: a board that was set up anew is compared with what it did before, too.
+        """
+
+    async def thin(self, *, received_before: float, limit: int) -> Removed:
+        """Drops the single samples of results that arrived before, the oldest first (``thinning.thinned``).
+
+        Looks at no more than ``limit`` results, which is one transaction.
+        """
+
+    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
+        """Removes at most ``limit`` results in one transaction, the oldest first.
+
+        Those that arrived before, and those of which their series has ``per_series`` later ones on the board,
+        whatever their ending; None: no such bound. The latest SUCCEEDED of each series stays, and the last
+        that arrived at all. Marks and counts stay, too.
         """
 
     async def probe(self) -> None:
@@ -424,6 +460,12 @@ LONG = (
     "scenario.service.samples_nanoseconds",
     "interference.alone.samples_nanoseconds",
     "telemetry.series",
+    "latency.histogram.index_steps",
+    "latency.histogram.counts",
+    "scenario.service.histogram.index_steps",
+    "scenario.service.histogram.counts",
+    "interference.alone.histogram.index_steps",
+    "interference.alone.histogram.counts",
 )
 """The lists of a result that grow with the run or the model."""
 
@@ -463,6 +505,12 @@ def series_of(result: result_pb2.RunResult) -> Series:
         threads=threads,
         variant=",".join(parts),
     )
+
+
+def series_id(device_id: str, series: Series) -> int:
+    """Returns a number that stands for the series of a board: 64 bits of a digest, signed as in SQL."""
+    text = "\0".join((device_id, *astuple(series))).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
 def scenario_parts(spec: result_pb2.BenchmarkSpec) -> list[str]:

@@ -20,6 +20,7 @@ from boardbench.collector.store import (
     Outcomes,
     Places,
     Position,
+    Removed,
     ResultFilter,
     ResultPage,
     Series,
@@ -34,6 +35,8 @@ from boardbench.collector.store import (
     split,
 )
 from boardbench.collector.stores.memory_jobs import MemoryJobStore
+from boardbench.collector.stores.removing import Thinning
+from boardbench.collector.thinning import is_same
 from boardbench.v1 import collector_pb2, result_pb2
 
 
@@ -77,6 +80,8 @@ class MemoryResultStore:
         self._latest: dict[tuple[str, Series], _Stored] = {}
         self._places: dict[tuple[str, Series], Places] = {}
         self._drifts: Counter[tuple[str, Series]] = Counter()
+        self._arrivals = 0
+        self._thin_until = 0
 
     def append(
         self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
@@ -109,14 +114,15 @@ class MemoryResultStore:
         summary, detail = split(result)
         known = self._results.get(result.run_id)
         if known is not None:
-            if (known.device_id, known.summary, known.detail) == (device_id, summary, detail):
+            if known.device_id == device_id and is_same((known.summary, known.detail), (summary, detail)):
                 return False
             raise ResultRefused(
                 "conflict",
                 f"run {result.run_id} is stored already, from device {known.device_id}, with other contents",
             )
         now = self._clock()
-        position = Position(finished_microseconds(result, now), len(self._results) + 1)
+        self._arrivals += 1
+        position = Position(finished_microseconds(result, now), self._arrivals)
         series = series_of(result)
         stored = _Stored(position, device_id, now, series.runtime, summary, detail)
         self._results[result.run_id] = stored
@@ -221,7 +227,7 @@ class MemoryResultStore:
         """See ``ResultStore.news``."""
         self._check_open()
         behind = [stored for stored in self._results.values() if stored.position.arrival > after]
-        return News(len(self._results), frozenset(stored.device_id for stored in behind))
+        return News(self._arrivals, frozenset(stored.device_id for stored in behind))
 
     async def arrivals(self, after: int, *, limit: int, max_bytes: int) -> tuple[Arrival, ...]:
         """See ``ResultStore.arrivals``."""
@@ -260,6 +266,43 @@ class MemoryResultStore:
         return LatestResults(
             tuple(kept), {name: count - per_device for name, count in counts.items() if count > per_device}
         )
+
+    async def thin(self, *, received_before: float, limit: int) -> Removed:
+        """See ``ResultStore.thin``."""
+        self._check_open()
+        thinning = Thinning(self._thin_until, received_before)
+        behind = [stored for stored in self._results.values() if stored.position.arrival > thinning.begin]
+        for stored in behind[:limit]:
+            if not thinning.take(stored.position.arrival, stored.received_at, stored.summary, stored.detail):
+                break
+        by_arrival = {stored.position.arrival: (run_id, stored) for run_id, stored in self._results.items()}
+        for summary, detail, arrival in thinning.changes:
+            run_id, stored = by_arrival[arrival]
+            thin = replace(stored, summary=summary, detail=detail)
+            self._results[run_id] = thin
+            for key, latest in self._latest.items():
+                if latest is stored:
+                    self._latest[key] = thin
+        self._thin_until = thinning.end
+        return thinning.removed(limit)
+
+    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
+        """See ``ResultStore.remove``."""
+        self._check_open()
+        latest = {id(stored) for stored in self._latest.values()}
+        later: Counter[tuple[str, Series]] = Counter()
+        chosen: list[str] = []
+        for run_id, stored in reversed(self._results.items()):
+            series = (stored.device_id, series_of(stored.read(summary=True)))
+            old = received_before is not None and stored.received_at < received_before
+            beyond = per_series is not None and later[series] >= per_series
+            later[series] += 1
+            if (old or beyond) and id(stored) not in latest and stored.position.arrival != self._arrivals:
+                chosen.append(run_id)
+        chosen = chosen[::-1][:limit]
+        gone = [self._results.pop(run_id) for run_id in chosen]
+        size = sum(len(stored.summary) + len(stored.detail) for stored in gone)
+        return Removed(len(gone), 0, size, more=len(gone) == limit)
 
     async def probe(self) -> None:
         """See ``ResultStore.probe``."""

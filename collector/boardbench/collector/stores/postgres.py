@@ -46,6 +46,7 @@ from boardbench.collector.store import (
     Outcomes,
     Places,
     Position,
+    Removed,
     ResultFilter,
     ResultPage,
     Sighting,
@@ -55,13 +56,16 @@ from boardbench.collector.store import (
     finished_microseconds,
     has_drifted,
     places_of,
+    series_id,
     series_of,
     split,
 )
 from boardbench.collector.stores.gather import Append, Call, Gatherer, Track
 from boardbench.collector.stores.postgres_jobs import PostgresJobStore, take_places
 from boardbench.collector.stores.postgres_schema import migrate, series_key, storable
+from boardbench.collector.stores.removing import Thinning
 from boardbench.collector.stores.sqlite_schema import series_text
+from boardbench.collector.thinning import is_same
 from boardbench.v1 import collector_pb2, result_pb2
 
 if TYPE_CHECKING:
@@ -122,6 +126,7 @@ _RESULT_COLUMNS = {
     "received": "float8",
     "summary": "bytea",
     "detail": "bytea",
+    "series_id": "bigint",
 }
 """The arrival and the columns of a row of :class:`Append`, in its order, with their types."""
 
@@ -130,6 +135,12 @@ _INSERT = (
     + ", ".join(f"%b::{kind}[]" for kind in _RESULT_COLUMNS.values())
     + ") ON CONFLICT (run_id) DO NOTHING RETURNING run_id, arrival"
 )
+
+_KEPT = (
+    "(results.arrival = (SELECT MAX(arrival) FROM results) OR EXISTS (SELECT 1 FROM series"
+    " WHERE series.device_id = results.device_id AND series.arrival = results.arrival))"
+)
+"""What is never removed: where the order of arrival ends, and the latest measurement of each series."""
 
 _ADD_OUTCOMES = (
     "INSERT INTO outcomes (device_id, status, total)"
@@ -235,6 +246,7 @@ class PostgresResultStore:
             received,
             summary,
             detail,
+            series_id(device_id, series),
         )
         measured = result.status == result_pb2.RUN_STATUS_SUCCEEDED
         job = attempt_of(result.run_id)
@@ -481,7 +493,7 @@ class PostgresResultStore:
             known = stored.get(run_id)
             if known is None:
                 outcomes[index] = ResultRefused("unfit", f"run {run_id}: the record does not fit the store")
-            elif known == (entry.device_id, entry.row[10], entry.row[11]):
+            elif known[0] == entry.device_id and is_same(known[1:], (entry.row[10], entry.row[11])):
                 outcomes[index] = False
             else:
                 outcomes[index] = ResultRefused(
@@ -778,6 +790,92 @@ class PostgresResultStore:
 
         return await self.read(read)
 
+    async def thin(self, *, received_before: float, limit: int) -> Removed:
+        """See ``ResultStore.thin``."""
+
+        def read(db: Connection) -> Thinning:
+            thinning = Thinning(_progress(db, ""), received_before)
+            last, looked = thinning.begin, 0
+            # One at a time: a record may have as many bytes as a transaction should rewrite.
+            while looked < limit:
+                row = db.execute(
+                    "SELECT arrival, received, summary, detail FROM results WHERE arrival > %s"
+                    " ORDER BY arrival LIMIT 1",
+                    (last,),
+                    binary=True,
+                ).fetchone()
+                if row is None or not thinning.take(*row):
+                    break
+                last, looked = row[0], looked + 1
+            return thinning
+
+        thinning = await self.read(read)
+
+        def write(db: Connection) -> bool:
+            db.execute(
+                "INSERT INTO progress (name, arrival) VALUES ('thin', 0) ON CONFLICT (name) DO NOTHING"
+            )
+            if _progress(db, " FOR UPDATE") != thinning.begin:
+                return False  # another collector has done it meanwhile
+            if thinning.changes:
+                db.cursor().executemany(
+                    "UPDATE results SET summary = %b, detail = %b WHERE arrival = %s", thinning.changes
+                )
+            db.execute("UPDATE progress SET arrival = %s WHERE name = 'thin'", (thinning.end,))
+            return True
+
+        if thinning.end > thinning.begin and not await self.write(write):
+            return Removed(more=True)
+        return thinning.removed(limit)
+
+    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
+        """See ``ResultStore.remove``."""
+
+        def read(db: Connection) -> list[int]:
+            chosen: list[int] = []
+            last = 0
+            while received_before is not None and len(chosen) < limit:
+                # By arrival, because there is no order by age; what stays for ever is as long as the series.
+                rows = db.execute(
+                    f"SELECT arrival, received, {_KEPT} FROM results WHERE arrival > %s"
+                    " ORDER BY arrival LIMIT 500",
+                    (last,),
+                ).fetchall()
+                chosen += [
+                    arrival for arrival, received, kept in rows if received < received_before and not kept
+                ]
+                if not rows or rows[-1][1] >= received_before:
+                    break
+                last = rows[-1][0]
+            if per_series is not None and len(chosen) < limit:
+                for (series,) in db.execute(
+                    "SELECT series_id FROM results GROUP BY series_id HAVING COUNT(*) > %s", (per_series,)
+                ).fetchall():
+                    chosen += [
+                        arrival
+                        for arrival, kept in db.execute(
+                            f"SELECT arrival, {_KEPT} FROM results WHERE series_id = %s"
+                            " ORDER BY arrival DESC LIMIT %s OFFSET %s",
+                            (series, limit, per_series),
+                        )
+                        if not kept
+                    ]
+                    if len(chosen) >= limit:
+                        break
+            return sorted(set(chosen))[:limit]
+
+        chosen = await self.read(read)
+
+        def write(db: Connection) -> Removed:
+            found = db.execute(
+                f"DELETE FROM results WHERE arrival = ANY(%s::bigint[]) AND NOT {_KEPT}"
+                " RETURNING octet_length(summary) + octet_length(detail)",
+                (chosen,),
+            ).fetchall()
+            return Removed(len(found), 0, sum(row[0] for row in found), more=len(chosen) == limit)
+
+        return await self.write(write) if chosen else Removed()
+
     async def check(self) -> None:
         """See ``ResultStore.check``."""
 
@@ -888,6 +986,11 @@ def _insert_each(
         except (errors.DataError, errors.IntegrityError, errors.ProgramLimitExceeded) as error:
             unfit[row[0]] = error
     return arrivals, unfit
+
+
+def _progress(db: Connection, lock: str) -> int:
+    row = db.execute(f"SELECT arrival FROM progress WHERE name = 'thin'{lock}").fetchone()
+    return int(row[0]) if row else 0
 
 
 def place(url: str) -> str:

@@ -58,13 +58,16 @@ def _version_1(db: Connection) -> None:
             finished BIGINT NOT NULL,
             received DOUBLE PRECISION NOT NULL,
             summary BYTEA NOT NULL,
-            detail BYTEA NOT NULL
+            detail BYTEA NOT NULL,
+            series_id BIGINT NOT NULL
         )"""
     )
     db.execute("CREATE INDEX results_by_end ON results (finished, arrival)")
     db.execute("CREATE INDEX results_by_device ON results (device_id, finished, arrival)")
     db.execute("CREATE INDEX results_by_model ON results (model_name, finished, arrival)")
     db.execute("CREATE INDEX results_by_hash ON results (model_sha256)")
+    db.execute("CREATE INDEX results_by_series ON results (series_id, arrival)")
+    db.execute('CREATE TABLE progress (name TEXT COLLATE "C" NOT NULL PRIMARY KEY, arrival BIGINT NOT NULL)')
     db.execute(
         """CREATE TABLE series (
             device_id TEXT COLLATE "C" NOT NULL,

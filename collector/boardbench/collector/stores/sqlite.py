@@ -45,6 +45,7 @@ from boardbench.collector.store import (
     Outcomes,
     Places,
     Position,
+    Removed,
     ResultFilter,
     ResultPage,
     Sighting,
@@ -54,11 +55,14 @@ from boardbench.collector.store import (
     finished_microseconds,
     has_drifted,
     places_of,
+    series_id,
     series_of,
     split,
 )
+from boardbench.collector.stores.removing import Thinning
 from boardbench.collector.stores.sqlite_jobs import SqliteJobStore
 from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, TRACK_SERIES, migrate, series_text
+from boardbench.collector.thinning import is_same
 from boardbench.v1 import collector_pb2, result_pb2
 
 _T = TypeVar("_T")
@@ -77,8 +81,16 @@ _BEYOND = "\U0010ffff"
 
 _INSERT = (
     "INSERT INTO results (run_id, device_id, spool_id, sequence, status, runtime, model_name, model_sha256,"
-    " finished, received, summary, detail) VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (run_id) DO NOTHING"
+    " finished, received, summary, detail, series_id) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
+    " ON CONFLICT (run_id) DO NOTHING"
 )
+
+
+_KEPT = (
+    "(arrival = (SELECT MAX(arrival) FROM results) OR EXISTS (SELECT 1 FROM series"
+    " WHERE series.device_id = results.device_id AND series.arrival = results.arrival))"
+)
+"""What is never removed: where the order of arrival ends, and the latest measurement of each series."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,7 @@ class SqliteResultStore:
             finished_microseconds(result, received),
             received,
             *split(result),
+            series_id(device_id, series),
         )
         measured = result.status == result_pb2.RUN_STATUS_SUCCEEDED
         job = attempt_of(result.run_id)
@@ -386,7 +399,7 @@ class SqliteResultStore:
             device_id, summary, detail = db.execute(
                 "SELECT device_id, summary, detail FROM results WHERE run_id = ?", (run_id,)
             ).fetchone()
-            if (device_id, summary, detail) == (entry.device_id, entry.row[10], entry.row[11]):
+            if device_id == entry.device_id and is_same((summary, detail), (entry.row[10], entry.row[11])):
                 return False
             return ResultRefused(
                 "conflict", f"run {run_id} is stored already, from device {device_id}, with other contents"
@@ -615,6 +628,89 @@ class SqliteResultStore:
             return LatestResults(tuple(kept), left_out)
 
         return await self.read(read)
+
+    async def thin(self, *, received_before: float, limit: int) -> Removed:
+        """See ``ResultStore.thin``."""
+
+        def read(db: sqlite3.Connection) -> Thinning:
+            found = db.execute("SELECT arrival FROM progress WHERE name = 'thin'").fetchone()
+            thinning = Thinning(found[0] if found else 0, received_before)
+            rows = db.execute(
+                "SELECT arrival, received, summary, detail FROM results WHERE arrival > ?"
+                " ORDER BY arrival LIMIT ?",
+                (thinning.begin, limit),
+            )
+            with contextlib.closing(rows):
+                for row in rows:
+                    if not thinning.take(*row):
+                        break
+            return thinning
+
+        thinning = await self.read(read)
+
+        def write(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE results SET summary = ?, detail = ? WHERE arrival = ?", thinning.changes)
+            db.execute(
+                "INSERT INTO progress (name, arrival) VALUES ('thin', ?)"
+                " ON CONFLICT (name) DO UPDATE SET arrival = excluded.arrival",
+                (thinning.end,),
+            )
+
+        if thinning.end > thinning.begin:
+            await self.write(write)
+        return thinning.removed(limit)
+
+    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
+        """See ``ResultStore.remove``."""
+
+        def read(db: sqlite3.Connection) -> list[int]:
+            chosen: list[int] = []
+            last = 0
+            while received_before is not None and len(chosen) < limit:
+                # By arrival, because there is no order by age; what stays for ever is as long as the series.
+                rows = db.execute(
+                    f"SELECT arrival, received, {_KEPT} FROM results WHERE arrival > ?"
+                    " ORDER BY arrival LIMIT 500",
+                    (last,),
+                ).fetchall()
+                chosen += [
+                    arrival for arrival, received, kept in rows if received < received_before and not kept
+                ]
+                if not rows or rows[-1][1] >= received_before:
+                    break
+                last = rows[-1][0]
+            if per_series is not None and len(chosen) < limit:
+                for (series,) in db.execute(
+                    "SELECT series_id FROM results GROUP BY series_id HAVING COUNT(*) > ?", (per_series,)
+                ).fetchall():
+                    chosen += [
+                        arrival
+                        for arrival, kept in db.execute(
+                            f"SELECT arrival, {_KEPT} FROM results WHERE series_id = ?"
+                            " ORDER BY arrival DESC LIMIT ? OFFSET ?",
+                            (series, limit, per_series),
+                        )
+                        if not kept
+                    ]
+                    if len(chosen) >= limit:
+                        break
+            return sorted(set(chosen))[:limit]
+
+        chosen = await self.read(read)
+
+        def write(db: sqlite3.Connection) -> Removed:
+            count, size = 0, 0
+            for arrival in chosen:
+                found = db.execute(
+                    f"SELECT length(summary) + length(detail) FROM results WHERE arrival = ? AND NOT {_KEPT}",
+                    (arrival,),
+                ).fetchone()
+                if found is not None:
+                    db.execute("DELETE FROM results WHERE arrival = ?", (arrival,))
+                    count, size = count + 1, size + found[0]
+            return Removed(count, 0, size, more=len(chosen) == limit)
+
+        return await self.write(write) if chosen else Removed()
 
     async def check(self) -> None:
         """See ``ResultStore.check``."""

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Callable
 
 from boardbench.collector.errors import StoreForeign
-from boardbench.collector.store import Series, places_of, series_of, split
+from boardbench.collector.store import Series, places_of, series_id, series_of, split
 from boardbench.v1 import result_pb2
 
 APPLICATION_ID = 0x62623031
@@ -185,11 +185,34 @@ def _version_4(db: sqlite3.Connection) -> None:
     )
 
 
+def _version_5(db: sqlite3.Connection) -> None:
+    """Which series a result is of, and how far old results have been made smaller."""
+    db.execute("ALTER TABLE results ADD COLUMN series_id INTEGER NOT NULL DEFAULT 0")  # store.series_id()
+    db.execute(
+        "CREATE TABLE progress (name TEXT NOT NULL PRIMARY KEY, arrival INTEGER NOT NULL) WITHOUT ROWID"
+    )
+    last = 0
+    while rows := db.execute(
+        "SELECT arrival, device_id, summary FROM results WHERE arrival > ? ORDER BY arrival LIMIT 1000",
+        (last,),
+    ).fetchall():
+        last = rows[-1][0]
+        db.executemany(
+            "UPDATE results SET series_id = ? WHERE arrival = ?",
+            [
+                (series_id(device_id, series_of(result_pb2.RunResult.FromString(summary))), arrival)
+                for arrival, device_id, summary in rows
+            ],
+        )
+    db.execute("CREATE INDEX results_by_series ON results (series_id, arrival)")
+
+
 MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     _version_1,
     _version_2,
     _version_3,
     _version_4,
+    _version_5,
 )
 """The step to version n is at n - 1."""
 
