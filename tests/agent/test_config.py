@@ -195,6 +195,29 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         load(tmp_path / "none.toml", {})
 
 
+def test_the_file_itself_counts_before_those_beside_it(tmp_path: Path) -> None:
+    beside = tmp_path / "agent.d"
+    beside.mkdir()
+    (beside / "50-flash.toml").write_text('listen = "0.0.0.0:1"\n[labels]\nlab = "bern"\nrack = "2"\n')
+    (beside / "90-late.toml").write_text('collector = "late:2"\n')
+    (beside / "note.txt").write_text("no TOML")
+    path = tmp_path / "agent.toml"
+    path.write_text('[labels]\nlab = "zurich"\n')
+    config = load(path, {})
+    assert (config.listen, config.collector) == ("0.0.0.0:1", "late:2")
+    assert config.labels == {"lab": "zurich", "rack": "2"}
+
+
+def test_a_mistake_beside_the_file_is_told_as_one_there(tmp_path: Path) -> None:
+    beside = tmp_path / "agent.d"
+    beside.mkdir()
+    (beside / "50-flash.toml").write_text("listen = 7\n")
+    path = tmp_path / "agent.toml"
+    path.write_text('listen = "127.0.0.1:1"\n')
+    with pytest.raises(ConfigurationError, match=r"50-flash\.toml: listen must be text"):
+        load(path, {})
+
+
 def test_every_key_has_a_variable() -> None:
     """Each one is taken, with a value of its type."""
     samples = {bool: "false", int: "7", float: "7.5", str: "7", Path: "/7"}

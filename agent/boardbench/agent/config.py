@@ -328,15 +328,24 @@ def load(
 ) -> AgentConfig:
     """The configuration; without a path, ``BOARDBENCH_AGENT_CONFIG`` or the default file if there is one.
 
+    Files in the folder beside it (``agent.d/*.toml``) are read before it, by name: what the operator writes
+    into the file itself counts, whatever a program has put there.
+
     ``flags`` holds values by their dotted key. Raises ConfigurationError.
     """
     if path is None and environment.get(_CONFIG_VARIABLE):
         path = Path(environment[_CONFIG_VARIABLE])
-    if path is None and DEFAULT_PATH.is_file():
+    if path is None and (DEFAULT_PATH.is_file() or _folder(DEFAULT_PATH).is_dir()):
         path = DEFAULT_PATH
-    raw: dict[str, Any] = {} if path is None else _read_toml(path)
+    raw: dict[str, Any] = {}
+    for part in sorted(_folder(path).glob("*.toml")) if path is not None else ():
+        content = _read_toml(part)
+        # Each by itself first, so that a mistake in it is told as one of the file.
+        _Reader(str(part)).build(AgentConfig, content, ())
+        _merge(raw, content)
+    if path is not None and (path.is_file() or path != DEFAULT_PATH):
+        _merge(raw, _read_toml(path))
     reader = _Reader(str(path) if path is not None else "configuration")
-    # The file is read by itself first, so that a mistake in it is told as one of the file.
     config = reader.build(AgentConfig, raw, ())
     changes = _from_environment(environment)
     changes += [(key, value, "--" + key.replace("_", "-")) for key, value in (flags or {}).items()]
@@ -344,6 +353,20 @@ def load(
         _set(raw, key.split("."), value)
         reader.origins[key] = origin
     return reader.build(AgentConfig, raw, ()) if changes else config
+
+
+def _folder(path: Path) -> Path:
+    return path.with_suffix(".d")
+
+
+def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Lays settings over others; tables are laid over each other, anything else takes the place."""
+    for key, value in more.items():
+        old = into.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            _merge(old, value)
+        else:
+            into[key] = value
 
 
 def default_data_dir(environment: Mapping[str, str]) -> Path:
