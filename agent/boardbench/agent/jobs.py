@@ -18,7 +18,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,16 @@ class Jobs:
         store: ModelStore,
         runs: Runs,
         spool: Spool,
+        credentials: Callable[[grpc.aio.Channel], Awaitable[tuple[tuple[str, str], ...]]] | None = None,
         channel: Callable[[str], grpc.aio.Channel] = open_channel,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Coroutine[object, object, None]] = asyncio.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``root`` is a folder for what was offered; files come from the ``collector`` at ``HOST:PORT``."""
+        """``root`` is a folder for what was offered; files come from the ``collector`` at ``HOST:PORT``.
+
+        ``credentials`` is the metadata by which the collector knows the board.
+        """
         self._config = config
         self._root = root
         self._collector = collector
@@ -142,6 +146,7 @@ class Jobs:
         self._store = store
         self._runs = runs
         self._spool = spool
+        self._credentials = credentials
         self._channel = channel
         self._jitter = jitter
         self._sleep = sleep
@@ -483,12 +488,14 @@ class Jobs:
         ) as transfer:
             if not transfer.complete and transfer.stored is None:
                 async with self._channel(self._collector) as channel:
+                    metadata = await self._credentials(channel) if self._credentials is not None else ()
                     call = job_pb2_grpc.JobServiceStub(channel).FetchFile(
                         job_pb2.FetchFileRequest(
                             sha256=model.sha256,
                             offset_bytes=transfer.offset_bytes,
                             device_id=self._device_id,
-                        )
+                        ),
+                        metadata=metadata,
                     )
                     try:
                         while not transfer.complete:

@@ -258,6 +258,12 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
         if config.collector:
+            instance = await asyncio.to_thread(instance_id, data_dir, config.sys_root)
+            life = os.urandom(16).hex()
+
+            async def credentials(channel: grpc.aio.Channel) -> tuple[tuple[str, str], ...]:
+                return await enrolment.metadata(channel, config.collector, describe_board, instance)
+
             jobs = Jobs(
                 config.jobs,
                 data_dir / "jobs",
@@ -266,13 +272,12 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 store=store,
                 runs=runs,
                 spool=spool,
+                credentials=credentials,
             )
             stack.push_async_callback(jobs.close)
             rest = AtRest(config.sys_root, config.sensors.without_kinds)
             stack.push_async_callback(rest.close)
             await asyncio.to_thread(rest.look)
-            instance = await asyncio.to_thread(instance_id, data_dir, config.sys_root)
-            life = os.urandom(16).hex()
             link = CollectorLink(
                 config.collector,
                 spool,
@@ -290,9 +295,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                     running_run_id=runs.running_run_id, queued_runs=runs.waiting
                 ),
                 parties=(jobs, rest),
-                credentials=lambda channel: enrolment.metadata(
-                    channel, config.collector, describe_board, instance
-                ),
+                credentials=credentials,
             )
             jobs.speak = link.speak
             jobs.recover()

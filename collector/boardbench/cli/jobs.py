@@ -48,23 +48,23 @@ def _filter(job_ids: tuple[str, ...], batch: str, device: str, states: tuple[str
     )
 
 
-@click.group(invoke_without_command=True)
-@click.pass_context
-def jobs(context: click.Context) -> object:
+class _Listed(click.Group):
+    """A group that lists when no subcommand is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Like click's, with `list` for whoever gives options only."""
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Listed)
+def jobs() -> None:
     """List, follow, cancel or retry the jobs of a collector.
 
     A job is a run that a collector hands to a board: see `boardbench push --via`. Without a subcommand:
     `jobs list`.
     """
-    if context.invoked_subcommand is not None:
-        return None
-    return context.invoke(list_jobs, **_defaults(list_jobs, context))
-
-
-def _defaults(command: click.Command, context: click.Context) -> dict[str, Any]:
-    """What the command gets when it is called without any option."""
-    with command.make_context(command.name, [], parent=context) as inner:
-        return dict(inner.params)
 
 
 @jobs.command("list")
