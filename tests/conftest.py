@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 for _variable, _environment in {
     "BOARDBENCH_TFLITE_RUNTIME_PYTHON": "tflite-runtime",
     "BOARDBENCH_ORT_OPENVINO_PYTHON": "ort-openvino",
+    "BOARDBENCH_ORT_PLUGIN_PYTHON": "ort-plugin",
 }.items():
     _python = REPOSITORY / ".cache" / "engines" / _environment / "bin" / "python"
     if _python.exists():
@@ -43,3 +47,18 @@ def edgetpu_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build.build(tmp_path_factory.mktemp("standin"))
     except build.NoCompiler as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def affine_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example of an engine from elsewhere, built and installed without a network."""
+    folder = tmp_path_factory.mktemp("affine") / "site"
+    # In a copy: building leaves nothing in the working tree.
+    source = shutil.copytree(REPOSITORY / "examples" / "plugin-affine", folder.parent / "source")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, *offline, "--target", str(folder), str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -130,7 +130,8 @@ def _inspect_bytes(
     if base.format not in _READERS:
         what = "arrays and no model" if base.format == "npz" else "not a model format that is known"
         known = ", ".join(sorted((*_READERS, "openvino", "tflite")))
-        raise UnknownFormat(f"{what}; inspected are {known}")
+        more = "" if base.format else " (a board may know it by an engine from elsewhere: push it there)"
+        raise UnknownFormat(f"{what}; inspected are {known}{more}")
     module, function = _READERS[base.format]
     read: Callable[[ModelReport, memoryview, Ledger], ModelReport] = getattr(
         importlib.import_module(f"boardbench.inspect.{module}"), function
