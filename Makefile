@@ -54,7 +54,7 @@ lint: $(VENV)/.dev  ## Style, types, import rules, the wire
 
 $(SYSTEM)/.prometheus:
 	@mkdir -p $(SYSTEM)
-	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter
+	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter victoria-metrics
 	@touch $@
 
 $(SYSTEM)/.postgres:
@@ -77,7 +77,8 @@ EXECUTORCH = $(shell ls $(CURDIR)/.cache/engines/executorch/bin/python 2>/dev/nu
 test-engines: $(VENV)/.dev .cache/engines/.made .cache/engines/.heavy  ## Every engine, also those of gigabytes (PyTorch, ExecuTorch)
 	@test -n "$(TORCH)" || { echo "neither ExecuTorch nor PyTorch could be installed: see .cache/engines/*.log"; exit 1; }
 	BOARDBENCH_TORCH_PYTHON="$(TORCH)" BOARDBENCH_EXECUTORCH_PYTHON="$(EXECUTORCH)" $(BIN)/python -m pytest \
-		tests/agent/bench/test_runtime_contract.py tests/agent/bench/test_foreign_engines.py $(PYTEST_ARGS)
+		tests/agent/bench/test_runtime_contract.py tests/agent/bench/test_foreign_engines.py \
+		tests/agent/bench/test_onnx_plugin.py $(PYTEST_ARGS)
 	PYTHONPATH="$(CURDIR)/agent" "$(TORCH)" -m pytest -p no:cacheprovider -k torch tests/agent/bench/test_runtime_contract.py \
 		tests/agent/bench/test_torch.py tests/agent/bench/test_executorch.py $(PYTEST_ARGS)
 

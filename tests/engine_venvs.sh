@@ -5,6 +5,7 @@
 # With "heavy" those of gigabytes instead, for `make test-engines`; the suite runs inside them:
 #   executorch       needs NumPy 2, and PyTorch, which thereby is here as well
 #   torch            PyTorch alone, only where ExecuTorch has no wheel
+#   ort-plugin       ONNX Runtime with an execution provider from a library of its own, which runs on any CPU
 # Where one can't be made it says so, and the tests that need it skip and say so too.
 set -u
 folder=$1
@@ -33,6 +34,7 @@ if [ "${3-}" = heavy ]; then
         [ ! -x "$folder/$name/bin/python" ] || "$folder/$name/bin/python" -m pip install -q --no-deps silero-vad ||
             echo "note: silero-vad can't be had; the test of a real TorchScript model will be skipped" >&2
     done
+    make_venv ort-plugin "$python" 'onnxruntime>=1.24' 'onnxruntime-ggml>=0.2' 'onnx>=1.17' 'numpy>=1.26'
     exit
 fi
 older=$(for name in python3.11 python3.10; do

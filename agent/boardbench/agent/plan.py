@@ -393,7 +393,8 @@ def plan(
     device = asked.device or ("cpu" if "cpu" in status.devices else next(iter(status.devices), "cpu"))
     # What is given as a library brings its device along, and a fallback is the worker's to find: it knows
     # what the device is, and says what it ran on instead.
-    if device not in status.devices and not (asked.allow_fallback or "delegate" in asked.options):
+    brings_one = "delegate" in asked.options or "provider_library" in asked.options
+    if device not in status.devices and not (asked.allow_fallback or brings_one):
         how = {engine.name: engine.more_devices for engine in offered()} | dict(more_devices or {})
         more = f". {how[status.name]}" if how.get(status.name) else ""
         raise NotRunnable(

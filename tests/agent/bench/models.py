@@ -221,6 +221,20 @@ def onnx_of_two(first: str, second: str) -> bytes:
     return finish([helper.make_node(first, ["x"], ["m"]), helper.make_node(second, ["m"], ["y"])], [x], [y])
 
 
+def onnx_with_an_end(last: str) -> bytes:
+    """Relu, Add and Mul of four floats, and a last node that takes what they make."""
+    helper, types, finish = _onnx_builder()
+    x = helper.make_tensor_value_info("x", types.FLOAT, [1, 4])
+    y = helper.make_tensor_value_info("y", types.FLOAT, None)
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="relu"),
+        helper.make_node("Add", ["a", "x"], ["b"], name="add"),
+        helper.make_node("Mul", ["b", "b"], ["c"], name="mul"),
+        helper.make_node(last, ["c"], ["y"], name="last"),
+    ]
+    return finish(nodes, [x], [y])
+
+
 def onnx_of_external_data() -> bytes:
     """Weights in a file of their own that is not there."""
     import onnx

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
-from boardbench.agent.bench import doubts
+from boardbench.agent.bench import doubts, libraries
 from boardbench.agent.bench.runtime import OptionRejected, Outcome, RuntimeUnavailable
 from boardbench.agent.domain import (
     AcceleratorUse,
@@ -150,41 +149,15 @@ def _open(library: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(library)
     except OSError as error:
+        why = libraries.why_not(library, str(error))
+        if not why or not Path(library).exists():
+            why = (
+                f"{why + ': ' if why else ''}install it (for an Edge TPU the package libedgetpu1-std or "
+                "libedgetpu1-max), or give its path on the board with the option delegate=PATH"
+            )
         raise RuntimeUnavailable(
-            f"the delegate library {library} can't be loaded ({error}): {_why_not(library, str(error))}"
+            f"the delegate library {library} can't be loaded ({error}): {why}"
         ) from error
-
-
-def _why_not(library: str, said: str) -> str:
-    """What to do about a library that the system's loader refuses."""
-    path = Path(library)
-    try:
-        with path.open("rb") as file:
-            head = file.read(_ELF_BYTES)
-    except OSError:
-        here = "there is no such file on this board: " if "/" in library and not path.exists() else ""
-        return (
-            f"{here}install it (for an Edge TPU the package libedgetpu1-std or libedgetpu1-max), or give its "
-            "path on the board with the option delegate=PATH"
-        )
-    if head[:4] != b"\x7fELF" or len(head) < _ELF_BYTES:
-        return "it is no shared library of Linux, or not whole"
-    own = _own_elf_head()
-    # Class and byte order, and the machine.
-    if own and (head[4:6], head[18:20]) != (own[4:6], own[18:20]):
-        return f"it is built for another kind of processor; this Python is one for {platform.machine()}"
-    needed = re.match(r"(\S+): cannot open shared object file", said)
-    if needed and needed.group(1) != library:
-        return f"it needs {needed.group(1)}, which is not here: install that"
-    return "was it built for this system?"
-
-
-def _own_elf_head() -> bytes:
-    try:
-        with open("/proc/self/exe", "rb") as file:
-            return file.read(_ELF_BYTES)
-    except OSError:  # no Linux
-        return b""
 
 
 def _devices(loaded: ctypes.CDLL) -> Tuple[str, ...]:
@@ -293,7 +266,6 @@ def _reason_on_stderr(module: Any, library: str, options: Mapping[str, str]) -> 
 
 
 _ENTRY = "tflite_plugin_create_delegate"
-_ELF_BYTES = 20
 
 _LOG_LINE = re.compile(r"^[IWEF] \S+?:\d+\] ?(.*)$")
 _NOISE = re.compile(r"^\S+\.(?:cc|h|c):\d+$|^~?\w+$")

@@ -9,6 +9,8 @@ Placement. From 1.24 on the session tells which provider took which node
 nodes as they were when providers chose, after constant folding and the other basic optimisations
 and before nodes are fused. Older versions are asked by a profile of one more inference, which
 lists nodes as they ran, fused.
+
+A provider may come as a library of its own (``provider_library=PATH``, see :mod:`.onnx_plugin`).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from boardbench.agent.bench.runtime import (
     RuntimeUnavailable,
     Settings,
 )
+from boardbench.agent.bench.runtimes import onnx_plugin
 from boardbench.agent.domain import Cache, Evidence, OpPlacement, Placement, TensorInfo, Unit
 
 if TYPE_CHECKING:
@@ -89,6 +92,8 @@ TYPES: Mapping[str, str] = {
     **{f"tensor({kind}{bits})": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
 }
 
+_BOUND = tuple(name for name in TYPES.values() if name not in ("str", "complex64", "complex128"))
+
 LEVELS: Mapping[str, str] = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -138,6 +143,9 @@ class OnnxRuntime:
         "inter_op_threads": "threads for operations side by side, with execution_mode=parallel",
         "allow_spinning": "on (default) or off: whether threads burn the processor while they wait",
         "arena": "on (default) or off: whether memory is kept for the next inference",
+        "io_binding": "off (default) or on: inputs and outputs are bound once, as tensors of ONNX Runtime",
+        "provider_library": "path of a library on the board that brings an execution provider",
+        "provider_hardware": "any (default), cpu, gpu or npu: what that provider is to use",
         "provider.": "an option of the execution provider, as provider.device_type=GPU",
     }
     sys_root = Path("/")
@@ -202,13 +210,21 @@ class OnnxRuntime:
             session.add_session_config_entry("session.inter_op.allow_spinning", "0")
         session.enable_cpu_mem_arena = reader.switch("arena", default=True)
         provider_options = reader.prefixed("provider.", "an option of the execution provider")
+        io_binding = reader.switch("io_binding", default=False)
+        library = reader.text("provider_library", "path of a library with an execution provider")
+        hardware = None
+        if library is not None:
+            hardware = reader.choice("provider_hardware", onnx_plugin.HARDWARE, default="any")
         in_force = reader.finish()
 
-        wanted = self._provider(device, allow_fallback)
-        here = wanted in self._providers()
+        plugin = None
+        if library is not None:
+            plugin = onnx_plugin.load(ort, library, device=device, hardware=hardware or "any")
+        wanted = plugin.provider if plugin else self._provider(device, allow_fallback)
+        here = plugin is not None or wanted in self._providers()
         if wanted == CPU and provider_options:
             raise OptionRejected(f"provider.KEY options belong to a device other than {device}")
-        if wanted == f"OpenVINO{SUFFIX}" and "device_type" not in provider_options:
+        if plugin is None and wanted == f"OpenVINO{SUFFIX}" and "device_type" not in provider_options:
             # Said and not left to the provider's build, so that it is known where operations run.
             provider_options["device_type"] = in_force["provider.device_type"] = "CPU"
         runs_on = wanted if here else CPU
@@ -226,6 +242,8 @@ class OnnxRuntime:
             given=shapes,
             sys_root=self.sys_root,
             cache=_watched(runs_on, settings),
+            plugin=plugin,
+            io_binding=io_binding,
         )
         if made.device_fallback and settings != NO_SETTINGS:
             made.close()
@@ -235,7 +253,10 @@ class OnnxRuntime:
         return made
 
     def assignment(
-        self, model: bytes, providers: Sequence[Tuple[str, Mapping[str, str]]]
+        self,
+        model: bytes,
+        providers: Sequence[Tuple[str, Mapping[str, str]]],
+        plugin: Optional[onnx_plugin.Plugin] = None,
     ) -> Optional[List[Assigned]]:
         """Where nodes of a small model would run; None where this version does not tell.
 
@@ -246,9 +267,9 @@ class OnnxRuntime:
         settings.intra_op_num_threads = 1
         settings.log_severity_level = 4  # what is refused is an answer here, and no error
         settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
-        return _assigned(
-            self._ort.InferenceSession(model, settings, providers=list(providers), enable_fallback=0)
-        )
+        if plugin is not None:
+            plugin.tell(settings, dict(providers).get(plugin.provider, {}))
+        return _assigned(_session(self._ort, model, settings, providers, plugin))
 
     def _provider(self, device: str, may_be_missing: bool) -> str:
         """The provider that a device stands for; with ``may_be_missing`` also one that this build lacks."""
@@ -350,6 +371,8 @@ class OnnxModel:
         given: Mapping[str, Tuple[int, ...]],
         sys_root: Path = Path("/"),
         cache: Optional[caches.Watched] = None,
+        plugin: Optional[onnx_plugin.Plugin] = None,
+        io_binding: bool = False,
     ) -> None:
         """Creates the session."""
         self._ort = ort
@@ -360,6 +383,11 @@ class OnnxModel:
         self.options = options
         self.threads = threads
         self._feeds: Tensors = {}
+        self._io_binding = io_binding
+        self._bound: Any = None
+        self.plugin = plugin
+        if plugin is not None:
+            plugin.tell(settings, dict(self.providers).get(plugin.provider, {}))
         # Costs nothing after the session is made; older versions pass over keys they don't know.
         settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         self._session: Any = self._create(settings)
@@ -369,6 +397,12 @@ class OnnxModel:
         self.inputs = shapes.settle([_input(node, model) for node in self._session.get_inputs()], given)
         self.outputs = tuple(_output(node) for node in self._session.get_outputs())
         self._output_names = [tensor.name for tensor in self.outputs]
+        untaken = [tensor.name for tensor in (*self.inputs, *self.outputs) if tensor.dtype not in _BOUND]
+        if io_binding and untaken:
+            raise OptionRejected(
+                f"io_binding=on is for numbers, and {', '.join(untaken)} of {model.name} is of another type: "
+                "leave it out"
+            )
         fault = self._fault()
         if fault and not allow_fallback:
             raise ModelRejected(
@@ -376,7 +410,7 @@ class OnnxModel:
                 "to measure the fallback, allow it (--allow-fallback)"
             )
         self.device_fallback = f"all runs on the CPU: the provider {wanted} {fault}" if fault else ""
-        self.watch = None if fault or not wanted else watch_of(wanted, self.providers, sys_root)
+        self.watch = None if fault or not wanted else _watch(wanted, self.unit_of(wanted), sys_root)
 
     def caches(self) -> Tuple[Cache, ...]:
         """What the provider keeps of this model."""
@@ -384,9 +418,7 @@ class OnnxModel:
 
     def _create(self, settings: Any) -> Any:
         try:
-            session = self._ort.InferenceSession(
-                str(self._model), settings, providers=self.providers, enable_fallback=0
-            )
+            session = _session(self._ort, str(self._model), settings, self.providers, self.plugin)
         except MemoryError:
             raise
         except Exception as error:
@@ -410,12 +442,25 @@ class OnnxModel:
     def bind(self, feeds: Tensors) -> Callable[[], object]:
         """``InferenceSession.run`` itself with its arguments: it returns with the outputs in host memory."""
         self._feeds = feeds
+        if self._io_binding:
+            return self._bind_once(feeds)
         return functools.partial(self._session.run, self._output_names, dict(feeds))
+
+    def _bind_once(self, feeds: Tensors) -> Callable[[], object]:
+        """``InferenceSession.run_with_iobinding``: inputs and outputs stay where they are, in host memory."""
+        self._bound = self._session.io_binding()
+        for name, array in feeds.items():
+            self._bound.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
+        for name in self._output_names:
+            self._bound.bind_output(name, "cpu")
+        return functools.partial(self._session.run_with_iobinding, self._bound)
 
     def fetch(self, returned: object) -> Tensors:
         """The arrays that run returned; sequences and maps are left out."""
         import numpy as np
 
+        if self._bound is not None:
+            returned = self._bound.copy_outputs_to_cpu()
         assert isinstance(returned, list)
         pairs = zip(self._output_names, returned)
         return {name: np.array(value, copy=True) for name, value in pairs if isinstance(value, np.ndarray)}
@@ -438,11 +483,16 @@ class OnnxModel:
         how = "nodes as they ran under the profiler, fused"
         return self._place(profiled, Evidence.PROFILED, how)
 
+    def unit_of(self, provider: str) -> Unit:
+        """Where a provider of this session runs its nodes."""
+        if self.plugin is not None and provider == self.plugin.provider:
+            return self.plugin.unit
+        return unit_of(provider, dict(self.providers).get(provider, {}))
+
     def _place(self, nodes: Sequence[Assigned], evidence: Evidence, how: str) -> Placement:
-        options = dict(self.providers)
         ops = []
         for index, node in enumerate(nodes):
-            unit = unit_of(node.provider, options.get(node.provider, {}))
+            unit = self.unit_of(node.provider)
             ops.append(
                 OpPlacement(
                     index=index,
@@ -488,8 +538,21 @@ class OnnxModel:
 
     def close(self) -> None:
         """Drops the session."""
+        self._bound = None
         self._session = None
         self._feeds = {}
+
+
+def _session(
+    ort: Any,
+    model: object,
+    settings: Any,
+    providers: Sequence[Tuple[str, Mapping[str, str]]],
+    plugin: Optional[onnx_plugin.Plugin],
+) -> Any:
+    """A session with these providers; that of a plugin stands in the settings already."""
+    named = None if plugin is not None else list(providers)
+    return ort.InferenceSession(model, settings, providers=named, enable_fallback=0)
 
 
 def _assigned(session: Any) -> Optional[List[Assigned]]:
@@ -530,7 +593,10 @@ def watch_of(
     wanted: str, providers: Iterable[Tuple[str, Mapping[str, str]]], sys_root: Path
 ) -> Optional[GpuWatch]:
     """Who looks at the hardware behind a provider; None where that is the processor."""
-    unit = unit_of(wanted, dict(providers).get(wanted, {}))
+    return _watch(wanted, unit_of(wanted, dict(providers).get(wanted, {})), sys_root)
+
+
+def _watch(wanted: str, unit: Unit, sys_root: Path) -> Optional[GpuWatch]:
     if unit in placement.ON_CPU:
         return None
     name = wanted[: -len(SUFFIX)] if wanted.endswith(SUFFIX) else wanted

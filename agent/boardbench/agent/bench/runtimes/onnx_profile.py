@@ -450,7 +450,7 @@ def _refuses(runtime: OnnxRuntime, model: OnnxModel, seen: _Seen, at: int) -> Op
 def _takes(runtime: OnnxRuntime, model: OnnxModel, content: bytes, file: FileNode) -> Optional[bool]:
     """Whether the provider takes the node of a model of one; None where the session says nothing of it."""
     try:
-        nodes = runtime.assignment(content, model.providers)
+        nodes = runtime.assignment(content, model.providers, model.plugin)
     except Exception:  # whatever the engine has against the model: it is no answer
         return None
     if nodes is None:
