@@ -185,9 +185,10 @@ class Forwarder:
                 end += 1
             batch = [one for one in measured[begin:end] if one is not None]
             await self._send(sorted(batch, key=lambda one: one.milliseconds))
-            self._position = arrivals[end - 1].position
-            self._behind = max(0, news.position - self._position)
-            await asyncio.to_thread(_write_cursor, self._cursor, self._position)
+            position = arrivals[end - 1].position
+            await asyncio.to_thread(_write_cursor, self._cursor, position)
+            self._position = position
+            self._behind = max(0, news.position - position)
             begin = end
         return True
 
@@ -310,8 +311,9 @@ def _measured(arrival: Arrival) -> _Measured:
     group = result_group(LatestResult(arrival.device_id, arrival.received_at, result), shape)
     # A board whose clock is ahead must not write into the future: a receiver would then find everything
     # else too old. The run had ended when its result arrived.
-    finished = min(finished_microseconds(result, arrival.received_at) / 1e6, arrival.received_at)
-    return _Measured(int(finished * 1000), group)
+    received = int(arrival.received_at * 1e6)
+    finished = min(finished_microseconds(result, arrival.received_at), received)
+    return _Measured((finished + 500) // 1000, group)
 
 
 def write_request(batch: Sequence[_Measured], native_since: int | None) -> bytes:
@@ -388,8 +390,12 @@ def snappy_literal(content: bytes) -> bytes:
     pieces = [varint(len(content))]
     for begin in range(0, len(content), 0x10000):
         literal = content[begin : begin + 0x10000]
-        # 61: the length less one follows in two bytes.
-        pieces += (bytes((61 << 2,)), (len(literal) - 1).to_bytes(2, "little"), literal)
+        size = len(literal) - 1
+        if size < 60:
+            pieces += (bytes((size << 2,)), literal)
+        else:
+            # 61: the length less one follows in two bytes.
+            pieces += (bytes((61 << 2,)), size.to_bytes(2, "little"), literal)
     return b"".join(pieces)
 
 
