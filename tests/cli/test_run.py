@@ -233,9 +233,7 @@ def test_a_core_ml_package_is_a_folder_and_travels_as_one_file(boardbench):
         assert (result["model"]["name"], result["model"]["format"]) == ("affine.mlpackage", "coreml")
     else:
         assert done.code == 1
-        assert (
-            "nothing on this board can run affine.mlpackage (coreml): coreml: Core ML needs macOS" in done.err
-        )
+        assert "can run affine.mlpackage (coreml): coreml: Core ML needs macOS" in done.err
 
 
 def test_another_folder_is_no_model(boardbench, tmp_path):

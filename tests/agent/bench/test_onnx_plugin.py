@@ -46,9 +46,7 @@ def load(runtime: onnx.OnnxRuntime, file: Path, library: object, device: str = "
 
 
 def test_a_library_that_is_not_there_is_named(runtime: onnx.OnnxRuntime, file: Path) -> None:
-    with pytest.raises(
-        RuntimeUnavailable, match=r"library /nowhere/ep\.so can't be loaded: there is no such file"
-    ):
+    with pytest.raises(RuntimeUnavailable, match=r"/nowhere/ep\.so can't be loaded: there is no such file"):
         load(runtime, file, "/nowhere/ep.so")
 
 
@@ -59,9 +57,7 @@ def test_a_file_that_is_no_library(runtime: onnx.OnnxRuntime, file: Path, tmp_pa
 
 
 def test_a_library_that_is_no_provider(runtime: onnx.OnnxRuntime, file: Path, edgetpu_standin: Path) -> None:
-    with pytest.raises(
-        RuntimeUnavailable, match="a shared library, and no execution provider of ONNX Runtime"
-    ):
+    with pytest.raises(RuntimeUnavailable, match="a shared library, and no execution provider"):
         load(runtime, file, edgetpu_standin)
 
 

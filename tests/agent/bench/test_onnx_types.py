@@ -167,9 +167,7 @@ def test_words_are_compared(run: Any) -> None:
 def test_words_can_not_be_bound(run: Any) -> None:
     outcome = run(text(), shapes={"a": [2], "b": [2]}, options={"io_binding": "on"})
     assert outcome.error["code"] == "option_rejected"
-    assert (
-        "io_binding=on is for numbers, and a, b of model.onnx is of another type" in outcome.error["message"]
-    )
+    assert "io_binding=on is for numbers, and a, b of model.onnx is" in outcome.error["message"]
 
 
 def test_numbers_in_the_place_of_words_are_refused(run: Any) -> None:
