@@ -130,6 +130,30 @@ class CollectorConfig:
     """Whether boards must have been enrolled with a token before they may report. Without it the first
     results come without any ceremony; a board that shows a wrong key is refused either way."""
 
+    lease_seconds: float = 60.0
+    """How long a board may have a job without naming it in a heartbeat: six of these may be lost, and a
+    board that restarts is back in time."""
+
+    jobs_per_board: int = 2
+    """Jobs that a board may have at once: the files of the next come while one is measured."""
+
+    job_attempts: int = 3
+    """A job is given up after so many, unless it says otherwise: a model that takes its board down is not
+    tried for ever."""
+
+    job_timeout_seconds: float = 7 * 86400.0
+    """A job is given up when it has not ended by then, unless it says otherwise: a board that is away for a
+    weekend gets its jobs on Monday."""
+
+    job_keep_seconds: float = 90 * 86400.0
+    """How long a job that has ended is remembered; its result stays as long as results do."""
+
+    files_limit_bytes: int = 32 * 1024**3
+    """Bytes of models and inputs that are kept for boards; what no open job needs makes room."""
+
+    files_free_bytes: int = 1024**3
+    """What they leave free on the disk: results need it more."""
+
     @property
     def enrolments_path(self) -> Path:
         """The file of tokens and keys, whatever store the results are in."""

@@ -17,16 +17,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from boardbench.collector.errors import (
+    IdentityTaken,
     ShuttingDown,
     SilentAgent,
     StoreError,
     StreamEnded,
     Superseded,
 )
+from boardbench.collector.jobs import seconds_of
 from boardbench.collector.store import ResultStore, Sighting
 from boardbench.v1 import collector_pb2
 
 _log = logging.getLogger(__name__)
+
+CONFLICT_SECONDS = 900.0
+"""How long it is told that two agents had one identity: longer than either waits to try again."""
 
 
 class Durations:
@@ -70,6 +75,10 @@ class Tally:
     streams: int = 0
     superseded: int = 0
     silent: int = 0
+    identity_conflicts: int = 0
+    """Streams of a second agent with the identity of one that is connected."""
+    renewals: int = 0
+    """Times that an agent was asked to give its spool a new identity."""
     acknowledge: Durations = field(default_factory=Durations)
     """From a result's arrival to its commit."""
 
@@ -77,9 +86,23 @@ class Tally:
 class Session:
     """One board's stream, from its hello to its end."""
 
-    def __init__(self, device_id: str, peer: str, now: float, monotonic: float) -> None:
+    def __init__(
+        self,
+        device_id: str,
+        peer: str,
+        now: float,
+        monotonic: float,
+        *,
+        instance_id: str = "",
+        life_id: str = "",
+    ) -> None:
         self.device_id = device_id
         self.peer = peer
+        self.instance_id = instance_id
+        """Identity of the agent's data folder; empty from agents that know none."""
+        self.life_id = life_id
+        self.clock_offset: float | None = None
+        """The board's clock less the collector's in seconds, the way of the message included."""
         self.opened_at = now
         self.last_seen_at = now
         self.last_heard_monotonic = monotonic
@@ -99,6 +122,15 @@ class Session:
         """Asks the stream to end; the first reason stays."""
         if not self.ended.done():
             self.ended.set_result(reason)
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two agents had one identity."""
+
+    at: float
+    """Unix seconds, the last time it was seen."""
+    reason: str
 
 
 class Fleet:
@@ -121,20 +153,33 @@ class Fleet:
         self._monotonic = monotonic
         self._sessions: dict[str, Session] = {}
         self._departed: dict[str, Sighting] = {}
+        self._conflicts: dict[str, Conflict] = {}
+        self._superseded_lives: dict[str, str] = {}
         self._closing = False
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def join(self, device_id: str, peer: str) -> Session:
-        """Returns the session of a new stream; an older one of the same board is asked to end.
+    def join(self, device_id: str, peer: str, hello: collector_pb2.Hello | None = None) -> Session:
+        """Returns the session of a new stream; an older one of the same agent is asked to end.
 
-        ShuttingDown when the collector stops.
+        ShuttingDown when the collector stops. IdentityTaken when another agent with this identity has a
+        stream: an agent is known by its data folder, as far as it tells.
         """
         if self._closing:
             raise ShuttingDown("the collector is stopping; connect again later")
-        session = Session(device_id, peer, self._clock(), self._monotonic())
+        hello = hello or collector_pb2.Hello()
+        session = Session(
+            device_id,
+            peer,
+            self._clock(),
+            self._monotonic(),
+            instance_id=hello.instance_id,
+            life_id=hello.life_id,
+        )
+        _set_clock(session, hello)
         older = self._sessions.get(device_id)
         if older is not None:
+            self._check_identity(session, older)
             self.tally.superseded += 1
             _log.warning("device %s: the stream from %s takes over from %s", device_id, peer, older.peer)
             older.end(
@@ -148,6 +193,49 @@ class Fleet:
         self.tally.streams += 1
         _log.info("device %s: connected from %s", device_id, peer)
         return session
+
+    def _check_identity(self, session: Session, older: Session) -> None:
+        device_id = session.device_id
+        mend = "give one of them another device_id"
+        if (
+            older.instance_id
+            and session.instance_id not in ("", older.instance_id)
+            and not older.ended.done()
+        ):
+            self.tally.identity_conflicts += 1
+            reason = (
+                f"two agents have the identity {device_id}: one at {older.peer} is connected, another at"
+                f" {session.peer} was refused; {mend}"
+            )
+            if device_id not in self._conflicts:
+                _log.warning("%s", reason)
+            self._conflicts[device_id] = Conflict(self._clock(), reason)
+            raise IdentityTaken(reason)
+        if session.life_id and session.life_id == self._superseded_lives.get(device_id):
+            # Whoever was replaced by another life is alive itself, so they are two.
+            self.tally.identity_conflicts += 1
+            self._conflicts[device_id] = Conflict(
+                self._clock(),
+                f"two agents with copies of one data folder take turns as {device_id}, at {older.peer} and"
+                f" {session.peer}; remove the folder of one of them, and {mend}",
+            )
+        if older.life_id != session.life_id:
+            self._superseded_lives[device_id] = older.life_id
+
+    def conflict(self, device_id: str) -> str:
+        """Returns how two agents have lately had this identity; empty when they have not."""
+        conflict = self._conflicts.get(device_id)
+        if conflict is None:
+            return ""
+        if self._clock() - conflict.at > CONFLICT_SECONDS:
+            del self._conflicts[device_id]
+            return ""
+        return conflict.reason
+
+    def clock_offset(self, device_id: str) -> float | None:
+        """Returns the board's clock less the collector's in seconds; None when it is not known."""
+        session = self._sessions.get(device_id)
+        return session.clock_offset if session is not None else None
 
     def leave(self, session: Session) -> None:
         """The stream has ended."""
@@ -165,6 +253,7 @@ class Fleet:
         session.dirty = True
         if heartbeat is not None:
             session.heartbeat = heartbeat
+            _set_clock(session, heartbeat)
 
     def is_up(self, device_id: str) -> bool:
         """Whether the board's stream is open."""
@@ -231,3 +320,9 @@ class Fleet:
             session.end(ShuttingDown("the collector is stopping; connect again later"))
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_seconds)
+
+
+def _set_clock(session: Session, message: collector_pb2.Hello | collector_pb2.Heartbeat) -> None:
+    """Notes how far the board's clock is from ours, when the message says when it was sent."""
+    if message.HasField("sent_at"):
+        session.clock_offset = seconds_of(message.sent_at) - session.last_seen_at

@@ -16,8 +16,13 @@ from dataclasses import dataclass, replace
 
 from boardbench.collector.errors import Ambiguous, InvalidRequest, NotFound
 from boardbench.collector.fleet import Fleet, Tally
+from boardbench.collector.jobs import set_time
 from boardbench.collector.store import LatestResults, News, Outcomes, Position, ResultFilter, ResultStore
+from boardbench.collector.terms import chosen, parse
 from boardbench.v1 import collector_pb2, result_pb2
+
+CLOCK_OFF_SECONDS = 5.0
+"""A board's clock that is so far from the collector's is wrong: the way of a message takes less."""
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -129,8 +134,12 @@ class ReadModel:
             views.append(DeviceView(record.hello, up, last_seen_at, record.first_seen_at, heartbeat))
         return tuple(views)
 
-    async def devices(self) -> tuple[collector_pb2.Device, ...]:
-        """Returns every board as the wire has it."""
+    async def devices(self, on: Sequence[str] = ()) -> tuple[collector_pb2.Device, ...]:
+        """Returns every board that meets the terms, as the wire has it; InvalidRequest when one is none."""
+        terms = parse(on)
+        now = self._clock()
+        labels, open_jobs = await self._store.jobs.labels(), await self._store.jobs.queue_lengths()
+        bookings = {booking.device_id: booking for booking in await self._store.jobs.bookings(at=now)}
         totals: dict[str, int] = {}
         for outcomes in await self._store.outcomes():
             totals[outcomes.device_id] = totals.get(outcomes.device_id, 0) + outcomes.total
@@ -144,11 +153,27 @@ class ReadModel:
                 up=view.up,
                 heartbeat=view.heartbeat,
                 results=totals.get(view.device_id, 0),
+                labels=labels.get(view.device_id),
+                open_jobs=open_jobs.get(view.device_id, 0),
+                sensors=view.hello.sensors,
+                clock_offset_seconds=self._fleet.clock_offset(view.device_id),
+                problems=problems(
+                    view,
+                    now,
+                    conflict=self._fleet.conflict(view.device_id),
+                    clock_offset_seconds=self._fleet.clock_offset(view.device_id),
+                ),
             )
+            booking = bookings.get(view.device_id)
+            if booking is not None:
+                taken = device.reservation
+                taken.device_id, taken.holder = booking.device_id, booking.holder
+                taken.reason = booking.reason
+                set_time(taken.ends_at, booking.ends)
             device.last_seen_at.FromNanoseconds(int(view.last_seen_at * 1_000_000) * 1000)
             device.first_seen_at.FromNanoseconds(int(view.first_seen_at * 1_000_000) * 1000)
             devices.append(device)
-        return tuple(devices)
+        return chosen(devices, terms)
 
     async def results(self, request: collector_pb2.ListResultsRequest) -> collector_pb2.ListResultsResponse:
         """Returns a page of results, the latest end first; InvalidRequest when the question is wrong."""
@@ -233,6 +258,33 @@ class ReadModel:
     async def probe(self) -> None:
         """Returns once the store has taken a write; StoreError when it can't."""
         await self._store.probe()
+
+
+def problems(view: DeviceView, now: float, *, conflict: str, clock_offset_seconds: float | None) -> list[str]:
+    """Returns what is wrong with a board, each in a sentence."""
+    found = [conflict] if conflict else []
+    if not view.up:
+        found.append(f"it is not connected, and was last heard of {_ago(now - view.last_seen_at)} ago")
+    if clock_offset_seconds is not None and abs(clock_offset_seconds) > CLOCK_OFF_SECONDS:
+        off = f"{_ago(abs(clock_offset_seconds))} {'ahead' if clock_offset_seconds > 0 else 'behind'}"
+        found.append(f"its clock is {off}: set it (timedatectl set-ntp true), or the times of runs are wrong")
+    heartbeat = view.heartbeat
+    if heartbeat is not None and heartbeat.spool_dropped:
+        found.append(
+            f"its spool had no room and dropped {heartbeat.spool_dropped} results for good: give it more"
+            " (spool.limit_bytes), or a better link"
+        )
+    if view.up and not any(runtime.available for runtime in view.hello.runtimes):
+        found.append("no runtime can run on it; boardbench-agent probe says why")
+    return found
+
+
+def _ago(seconds: float) -> str:
+    """Returns a span of time in the unit that suits it."""
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def _fingerprint(wanted: ResultFilter) -> str:

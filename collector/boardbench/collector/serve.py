@@ -21,17 +21,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from boardbench.collector.config import Address, CollectorConfig
+from boardbench.collector.dispatch import Dispatcher, Rules
 from boardbench.collector.errors import StartError, StoreError
 from boardbench.collector.expose import MIN_SERIES_PER_RESULT, Exposition, Scrapes
+from boardbench.collector.files import Files
 from boardbench.collector.fleet import Fleet
 from boardbench.collector.forward import Forwarder, posting
+from boardbench.collector.job_service import JOB_SERVICE_NAME, JobService
 from boardbench.collector.look import ReadModel
 from boardbench.collector.service import SERVICE_NAME, CollectorService
 from boardbench.collector.store import ResultStore
 from boardbench.collector.stores.enrolments import Enrolments
 from boardbench.collector.stores.sqlite import SqliteResultStore
 from boardbench.collector.web.app import create_app
-from boardbench.v1 import collector_pb2_grpc
+from boardbench.v1 import collector_pb2_grpc, job_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -93,21 +96,42 @@ async def running(
         fleet,
         result_ttl_seconds=config.result_ttl_seconds,
         results_per_device=max(1, config.series_per_device // MIN_SERIES_PER_RESULT),
+        queue=lambda: dispatcher.view(),
         forwarded=lambda: tuple(forwarder.view() for forwarder in forwarders),
+    )
+    files = Files(
+        config.data_dir,
+        limit_bytes=config.files_limit_bytes,
+        free_bytes=config.files_free_bytes,
+        in_use=store.jobs.files_in_use,
+    )
+    await files.open()
+    dispatcher = Dispatcher(
+        store.jobs,
+        files,
+        look,
+        Rules(
+            lease_seconds=config.lease_seconds,
+            jobs_per_board=config.jobs_per_board,
+            max_attempts=config.job_attempts,
+            timeout_seconds=config.job_timeout_seconds,
+            keep_seconds=config.job_keep_seconds,
+        ),
     )
     for address in (config.listen, config.http):
         if not address.is_loopback:
             _log.warning("%s is open to the network, and whoever reaches it may read and report", address)
     async with contextlib.AsyncExitStack() as stack:
-        grpc_address = await _start_grpc(config, store, fleet, look, enrolments, stack)
+        grpc_address = await _start_grpc(config, store, fleet, look, dispatcher, files, enrolments, stack)
         http_address = await _start_http(config, look, _scrapes(config, look), stack)
         await _start_forwarders(config, store, forwarders, stack)
-        watch = asyncio.create_task(fleet.watch())
+        tasks = [asyncio.create_task(fleet.watch()), asyncio.create_task(dispatcher.run())]
         try:
             yield Listening(grpc_address, http_address)
         finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await stack.aclose()
             try:
                 await fleet.flush()
@@ -120,6 +144,8 @@ async def _start_grpc(
     store: ResultStore,
     fleet: Fleet,
     look: ReadModel,
+    dispatcher: Dispatcher,
+    files: Files,
     enrolments: Enrolments | None,
     stack: contextlib.AsyncExitStack,
 ) -> Address:
@@ -135,12 +161,21 @@ async def _start_grpc(
             ("grpc.keepalive_permit_without_calls", 1),
         )
     )
-    service = CollectorService(config, store, fleet, look, version=version(), enrolments=enrolments)
+    service = CollectorService(
+        config, store, fleet, look, version=version(), dispatcher=dispatcher, enrolments=enrolments
+    )
     collector_pb2_grpc.add_CollectorServiceServicer_to_server(service, server)
+    job_service = JobService(config, dispatcher, files, admit=service.admit)
+    job_pb2_grpc.add_JobServiceServicer_to_server(job_service, server)
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
-        (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+        (
+            SERVICE_NAME,
+            JOB_SERVICE_NAME,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        ),
         server,
     )
     try:
@@ -150,11 +185,12 @@ async def _start_grpc(
     if not port:
         raise _cannot_listen(config.listen, "--listen", "")
     await server.start()
-    for name in ("", SERVICE_NAME):
+    for name in ("", SERVICE_NAME, JOB_SERVICE_NAME):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop() -> None:
         await health.enter_graceful_shutdown()
+        job_service.close()
         await fleet.close(config.drain_seconds)
         await server.stop(config.drain_seconds)
 

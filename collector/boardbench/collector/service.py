@@ -19,13 +19,18 @@ from typing import Any
 import grpc
 
 from boardbench.collector.config import CollectorConfig
+from boardbench.collector.dispatch import Desk, Dispatcher
 from boardbench.collector.errors import (
     Ambiguous,
     CollectorError,
+    IdentityTaken,
     InvalidRequest,
+    NoRoom,
     NotAllowed,
     NotFound,
+    Occupied,
     OutOfOrder,
+    PlaceTaken,
     ResultRefused,
     ShuttingDown,
     SilentAgent,
@@ -50,13 +55,19 @@ _MAX_HELLO_BYTES = 256 * 1024
 """A hello is kept for every board and read at every scrape: real ones have 2 KiB."""
 
 _MAX_HEARTBEAT_BYTES = 4096
-"""The last one of every board is kept in memory: real ones have 50 bytes."""
+"""The last one of every board is kept in memory: real ones have some hundred bytes."""
+
+_MAX_REPORT_BYTES = 4096
+"""What a board says of a job: real ones have 60 bytes, and a reason at times."""
 
 _STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (NotAllowed, grpc.StatusCode.PERMISSION_DENIED),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (Ambiguous, grpc.StatusCode.INVALID_ARGUMENT),
+    (Occupied, grpc.StatusCode.FAILED_PRECONDITION),
+    (NoRoom, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (IdentityTaken, grpc.StatusCode.ALREADY_EXISTS),
     (Superseded, grpc.StatusCode.ABORTED),
     (SilentAgent, grpc.StatusCode.DEADLINE_EXCEEDED),
     (ShuttingDown, grpc.StatusCode.UNAVAILABLE),
@@ -68,7 +79,7 @@ _STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
 
 
 @contextlib.asynccontextmanager
-async def _answering(context: _Context) -> AsyncIterator[None]:
+async def answering(context: Any) -> AsyncIterator[None]:
     """Turns the collector's errors into a status; the one place where that is done."""
     try:
         yield
@@ -93,10 +104,12 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         look: ReadModel,
         *,
         version: str,
+        dispatcher: Dispatcher,
         enrolments: Enrolments | None = None,
     ) -> None:
         """Without ``enrolments`` no board can be enrolled, and every board may report."""
         self._enrolments = enrolments
+        self._dispatcher = dispatcher
         self._config = config
         self._store = store
         self._fleet = fleet
@@ -108,10 +121,12 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         self, _requests: object, context: _Context
     ) -> None:
         """Takes a board's results; see collector.proto."""
-        async with _answering(context):
+        async with answering(context):
             hello = await self._hello(context)
-            self._admit(hello.board.device_id, context)
-            session = self._fleet.join(hello.board.device_id, context.peer())
+            self.admit(hello.board.device_id, context)
+            session = self._fleet.join(hello.board.device_id, context.peer(), hello)
+            wire = _Wire(context)
+            desk = None
             try:
                 await self._store.greet(hello, session.last_seen_at)
                 welcome = collector_pb2.Welcome(
@@ -121,16 +136,21 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
                     ),
                     heartbeat_seconds=self._config.heartbeat_seconds,
                 )
-                await context.write(collector_pb2.ReportResponse(welcome=welcome))
-                await _Conversation(self._config, self._store, self._fleet, session, context).run()
+                await wire.send(collector_pb2.ReportResponse(welcome=welcome))
+                desk = self._dispatcher.attach(hello, wire.send)
+                await _Conversation(
+                    self._config, self._store, self._fleet, session, context, wire, desk
+                ).run()
             finally:
+                if desk is not None:
+                    await desk.close()
                 self._fleet.leave(session)
 
     async def Enroll(
         self, request: collector_pb2.EnrollRequest, context: _Context
     ) -> collector_pb2.EnrollResponse:
         """Takes a token and gives a key."""
-        async with _answering(context):
+        async with answering(context):
             if self._enrolments is None:
                 raise InvalidRequest("this collector enrols no boards")
             try:
@@ -145,7 +165,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
             _log.info("board %s was enrolled from %s", request.board.device_id, context.peer())
             return collector_pb2.EnrollResponse(device_key=key, labels=labels)
 
-    def _admit(self, device_id: str, context: _Context) -> None:
+    def admit(self, device_id: str, context: Any) -> None:
         """Returns when the board may report; NotAllowed when not."""
         if self._enrolments is None:
             return
@@ -154,24 +174,24 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         self._enrolments.check(device_id, str(key), required=self._config.require_enrolment)
 
     async def ListDevices(
-        self, _request: collector_pb2.ListDevicesRequest, context: _Context
+        self, request: collector_pb2.ListDevicesRequest, context: _Context
     ) -> collector_pb2.ListDevicesResponse:
         """Boards that have reported."""
-        async with _answering(context):
-            return collector_pb2.ListDevicesResponse(devices=await self._look.devices())
+        async with answering(context):
+            return collector_pb2.ListDevicesResponse(devices=await self._look.devices(request.on))
 
     async def ListResults(
         self, request: collector_pb2.ListResultsRequest, context: _Context
     ) -> collector_pb2.ListResultsResponse:
         """Results, the latest first."""
-        async with _answering(context):
+        async with answering(context):
             return await self._look.results(request)
 
     async def GetResult(
         self, request: collector_pb2.GetResultRequest, context: _Context
     ) -> collector_pb2.GetResultResponse:
         """One result, whole."""
-        async with _answering(context):
+        async with answering(context):
             return collector_pb2.GetResultResponse(result=await self._look.result(request.run_id))
 
     async def _hello(self, context: _Context) -> collector_pb2.Hello:
@@ -208,12 +228,35 @@ class _Waiting:
     """Monotonic seconds."""
 
 
+class _Wire:
+    """The way to the agent, for several tasks: gRPC takes one message at a time."""
+
+    def __init__(self, context: _Context) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+
+    async def send(self, response: collector_pb2.ReportResponse) -> None:
+        """Returns once the message was handed to the connection."""
+        async with self._lock:
+            await self._context.write(response)
+
+
 class _Conversation:
     """A stream after its hello: one task reads, one answers, both bounded by the same window."""
 
     def __init__(
-        self, config: CollectorConfig, store: ResultStore, fleet: Fleet, session: Session, context: _Context
+        self,
+        config: CollectorConfig,
+        store: ResultStore,
+        fleet: Fleet,
+        session: Session,
+        context: _Context,
+        wire: _Wire,
+        desk: Desk,
     ) -> None:
+        self._wire = wire
+        self._desk = desk
+        self._copied: set[str] = set()
         self._config = config
         self._store = store
         self._fleet = fleet
@@ -266,6 +309,15 @@ class _Conversation:
                         f" at most {_MAX_HEARTBEAT_BYTES:,} are taken"
                     )
                 self._fleet.heard(self._session, request.heartbeat)
+                self._desk.heartbeat(request.heartbeat)
+            elif kind == "job":
+                if request.job.ByteSize() > _MAX_REPORT_BYTES:
+                    raise InvalidRequest(
+                        f"what a board says of a job has {request.job.ByteSize():,} bytes;"
+                        f" at most {_MAX_REPORT_BYTES:,} are taken"
+                    )
+                self._fleet.heard(self._session)
+                self._desk.report(request.job)
             elif kind == "hello":
                 raise InvalidRequest("a report has one hello, at its beginning")
             # Anything else is from a newer agent: what it means can't be known, that it lives can.
@@ -274,6 +326,9 @@ class _Conversation:
 
     async def _take(self, spooled: collector_pb2.SpooledResult) -> None:
         spool_id, sequence = spooled.spool_id, spooled.sequence
+        if spool_id in self._copied:
+            # The agent was asked for a new identity of this spool, and sends it again under that.
+            return
         size = spooled.ByteSize()
         came_at = time.monotonic()
         while len(self._waiting) >= self._config.in_flight_results or (
@@ -326,6 +381,8 @@ class _Conversation:
                     acknowledged = entry
                 elif isinstance(error, ResultRefused):
                     await self._refuse(entry, error)
+                elif isinstance(error, PlaceTaken):
+                    await self._renew(entry, error)
                 else:
                     raise error
                 self._waiting.popleft()
@@ -346,12 +403,24 @@ class _Conversation:
                 tally.duplicates += 1
         elif isinstance(error, ResultRefused):
             tally.refused[error.code] += 1
+        elif isinstance(error, PlaceTaken):
+            pass
         else:
             tally.store_failures += 1
 
     async def _acknowledge(self, entry: _Waiting) -> None:
         acknowledgement = collector_pb2.Acknowledgement(spool_id=entry.spool_id, sequence=entry.sequence)
-        await self._context.write(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
+        await self._wire.send(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
+
+    async def _renew(self, entry: _Waiting, error: PlaceTaken) -> None:
+        """Asks for a new identity of the spool, once: what follows under the old one is not taken."""
+        if entry.spool_id in self._copied:
+            return
+        self._copied.add(entry.spool_id)
+        self._fleet.tally.renewals += 1
+        _log.warning("%s", error)
+        renewal = collector_pb2.Renewal(spool_id=entry.spool_id, sequence=entry.sequence)
+        await self._wire.send(collector_pb2.ReportResponse(renewal=renewal))
 
     async def _refuse(self, entry: _Waiting, refusal: ResultRefused) -> None:
         _log.warning(
@@ -364,7 +433,7 @@ class _Conversation:
         rejection = collector_pb2.Rejection(
             spool_id=entry.spool_id, sequence=entry.sequence, reason=str(refusal)
         )
-        await self._context.write(collector_pb2.ReportResponse(rejection=rejection))
+        await self._wire.send(collector_pb2.ReportResponse(rejection=rejection))
 
 
 async def _receive(context: _Context) -> collector_pb2.ReportRequest | None:

@@ -1,0 +1,214 @@
+"""Which boards are meant: terms like ``board=pi5``, ``lab!=zurich`` and ``runtime=onnx*``.
+
+Capitals don't matter. ``*`` in the value stands for anything. A board's model is meant by its short name
+(:data:`BOARDS`), by words of it that stand together, or by a pattern for the whole of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from boardbench.collector.errors import InvalidRequest
+from boardbench.v1 import collector_pb2
+
+BOARDS: tuple[tuple[str, str], ...] = (
+    ("pi", r"raspberry pi"),
+    ("pi2", r"raspberry pi 2\b"),
+    ("pi3", r"raspberry pi (3\b|compute module 3)"),
+    ("pi4", r"raspberry pi (4\b|400\b|compute module 4)"),
+    ("pi400", r"raspberry pi 400\b"),
+    ("pi5", r"raspberry pi (5\b|500\b|compute module 5)"),
+    ("pi500", r"raspberry pi 500\b"),
+    ("cm3", r"raspberry pi compute module 3"),
+    ("cm4", r"raspberry pi compute module 4"),
+    ("cm5", r"raspberry pi compute module 5"),
+    ("zero", r"raspberry pi zero\b(?! 2)"),
+    ("zero2", r"raspberry pi zero 2"),
+    ("jetson", r"jetson"),
+    ("nano", r"jetson nano"),
+    ("tx2", r"jetson[ -]tx2"),
+    ("xavier", r"jetson[ -](agx[ -])?xavier(?! nx)"),
+    ("xavier-nx", r"jetson[ -]xavier[ -]nx"),
+    ("orin-nano", r"jetson orin nano"),
+    ("orin-nx", r"jetson orin nx"),
+    ("agx-orin", r"jetson agx orin"),
+    ("thor", r"jetson (agx )?thor"),
+    ("coral", r"(coral|phanbell|freescale i\.mx8mq)"),
+    ("coral-mini", r"coral dev board mini"),
+    ("imx8mp", r"i\.mx ?8m ?plus"),
+    ("imx93", r"i\.mx ?93"),
+    ("rock5", r"rock 5"),
+    ("rock5a", r"rock 5 ?a"),
+    ("rock5b", r"rock 5 ?b"),
+    ("orangepi5", r"orange ?pi 5"),
+    ("odroid-n2", r"odroid-n2"),
+    ("beagle", r"beagle"),
+    ("beagleplay", r"beagleplay"),
+    ("visionfive2", r"visionfive (2|v2)"),
+)
+"""Short names of boards and what each finds in a model's name, as device trees have it."""
+
+_ARCHITECTURES = {
+    "arm64": "aarch64",
+    "amd64": "x86_64",
+    "x64": "x86_64",
+    "armhf": "armv7l",
+    "arm32": "armv7l",
+}
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WORD = re.compile(r"[a-z0-9]+")
+_Test = Callable[[collector_pb2.Device, str], bool]
+_TERM = re.compile(r"\s*([A-Za-z0-9_][A-Za-z0-9_./-]*?)\s*(!?=)\s*(.*?)\s*", re.DOTALL)
+_MAX_TERMS = 64
+_PATTERNS = {name: re.compile(pattern) for name, pattern in BOARDS}
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a board must be, or must not be."""
+
+    name: str
+    value: str
+    negated: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}{'!=' if self.negated else '='}{self.value}"
+
+    def holds(self, device: collector_pb2.Device) -> bool:
+        """Whether the board meets it."""
+        test = _TESTS.get(self.name)
+        if test is not None:
+            return test(device, self.value) is not self.negated
+        return _like(self.value, (labels_of(device).get(self.name, ""),)) is not self.negated
+
+
+def parse(texts: Sequence[str]) -> tuple[Term, ...]:
+    """Returns the terms; InvalidRequest says which is none."""
+    if len(texts) > _MAX_TERMS:
+        raise InvalidRequest(f"{len(texts)} terms are too many; at most {_MAX_TERMS} are taken")
+    terms = []
+    for text in texts:
+        match = _TERM.fullmatch(text)
+        if match is None or not match[3]:
+            raise InvalidRequest(
+                f"{text[:200]!r} is no term; write NAME=VALUE or NAME!=VALUE, as board=pi5 or lab!=zurich"
+            )
+        name, value = match[1], match[3]
+        if name.lower() in _TESTS:
+            name = name.lower()
+        if name == "up" and value.lower() not in _TRUTH:
+            raise InvalidRequest(f"{text!r}: a board is up or not; write up=true or up=false")
+        terms.append(Term(name, value, match[2] == "!="))
+    return tuple(terms)
+
+
+def chosen(
+    devices: Iterable[collector_pb2.Device], terms: Sequence[Term]
+) -> tuple[collector_pb2.Device, ...]:
+    """Returns the boards that meet every term."""
+    return tuple(device for device in devices if all(term.holds(device) for term in terms))
+
+
+def complaint(devices: Sequence[collector_pb2.Device], terms: Sequence[Term]) -> str:
+    """Returns why no board meets the terms, as far as it can be told."""
+    if not devices:
+        return "no board has ever reported to this collector"
+    unknown = [
+        term.name
+        for term in terms
+        if term.name not in _TESTS and not any(term.name in labels_of(device) for device in devices)
+    ]
+    if unknown:
+        names = ", ".join(sorted(_TESTS))
+        return f"no board has a label {unknown[0]!r}, and terms are about labels or {names}"
+    alone = [str(term) for term in terms if not chosen(devices, (term,))]
+    which = f"{alone[0]}" if alone else " and ".join(str(term) for term in terms)
+    return f"none of {len(devices)} boards meets {which}"
+
+
+def labels_of(device: collector_pb2.Device) -> dict[str, str]:
+    """Returns the labels that count: the operator's before the agent's."""
+    return {**device.board.labels, **device.labels}
+
+
+def _like(value: str, candidates: Iterable[str]) -> bool:
+    """Whether one of them is the value, or fits it as a pattern."""
+    # fnmatch's patterns never go back over a text again and again, however many * there are.
+    literal = value.casefold().replace("[", "[[]").replace("?", "[?]")
+    pattern = re.compile(fnmatch.translate(literal))
+    return any(candidate and pattern.fullmatch(candidate.casefold()) for candidate in candidates)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _has_words(value: str, candidates: Iterable[str]) -> bool:
+    """Whether the words of the value stand together in one of them."""
+    wanted = _words(value)
+    for candidate in candidates:
+        words = _words(candidate)
+        if wanted and any(
+            words[at : at + len(wanted)] == wanted for at in range(len(words) - len(wanted) + 1)
+        ):
+            return True
+    return False
+
+
+def _board(device: collector_pb2.Device, value: str) -> bool:
+    model = device.board.model
+    lower = model.lower()
+    if "*" in value:
+        return _like(value, (model, *(name for name, found in _PATTERNS.items() if found.search(lower))))
+    short = value.lower().removeprefix("jetson-").replace("rpi", "pi").replace("_", "-")
+    pattern = _PATTERNS.get(short) or _PATTERNS.get(short.replace("-", "").replace(" ", ""))
+    if pattern is not None:
+        return pattern.search(lower) is not None
+    return _has_words(value, (model,))
+
+
+def _architecture(device: collector_pb2.Device, value: str) -> bool:
+    return _like(_ARCHITECTURES.get(value.lower(), value), (device.board.architecture,))
+
+
+def _accelerator(device: collector_pb2.Device, value: str) -> bool:
+    if value.lower() == "none":
+        return not device.board.accelerators
+    named = [text for found in device.board.accelerators for text in (found.kind, found.name)]
+    return _like(value, named) or ("*" not in value and _has_words(value, named))
+
+
+def _either(
+    of: Callable[[collector_pb2.Device], Iterable[str]],
+) -> Callable[[collector_pb2.Device, str], bool]:
+    """Returns a test that takes a pattern, or words that stand together."""
+
+    def test(device: collector_pb2.Device, value: str) -> bool:
+        texts = tuple(of(device))
+        return _like(value, texts) or ("*" not in value and _has_words(value, texts))
+
+    return test
+
+
+_TESTS: dict[str, _Test] = {
+    "accelerator": _accelerator,
+    "agent_version": lambda device, value: _like(value, (device.agent_version,)),
+    "architecture": _architecture,
+    "board": _board,
+    "device_id": lambda device, value: _like(value, (device.board.device_id,)),
+    "hostname": lambda device, value: _like(value, (device.board.hostname,)),
+    "kernel": _either(lambda device: (device.board.kernel,)),
+    "os": _either(lambda device: (device.board.os,)),
+    "runtime": lambda device, value: _like(
+        value, (runtime.name for runtime in device.runtimes if runtime.available)
+    ),
+    "sensor": _either(lambda device: device.sensors),
+    "soc": _either(lambda device: (device.board.soc,)),
+    "up": lambda device, value: device.up is _TRUTH[value.lower()],
+}
+
+NAMES = tuple(sorted(_TESTS))
+"""What terms can be about beside labels."""
