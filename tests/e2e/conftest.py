@@ -385,7 +385,8 @@ class Programs:
         settings = {"BOARDBENCH_AGENT_STORE_FREE_FLOOR_BYTES": str(1 << 20)} | dict(environment or {})
         program = self.start(name, arguments, settings)
         ports = self._ports(program, port_file)
-        return Agent(program, f"127.0.0.1:{ports['grpc']}", data_dir, device_id)
+        # One that listens nowhere has no port.
+        return Agent(program, f"127.0.0.1:{ports.get('grpc', 0)}", data_dir, device_id)
 
     def wire(self, target: str) -> Wire:
         """A wire to an address, with a hand on it."""
@@ -417,17 +418,17 @@ class Programs:
         return program
 
     def _ports(self, program: Program, port_file: Path) -> dict[str, int]:
-        def ready() -> dict[str, int] | None:
+        def ready() -> list[dict[str, int]] | None:
             if not program.running:
                 pytest.fail(
                     f"{program.name} ended at once: exit {program.process.returncode}\n{program.log()}"
                 )
             try:
-                return dict(json.loads(port_file.read_text()))
+                return [dict(json.loads(port_file.read_text()))]
             except (FileNotFoundError, json.JSONDecodeError):
                 return None
 
-        return dict(eventually(f"{program.name} wrote {port_file.name}", ready, START_SECONDS))
+        return dict(eventually(f"{program.name} wrote {port_file.name}", ready, START_SECONDS)[0])
 
 
 def free_port() -> int:
