@@ -29,6 +29,7 @@ class Prometheus:
     def __init__(self, program: str, folder: Path, port: int, target: str, *arguments: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         configuration = CONFIGURATION.read_text().replace("127.0.0.1:7343", target)
+        configuration = configuration.replace("rules/*.yml", f"{CONFIGURATION.parent}/rules/*.yml")
         assert target in configuration
         for interval in ("15s", "10s"):
             configuration = configuration.replace(interval, "200ms")
