@@ -1,6 +1,6 @@
 # The two commands a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help same-python demo test test-engines lint protos dashboards docs bench soak build clean
+.PHONY: help same-python demo test test-engines lint protos observe dashboards docs bench soak build clean
 
 # The newest Python on the PATH that boardbench runs on; `make PYTHON=…` chooses another.
 PYTHON ?= $(shell deploy/find_python.sh)
@@ -90,6 +90,9 @@ test-engines: $(VENV)/.dev .cache/engines/.made .cache/engines/.heavy  ## Every 
 
 protos: .cache/protos/.installed  ## Write protos/gen anew
 	.cache/protos/bin/python protos/generate.py protos/gen
+
+observe: $(VENV)/.demo $(SYSTEM)/.prometheus  ## Boards, collector and Prometheus here, to look around in
+	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python deploy/observe.py $(OBSERVE_ARGS)
 
 dashboards: $(VENV)/.dev  ## Write deploy/grafana/dashboards anew
 	$(BIN)/python deploy/grafana/generate.py
