@@ -1,4 +1,4 @@
-"""The alerting and recording rules that we ship: valid, about metrics that there are, and each shown to fire."""
+"""The rules that we ship: valid, about metrics that there are, and each alert shown to fire."""
 
 from __future__ import annotations
 
