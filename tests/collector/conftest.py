@@ -365,9 +365,9 @@ class PostgresServer:
         self._process = None
 
     def stop(self) -> None:
-        """Ends it in its own time, for good."""
+        """Ends it for good."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(signal.SIGQUIT)
             self._process.wait(DEADLINE_SECONDS)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -376,11 +376,11 @@ class PostgresServer:
         return f"postgresql://tester@/{database}?host={self.folder}"
 
     def new_database(self) -> str:
-        """Returns the address of a database that nobody has used."""
+        """Returns the address of a schema that nobody has used: all that a store sees of a database."""
         name = f"test_{next(self._numbers)}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as db:
-            db.execute(f"CREATE DATABASE {name}")
-        return self.url(name)
+            db.execute(f"CREATE SCHEMA {name}")
+        return f"{self.url('postgres')}&options=-csearch_path%3D{name}"
 
 
 def _postgres_programs() -> tuple[Path, str] | None:

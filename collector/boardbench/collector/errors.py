@@ -20,6 +20,7 @@
         ├── StoreUnavailable  disk full, locked, closed: the same call may work later
         ├── StoreDamaged      what is on disk is not what was written
         ├── StoreForeign      the file is no store of this program, or of a newer one
+        ├── BackupUnfit       a backup is damaged, not whole, or of a newer program
         └── OutOfOrder        the record before this one is not stored; start again after the last one that is
 
 Third-party exceptions become one of these at one boundary each: SQLite's in ``stores/sqlite.py``,
@@ -121,6 +122,10 @@ class StoreDamaged(StoreError):
 
 class StoreForeign(StoreError):
     """The file is no store of this program, or was written by a newer one."""
+
+
+class BackupUnfit(StoreError):
+    """A backup is damaged, not whole, or was made by a newer program."""
 
 
 class OutOfOrder(StoreError):

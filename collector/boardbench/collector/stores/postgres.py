@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import (
@@ -214,7 +215,7 @@ class PostgresResultStore:
         StoreForeign when it holds something else; StoreUnavailable when it can't be reached or written;
         StartError when the address is none or psycopg is not installed.
         """
-        writer = await asyncio.to_thread(_open_writer, url, clock)
+        writer = await asyncio.to_thread(opened, url, clock)
         return cls(
             url,
             writer,
@@ -994,13 +995,10 @@ def _progress(db: Connection, lock: str) -> int:
 
 
 def place(url: str) -> str:
-    """Returns where the database is, without the password: as in ``postgresql://host:5432/boardbench``."""
-    from psycopg import conninfo
-
-    parts = conninfo.conninfo_to_dict(url)
-    host = parts.get("host") or parts.get("hostaddr") or "localhost"
-    port = f":{parts['port']}" if parts.get("port") else ""
-    return f"postgresql://{host}{port}/{parts.get('dbname') or parts.get('user') or ''}"
+    """Returns where the database is, without user and password: as in ``postgresql://host:5432/boardbench``."""
+    parts = urlsplit(url)
+    hosts = parts.netloc.rpartition("@")[2] or parse_qs(parts.query).get("host", ["localhost"])[0]
+    return f"postgresql://{hosts}{parts.path if parts.path.startswith('/') else '/'}"
 
 
 def _connect(url: str) -> Connection:
@@ -1026,16 +1024,17 @@ def _connect(url: str) -> Connection:
     return db
 
 
-def _open_writer(url: str, clock: Callable[[], float]) -> Connection:
+def opened(url: str, clock: Callable[[], float]) -> Connection:
     """Returns the connection that writes, its tables up to date."""
     try:
         import psycopg
     except ImportError as error:
         raise StartError("a store in PostgreSQL needs psycopg: pip install 'boardbench[postgres]'") from error
+    name = place(url)
     try:
-        name = place(url)
+        psycopg.conninfo.conninfo_to_dict(url)
     except psycopg.Error as error:
-        raise StartError(f"--store {url.partition('@')[2] or url!r} is no address: {error}") from error
+        raise StartError(f"--store {name} is no address: {' '.join(str(error).split())}") from error
     try:
         db = _connect(url)
         try:

@@ -299,7 +299,7 @@ class SqliteResultStore:
                     outcomes = self._commit(batch)
                     touched = self.jobs.take_touched()
                 except BaseException as error:
-                    outcomes = [_told(error, self._path)] * len(batch)
+                    outcomes = [told(error, self._path)] * len(batch)
                     self.jobs.take_touched()
                     touched = []
                 # The loop may be gone when the process is ending: then nobody waits for the answer.
@@ -752,13 +752,13 @@ class SqliteResultStore:
             try:
                 db = self._idle_readers.get_nowait()
             except queue.Empty:
-                db = _connect(self._path, "ro")
+                db = connect(self._path, "ro")
             try:
                 yield db
             finally:
                 self._idle_readers.put(db)
         except (sqlite3.Error, OSError) as error:
-            raise _told(error, self._path) from error
+            raise told(error, self._path) from error
 
     async def close(self) -> None:
         """See ``ResultStore.close``."""
@@ -806,7 +806,7 @@ def _call(db: sqlite3.Connection, function: Callable[[sqlite3.Connection], Any])
     return outcome
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def connect(path: Path, mode: str) -> sqlite3.Connection:
     """Returns a connection in autocommit mode, for one thread at a time."""
     return sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",
@@ -835,7 +835,7 @@ def _open_writer(path: Path, clock: Callable[[], float]) -> tuple[int, sqlite3.C
             ) from error
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            db = _connect(path, "rw")
+            db = connect(path, "rw")
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
@@ -846,14 +846,14 @@ def _open_writer(path: Path, clock: Callable[[], float]) -> tuple[int, sqlite3.C
         except StoreForeign as error:
             raise StoreForeign(f"can't use {path}: {error}") from error
         except (sqlite3.Error, OSError) as error:
-            raise _told(error, path) from error
+            raise told(error, path) from error
     except BaseException:
         os.close(lock)
         raise
     return lock, db
 
 
-def _told(error: BaseException, path: Path) -> StoreError:
+def told(error: BaseException, path: Path) -> StoreError:
     """Returns the error in the collector's words."""
     if isinstance(error, StoreError):
         return error

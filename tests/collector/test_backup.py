@@ -1,0 +1,320 @@
+"""Backups: of every kind of store, into every kind of store, and what is wrong with a damaged one."""
+
+from __future__ import annotations
+
+import gzip
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from boardbench.collector.errors import BackupUnfit, StoreForeign, StoreUnavailable
+from boardbench.collector.jobs import Batch, Booking, JobQuery
+from boardbench.collector.store import ResultFilter, ResultStore, Sighting
+from boardbench.collector.stores import backup, postgres_backup, postgres_schema, sqlite_backup
+from boardbench.collector.stores.postgres import PostgresResultStore
+from boardbench.collector.stores.sqlite import SqliteResultStore
+from boardbench.v1 import backup_pb2, collector_pb2, job_pb2, result_pb2
+
+MakeResult = Callable[..., result_pb2.RunResult]
+MakeHello = Callable[..., collector_pb2.Hello]
+
+KINDS = ("sqlite", "postgres")
+
+
+class Place:
+    """Where a store is, or is to be."""
+
+    def __init__(self, kind: str, where: Any) -> None:
+        self.kind, self.where = kind, where
+
+    def open(self) -> Awaitable[ResultStore]:
+        return (SqliteResultStore if self.kind == "sqlite" else PostgresResultStore).open(self.where)  # type: ignore[attr-defined, no-any-return]
+
+    def moment(self) -> AbstractContextManager[Any]:
+        return (sqlite_backup if self.kind == "sqlite" else postgres_backup).moment(self.where)
+
+    def restore(self, file: Path) -> backup.Told:
+        return (sqlite_backup if self.kind == "sqlite" else postgres_backup).restore(self.where, file)
+
+
+@pytest.fixture
+def make_place(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str, str], Place]:
+    def make(kind: str, name: str) -> Place:
+        if kind == "sqlite":
+            return Place(kind, tmp_path / name / "results.db")
+        return Place(kind, request.getfixturevalue("postgres_server").new_database())
+
+    return make
+
+
+async def fill(store: ResultStore, make_result: MakeResult, make_hello: MakeHello) -> None:
+    """Puts something into every table."""
+    for device_id in ("pi4", "pi5"):
+        await store.greet(make_hello(device_id), 100.0)
+    await store.saw([Sighting("pi5", 110.5, collector_pb2.Heartbeat(spool_pending=3))])
+    for n in range(1, 8):
+        result = make_result(f"run-{n}", finished=1.8e9 + n, model=f"m{n % 2}", p50=0.01 * n)
+        await store.append("pi5", "spool-1", n, result)
+    long_name = make_result("long", model="x" * 900 + "\0" + "y")
+    long_name.spec.options["text"] = "z" * 3000
+    await store.append("pi4", "spool-1", 12, long_name)
+    await store.append("pi4", "spool-1", 13, make_result("bad", status=result_pb2.RUN_STATUS_FAILED))
+    await store.thin(received_before=4e9, limit=2)
+    job = job_pb2.Job(job_id="ab" * 10, batch_id="batch", device_id="pi5", state=1, max_attempts=3)  # type: ignore[arg-type]
+    from boardbench.collector.jobs import new_record
+
+    await store.jobs.submit(
+        Batch("batch", "digest", 5.0), [new_record(job, at=5.0, deadline=9e9, inputs=None)]
+    )
+    await store.jobs.reserve([Booking("pi5", "ann", "a look", 8e9)], at=5.0)
+    await store.jobs.set_labels(["pi5"], {"lab": "zürich"})
+
+
+async def everything(store: ResultStore) -> list[Any]:
+    """What a store says about itself."""
+    await store.check()
+    results = await store.results(ResultFilter(), limit=1000)
+    latest = await store.latest(received_since=0, per_device=100)
+    return [
+        await store.devices(),
+        results.results,
+        [(each.position, each.device_id, each.received_at) for each in await _arrivals(store)],
+        await store.outcomes(),
+        [(each.device_id, each.received_at, each.result, each.drifts) for each in latest.results],
+        [await store.acknowledged(device, "spool-1") for device in ("pi4", "pi5")],
+        await store.jobs.jobs(JobQuery(), limit=10),
+        await store.jobs.bookings(at=6.0),
+        await store.jobs.labels(),
+    ]
+
+
+async def _arrivals(store: ResultStore) -> tuple[Any, ...]:
+    return await store.arrivals(0, limit=1000, max_bytes=10**9)
+
+
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("target", KINDS)
+async def test_a_backup_of_any_store_is_restored_into_any_other(
+    source: str,
+    target: str,
+    make_place: Callable[[str, str], Place],
+    make_result: MakeResult,
+    make_hello: MakeHello,
+    tmp_path: Path,
+) -> None:
+    old, new = make_place(source, "old"), make_place(target, "new")
+    store = await old.open()
+    await fill(store, make_result, make_hello)
+    file = tmp_path / "all.backup"
+    # While the store is open, and something is being written.
+    told = backup.save(file, old.moment(), version="1.2.3", clock=lambda: 77.0)
+    await store.append("pi5", "spool-1", 99, make_result("later"))
+    assert told == backup.look(file) == backup.Told(told.rows, "1.2.3", 77.0)
+    assert told.rows["results"] == 9 and told.rows["jobs"] == told.rows["labels"] == 1
+    assert new.restore(file) == told
+    again = await new.open()
+    assert "later" not in [each.run_id for each in (await again.results(ResultFilter(), limit=99)).results]
+    # And it goes on: what came later comes again, everything before is known.
+    assert (
+        await again.append(
+            "pi5", "spool-1", 7, make_result("run-7", finished=1.8e9 + 7, model="m1", p50=0.07)
+        )
+        is False
+    )
+    assert await again.append("pi5", "spool-1", 99, make_result("later"), after=7) is True
+    left, right = await everything(store), await everything(again)
+    # When the later one arrived is another time.
+    for found in (left, right):
+        found[2] = [(device, position) for position, device, _ in found[2]]
+        found[4] = [(device, result, drifts) for device, _, result, drifts in found[4]]
+    assert right == left
+    await store.close()
+    await again.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_store_that_is_there_is_not_overwritten(
+    kind: str, make_place: Callable[[str, str], Place], make_result: MakeResult, tmp_path: Path
+) -> None:
+    where = make_place(kind, "a")
+    store = await where.open()
+    await store.append("pi5", "spool-1", 1, make_result())
+    file = tmp_path / "backup"
+    backup.save(file, where.moment(), version="1")
+    await store.append("pi5", "spool-1", 2, make_result("run-2"))
+    await store.close()
+    with pytest.raises(StoreUnavailable, match=r"there is a store .* already"):
+        where.restore(file)
+    store = await where.open()
+    assert len(await store.find("run-2")) == 1
+    await store.close()
+
+
+async def test_a_running_collectors_folder_is_left_alone(
+    make_place: Callable[[str, str], Place], tmp_path: Path
+) -> None:
+    where = make_place("sqlite", "a")
+    store = await where.open()
+    backup.save(tmp_path / "backup", where.moment(), version="1")
+    with pytest.raises(StoreUnavailable, match="another boardbench-collector has"):
+        where.restore(tmp_path / "backup")
+    await store.close()
+
+
+@pytest.fixture
+async def saved(
+    make_place: Callable[[str, str], Place], make_result: MakeResult, make_hello: MakeHello, tmp_path: Path
+) -> Path:
+    """A backup."""
+    where = make_place("sqlite", "saved")
+    store = await where.open()
+    await fill(store, make_result, make_hello)
+    backup.save(tmp_path / "saved.backup", where.moment(), version="1")
+    await store.close()
+    return tmp_path / "saved.backup"
+
+
+def _unpacked(file: Path, change: Callable[[bytearray], bytes | bytearray]) -> None:
+    file.write_bytes(gzip.compress(bytes(change(bytearray(gzip.decompress(file.read_bytes()))))))
+
+
+def _flipped(content: bytearray) -> bytearray:
+    content[len(content) // 2] ^= 1
+    return content
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-300]), "damaged"),
+    "flipped": (
+        lambda file: file.write_bytes(bytes(_flipped(bytearray(file.read_bytes())))),
+        "damaged|is no backup",
+    ),
+    "cut inside": (lambda file: _unpacked(file, lambda content: content[:-40]), "damaged|not whole"),
+    "flipped inside": (lambda file: _unpacked(file, _flipped), "CRC"),
+    "no end": (
+        lambda file: _unpacked(file, lambda content: content[: _before_end(content)]),
+        "end is missing",
+    ),
+    "more": (
+        lambda file: _unpacked(file, lambda content: content + content[_before_end(content) :] * 2),
+        "behind its end",
+    ),
+    "empty": (lambda file: file.write_bytes(b""), "is no backup"),
+    "other": (lambda file: file.write_bytes(b"dear diary"), "is no backup"),
+    "other gzip": (lambda file: file.write_bytes(gzip.compress(b"dear diary")), "is no backup"),
+}
+
+
+def _before_end(content: bytes | bytearray) -> int:
+    end, at = 0, len(backup.MAGIC)
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 4], "little")
+        end, at = at, at + 8 + length
+    return end
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_damaged_backup_restores_nothing(
+    damage: str, kind: str, saved: Path, make_place: Callable[[str, str], Place]
+) -> None:
+    change, words = DAMAGE[damage]
+    change(saved)
+    with pytest.raises(BackupUnfit, match=words):
+        backup.look(saved)
+    where = make_place(kind, "new")
+    with pytest.raises(BackupUnfit, match=words):
+        where.restore(saved)
+    store = await where.open()
+    assert (await store.results(ResultFilter(), limit=1)).results == ()
+    assert await store.devices() == ()
+    await store.close()
+
+
+async def test_a_backup_of_a_newer_program_is_refused_by_name(
+    make_place: Callable[[str, str], Place], tmp_path: Path
+) -> None:
+    class Newer:
+        def __enter__(self) -> Newer:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def tables(self) -> list[backup.Table]:
+            return [backup.Table("results", ("run_id", "colour"))]
+
+        def rows(self, _: backup.Table) -> Any:
+            return iter([("run-1", "red")])
+
+    backup.save(tmp_path / "newer", Newer(), version="9.0")
+    with pytest.raises(BackupUnfit, match=r"9\.0 .*results: colour.*newer"):
+        make_place("sqlite", "a").restore(tmp_path / "newer")
+
+
+def test_no_backup_is_half_written(tmp_path: Path) -> None:
+    class Breaks:
+        def __enter__(self) -> Breaks:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def tables(self) -> list[backup.Table]:
+            raise StoreUnavailable("gone")
+
+        def rows(self, _: backup.Table) -> Any:
+            raise AssertionError
+
+    file = tmp_path / "backup"
+    file.write_bytes(b"the one of yesterday")
+    with pytest.raises(StoreUnavailable, match="gone"):
+        backup.save(file, Breaks(), version="1")
+    assert file.read_bytes() == b"the one of yesterday"
+    assert [each.name for each in tmp_path.iterdir()] == ["backup"]
+    with pytest.raises(StoreUnavailable, match=r"can't write .*/nowhere/backup"):
+        backup.save(tmp_path / "nowhere" / "backup", Breaks(), version="1")
+
+
+def test_no_store_and_another_programs_file(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="there is no store"):
+        backup.save(tmp_path / "b", sqlite_backup.moment(tmp_path / "no.db"), version="1")
+    db = sqlite3.connect(tmp_path / "other.db")
+    db.execute("CREATE TABLE bookmarks (url TEXT)")
+    db.commit()
+    db.close()
+    with pytest.raises(StoreForeign, match="no store of boardbench-collector"):
+        backup.save(tmp_path / "b", sqlite_backup.moment(tmp_path / "other.db"), version="1")
+
+
+def test_an_older_store_is_to_be_brought_up_to_date_first(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    db = sqlite3.connect(path)
+    db.executescript((Path(__file__).parent / "data" / "store-1.sql").read_text())
+    db.close()
+    with pytest.raises(StoreForeign, match=r"version 1, .*start the collector"):
+        backup.save(tmp_path / "b", sqlite_backup.moment(path), version="1")
+
+
+async def test_both_kinds_of_store_have_the_same_tables(make_place: Callable[[str, str], Place]) -> None:
+    found = {}
+    for kind in KINDS:
+        where = make_place(kind, "a")
+        await (await where.open()).close()
+        with where.moment() as source:
+            found[kind] = {table.name: set(table.columns) for table in source.tables()}
+    assert found["sqlite"] == found["postgres"]
+    assert set(found["sqlite"]) >= {"results", "series", "jobs", "labels", "progress"}
+    assert set(postgres_schema.DERIVED) <= set(found["sqlite"])
+
+
+def test_every_kind_of_value_comes_back() -> None:
+    for value in ("", "zürich\0", b"", b"\xff\0", 0, -(2**63), 2**63 - 1, 0.0, -1.5e300, None):
+        kept = backup_pb2.BackupValue()
+        backup._set(kept, value)
+        found = backup._get(backup_pb2.BackupValue.FromString(kept.SerializeToString()))
+        assert (found, type(found)) == (value, type(value))
