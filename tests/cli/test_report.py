@@ -192,3 +192,15 @@ def test_the_names_of_emulators_are_those_that_boards_give():
 
     assert on_the_board == EMULATORS
     assert board_pb2.Board(emulator="qemu").emulator in EMULATORS
+
+
+def test_copies_to_an_accelerator_are_told_beside_its_computing(sample):
+    result = sample("success")
+    result.transfers.CopyFrom(
+        result_pb2.Transfers(
+            to_device_seconds=12e-6, compute_seconds=8e-4, inferences=50, method="CUDA events"
+        )
+    )
+    line = next(line for line in text_of(result_page(result, more="")).splitlines() if "Transfers" in line)
+    assert "to the device 12.00 µs · computing 800.0 µs (medians of 50 more" in line
+    assert "back" not in line, "what was not told"

@@ -425,6 +425,17 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Transfers:
+    """Medians over inferences apart from the counted ones, by the accelerator's own events."""
+
+    to_device_seconds: float
+    compute_seconds: float
+    from_device_seconds: float
+    inferences: int
+    method: str
+
+
+@dataclass(frozen=True)
 class OutputValues:
     """Values of one output of the first inference: every ``step``-th, in the order of memory."""
 
@@ -492,3 +503,4 @@ class Measurement:
     scenario: Optional[ScenarioResult] = None
     caches: Tuple[Cache, ...] = ()
     output_values: Tuple[OutputValues, ...] = ()
+    transfers: Optional[Transfers] = None

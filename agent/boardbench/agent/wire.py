@@ -88,6 +88,7 @@ _WORKER_FIELDS = frozenset(
         "scenario",
         "caches",
         "output_values",
+        "transfers",
     )
 )
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")

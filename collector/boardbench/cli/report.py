@@ -125,6 +125,8 @@ def _sections(result: result_pb2.RunResult, whole: bool, more: str) -> Iterator[
     if result.HasField("accelerator"):
         kind = result.accelerator.kind.upper()
         yield kind if kind in ("TPU", "GPU", "NPU") else "Device", accelerator_block(result.accelerator)
+    if result.HasField("transfers"):
+        yield "Transfers", Text(_transfers(result.transfers))
     if whole and (result.inputs or result.outputs):
         yield "Tensors", _tensors(result)
     around = _around(result.environment, whole)
@@ -221,6 +223,9 @@ def _setting(result: result_pb2.RunResult, whole: bool) -> Text:
     spec = result.effective_spec if result.HasField("effective_spec") else result.spec
     if spec.HasField("threads"):
         parts.append(figures.plural(spec.threads, "thread"))
+    if spec.cpu_affinity:
+        parts.append(f"on CPUs {', '.join(map(str, spec.cpu_affinity))}")
+    parts.extend(text for text in (spec.compute_precision, spec.power_mode) if text)
     # The engine's own defaults are many; what somebody asked for is few.
     options = runtime.options if whole else result.spec.options
     parts.extend(f"{key}={value}" for key, value in sorted(options.items()))
@@ -296,9 +301,39 @@ def _before(result: result_pb2.RunResult) -> str:
     ):
         value = _optional(result, name)
         if value is not None:
-            parts.append(f"{label} {figures.seconds(value)}")
+            how = _of_caches(result) if name == "create_seconds" else ""
+            parts.append(f"{label} {figures.seconds(value)}{how}")
     parts.append(warm_up_words(result))
     return " · ".join(part for part in parts if part)
+
+
+def _of_caches(result: result_pb2.RunResult) -> str:
+    """Whether the load found what an earlier one had left: with it and without, it is another figure."""
+    warm, cold = (
+        [
+            f"{cache.name}, {figures.count_bytes(cache.size_bytes)}" if cache.size_bytes else cache.name
+            for cache in result.caches
+            if cache.HasField("warm") and cache.warm is state
+        ]
+        for state in (True, False)
+    )
+    if warm:
+        return f" from a warm cache ({'; '.join(warm)})"
+    return f", a first load ({'; '.join(cold)} kept for the next)" if cold else ""
+
+
+def _transfers(told: result_pb2.Transfers) -> str:
+    """Where the time of an inference goes on an accelerator with memory of its own."""
+    parts = [
+        f"{label} {figures.seconds(seconds)}"
+        for name, label in (
+            ("to_device_seconds", "to the device"),
+            ("compute_seconds", "computing"),
+            ("from_device_seconds", "back"),
+        )
+        if (seconds := _optional(told, name)) is not None
+    ]
+    return f"{' · '.join(parts)} (medians of {told.inferences} more inferences, by {told.method})"
 
 
 def _memory(memory: result_pb2.Memory) -> RenderableType:
@@ -440,6 +475,10 @@ def _run(result: result_pb2.RunResult, whole: bool) -> RenderableType:
                 f"sha256 {model.sha256}",
                 QUIET,
             )
+        )
+        lines.extend(
+            Text(f"{'warm' if cache.warm else 'new'} cache {cache.name}: {cache.path}", QUIET)
+            for cache in result.caches
         )
         lines.extend(
             Text(f"output {name}: sha256 {digest}", QUIET)

@@ -20,6 +20,7 @@ from boardbench.agent.bench.runtime import (
     OptionRejected,
     ProfileRequest,
     RuntimeUnavailable,
+    TimesTransfers,
 )
 from boardbench.agent.bench.runtimes import tensorrt as engine
 from boardbench.agent.domain import Evidence, Severity, Unit, Verdict
@@ -482,6 +483,24 @@ def test_the_profile_tells_transfers_from_the_engine(runtime: Any, tmp_path: Pat
     assert set(found.op_seconds) == {0, 1}
     assert all(seconds > 0 for seconds in found.op_seconds.values())
     assert found.fallback_seconds == (0.0,) * 5
+
+
+def test_the_result_tells_copies_from_computing_and_that_a_stand_in_did(load: Load) -> None:
+    model = load()
+    call = model.bind({"x": FEED})
+    call()
+    assert isinstance(model, TimesTransfers)
+    told = model.transfers({"x": FEED})
+    assert told is not None
+    assert 5 <= told.inferences <= 50
+    assert min(told.to_device_seconds, told.compute_seconds, told.from_device_seconds) >= 0
+    assert re.fullmatch(r"CUDA events of standin-\S+, no hardware", told.method)
+
+
+def test_the_split_ends_by_its_time_and_not_before_there_is_a_median() -> None:
+    assert len(list(engine._turns(lambda: 0.0))) == 50
+    ticks = iter(range(0, 1000, 10))
+    assert len(list(engine._turns(lambda: float(next(ticks))))) == 5
 
 
 def test_the_split_is_of_whole_inferences(load: Load) -> None:

@@ -57,6 +57,7 @@ from boardbench.agent.bench.runtime import (
     RuntimeUnavailable,
     Settings,
     TellsArena,
+    TimesTransfers,
 )
 from boardbench.agent.bench.shapes import EVERY, by_name
 from boardbench.agent.domain import (
@@ -427,6 +428,7 @@ def _run(
     placement = placements.with_report(placement)
     arena = with_engine(model.arena_bytes) if isinstance(model, TellsArena) else None
     kept = with_engine(model.caches) if isinstance(model, KeepsCaches) else ()
+    transfers = with_engine(lambda: model.transfers(feeds)) if isinstance(model, TimesTransfers) else None
     measurement = Measurement(
         runtime=RuntimeUsed(
             name=engine.name,
@@ -486,6 +488,7 @@ def _run(
         stopping=report.stopping,
         scenario=report.scenario,
         caches=kept,
+        transfers=transfers,
         output_values=first.output_values,
     )
     return measurement, _in_engine(run)

@@ -21,7 +21,16 @@ from typing import (
     runtime_checkable,
 )
 
-from boardbench.agent.domain import AcceleratorUse, Cache, Crossings, Placement, TensorInfo, Unit, Warning
+from boardbench.agent.domain import (
+    AcceleratorUse,
+    Cache,
+    Crossings,
+    Placement,
+    TensorInfo,
+    Transfers,
+    Unit,
+    Warning,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,6 +185,15 @@ class TellsArena(Protocol):
 
     def arena_bytes(self) -> Optional[int]:
         """Bytes of it; None where this version does not tell. Called after the measurement."""
+        ...
+
+
+@runtime_checkable
+class TimesTransfers(Protocol):
+    """A loaded model on an accelerator with memory of its own, whose events tell what goes there and back."""
+
+    def transfers(self, feeds: Tensors) -> Optional[Transfers]:
+        """From some inferences more; None where it can't be told. Called last, after the measurement."""
         ...
 
 

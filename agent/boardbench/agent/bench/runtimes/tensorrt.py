@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import statistics
 import struct
 import sys
 import time
@@ -46,7 +47,16 @@ from boardbench.agent.bench.runtimes.tensorrt_build import (
     logger,
     sizes,
 )
-from boardbench.agent.domain import Cache, Evidence, OpPlacement, Placement, TensorInfo, Unit, Warning
+from boardbench.agent.domain import (
+    Cache,
+    Evidence,
+    OpPlacement,
+    Placement,
+    TensorInfo,
+    Transfers,
+    Unit,
+    Warning,
+)
 
 if TYPE_CHECKING:
     import tensorrt
@@ -61,6 +71,8 @@ DRIVERS = ("nvidia", "tegra")
 _MARKS = (b"ftrt", b"ptrt")
 _MOST_WORKSPACE_MIB = 1 << 20
 _MOST_DLA = 7
+# Inferences for the split into copies and computing; a second of them delays no run noticeably.
+_LEAST_SPLIT, _MOST_SPLIT, _SPLIT_SECONDS = 5, 50, 1.0
 # The inspector's words in TensorRT 8 ("Row major linear FP16 format") and 10 ("Half"), the longer ones first.
 _PRECISION_WORDS = (
     ("bf16", "bf16"),
@@ -561,6 +573,13 @@ class TensorRtModel:
             self._cuda.end_events(events)
         return found
 
+    def transfers(self, feeds: Tensors) -> Optional[Transfers]:
+        """What of an inference is copying and what is computing, by CUDA events."""
+        found = self.split(feeds, _turns())
+        into, through, out = (statistics.median(each[at] for each in found) for at in range(3))
+        standin = f" of {self._cuda.standin}, no hardware" if self._cuda.standin else ""
+        return Transfers(into, through, out, len(found), f"CUDA events{standin}")
+
     def timed(self, feeds: Tensors, runs: Iterable[object]) -> Iterator[Tuple[float, Dict[str, float]]]:
         """Seconds of every inference under the profiler, and of each of its layers by name."""
         call, times = self.bind(feeds), _profiler()
@@ -591,6 +610,15 @@ class TensorRtModel:
         self._device = {}
         if self._stream:
             self._cuda.end_stream(self._stream)
+
+
+def _turns(clock: Callable[[], float] = time.monotonic) -> Iterator[int]:
+    """One for every inference whose copies are timed: enough for a median, and not for long."""
+    began = clock()
+    for turn in range(_MOST_SPLIT):
+        if turn >= _LEAST_SPLIT and clock() - began > _SPLIT_SECONDS:
+            return
+        yield turn
 
 
 _DELEGATES = {Unit.GPU: "GPU", Unit.NPU: "DLA"}
