@@ -109,6 +109,22 @@ def series(text: str, name: str | None = None) -> list[tuple[dict[str, str], flo
     ]
 
 
+def test_a_load_from_a_cache_is_another_quantity_than_a_first_one(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    result = make_result()
+    result.create_seconds, result.first_inference_seconds = 0.5, 0.1
+    cold = names(expose(snapshot([result], devices=[board()])))
+    assert {"boardbench_create_seconds", "boardbench_first_inference_seconds"} <= cold
+    assert not {name for name in cold if "from_cache" in name}
+    result.caches.add(name="compiled blobs", warm=True)
+    warm = expose(snapshot([result], devices=[board()]))
+    assert "boardbench_create_seconds" not in names(warm)
+    assert "boardbench_first_inference_seconds" not in names(warm)
+    assert [value for _, value in series(warm, "boardbench_create_from_cache_seconds")] == [0.5]
+    assert [value for _, value in series(warm, "boardbench_first_inference_from_cache_seconds")] == [0.1]
+
+
 def names(text: str) -> set[str]:
     return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
 
@@ -151,6 +167,8 @@ def costly() -> result_pb2.RunResult:
     cost.share, cost.share_low, cost.share_high = 0.34, 0.31, 0.37
     cost.seconds, cost.latency_without_seconds = 0.0041, 0.008
     placement.crossings.count, placement.crossings.bytes = 2, 110_592
+    result.create_seconds, result.first_inference_seconds = 0.8, 0.05
+    result.caches.add(name="compiled blobs", warm=True)
     return result
 
 

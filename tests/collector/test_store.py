@@ -403,6 +403,16 @@ def test_a_series_is_told_by_everything_that_moves_the_figures(make_result: Make
     assert series_of(result_pb2.RunResult()) == Series("", "", "", "", "", "")
 
 
+def test_settings_that_move_the_figures_are_in_the_series(make_result: MakeResult) -> None:
+    result = make_result()
+    result.spec.cache = result_pb2.CACHE_USE_KEEP
+    result.caches.add(name="compiled blobs", warm=True)
+    assert series_of(result).variant == "", "a cache makes loading faster, not inferences"
+    result.spec.compute_precision, result.spec.power_mode = "bfloat16", "MAXN"
+    result.spec.cpu_affinity.extend([2, 3])
+    assert series_of(result).variant == "compute_precision=bfloat16,cpu_affinity=2+3,power_mode=MAXN"
+
+
 def test_a_scenario_is_a_series_of_its_own(make_result: MakeResult) -> None:
     result = make_result()
     result.spec.scenario.kind = scenario_pb2.SCENARIO_KIND_SINGLE_STREAM
@@ -426,6 +436,7 @@ def test_every_long_list_is_in_the_detail_only(make_result: MakeResult) -> None:
     result.interference.alone.samples_nanoseconds.extend([10, 11])
     result.telemetry.rate_hertz = 10
     result.telemetry.series.add(quantity="power_watts", values=[1.5, 2.5], times_seconds=[0, 0.1])
+    result.output_values.add(name="y", dtype="float32", count=2, step=1, values=[0.5, 1.5])
     for latency in (result.latency, result.scenario.service, result.interference.alone):
         latency.histogram.CopyFrom(histogram([5_000, 6_000]))
     summary, detail = split(result)

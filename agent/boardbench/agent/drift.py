@@ -156,6 +156,7 @@ def _key(result: result_pb2.RunResult) -> list[object]:
         spec.inputs_sha256,
         # Other shapes than the model has; left out where there is none, as former versions did.
         *([spec.scenario.batch] if spec.scenario.HasField("batch") else []),
+        *([spec.compute_precision] if spec.compute_precision else []),
     ]
 
 

@@ -176,12 +176,9 @@ def rows(results: Sequence[result_pb2.RunResult]) -> list[Row]:
 
 
 def computed_in(result: result_pb2.RunResult) -> str:
-    """The precision in which most operations were executed; empty where the engine does not tell."""
+    """The precisions in which operations were executed, that of most first; empty where that is not told."""
     counts = collections.Counter(op.precision for op in result.placement.ops if op.precision)
-    if not counts:
-        return ""
-    (most, _), *rest = counts.most_common()
-    return f"{most} …" if rest else most
+    return ", ".join(precision for precision, _ in counts.most_common(3))
 
 
 def conclude(groups: Sequence[Sequence[result_pb2.RunResult]], output: Output) -> ExitCode:

@@ -108,6 +108,15 @@ METRICS: tuple[Metric, ...] = (
     _of_series("boardbench_create_seconds", "Time to create the session or interpreter."),
     _of_series("boardbench_first_inference_seconds", "Time of the very first inference."),
     _of_series(
+        "boardbench_create_from_cache_seconds",
+        "Time to create the session or interpreter, in the place of boardbench_create_seconds, where the "
+        "engine found what an earlier load had left.",
+    ),
+    _of_series(
+        "boardbench_first_inference_from_cache_seconds",
+        "Time of the very first inference after such a load.",
+    ),
+    _of_series(
         "boardbench_memory_rss_bytes", "Resident memory of the worker at the end of a phase.", "phase"
     ),
     _of_series(

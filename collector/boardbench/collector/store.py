@@ -456,6 +456,7 @@ def split(result: result_pb2.RunResult) -> tuple[bytes, bytes]:
 LONG = (
     "latency.samples_nanoseconds",
     "placement.ops",
+    "output_values",
     "warm_up.samples_nanoseconds",
     "scenario.service.samples_nanoseconds",
     "interference.alone.samples_nanoseconds",
@@ -493,6 +494,15 @@ def series_of(result: result_pb2.RunResult) -> Series:
     parts += [
         f"{name}={'x'.join(str(size) for size in shape.dimensions)}"
         for name, shape in sorted(result.spec.shapes.items())
+    ]
+    parts += [
+        f"{name}={value}"
+        for name, value in (
+            ("compute_precision", result.spec.compute_precision),
+            ("cpu_affinity", "+".join(str(number) for number in result.spec.cpu_affinity)),
+            ("power_mode", result.spec.power_mode),
+        )
+        if value
     ]
     if result.spec.inputs_sha256:
         parts.append(f"inputs={result.spec.inputs_sha256[:12]}")
