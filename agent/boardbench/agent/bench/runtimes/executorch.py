@@ -103,9 +103,11 @@ class ExecuTorchRuntime:
                     from executorch.version import __version__
                 found = Runtime.get()
             except Exception as error:  # a broken installation raises anything
+                from boardbench.agent.bench import wheels
+
                 raise RuntimeUnavailable(
                     f"no ExecuTorch in {sys.executable} ({type(error).__name__}: {error}): "
-                    f"{sys.executable} -m pip install executorch"
+                    f"{wheels.how(self.name, wheels.EXECUTORCH)}"
                 ) from error
             self._verification, self._native = Verification, portable_lib
             self._version = f"executorch {str(__version__).partition('+')[0]}"

@@ -162,9 +162,11 @@ class OnnxRuntime:
             try:
                 import onnxruntime
             except Exception as error:  # a broken installation raises anything
+                from boardbench.agent.bench import wheels
+
                 raise RuntimeUnavailable(
                     f"no ONNX Runtime in {sys.executable} ({type(error).__name__}: {error}): "
-                    f"{sys.executable} -m pip install onnxruntime"
+                    f"{wheels.how(self.name, wheels.ONNXRUNTIME)}"
                 ) from error
             self._ort = onnxruntime
         package = getattr(self._ort, "package_name", None) or "onnxruntime"

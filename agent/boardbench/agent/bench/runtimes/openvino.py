@@ -109,9 +109,11 @@ class OpenVinoRuntime:
 
                 self._core = openvino.Core()
             except Exception as error:  # a broken installation raises anything
+                from boardbench.agent.bench import wheels
+
                 raise RuntimeUnavailable(
                     f"no OpenVINO in {sys.executable} ({type(error).__name__}: {error}): "
-                    f"{sys.executable} -m pip install openvino"
+                    f"{wheels.how(self.name, wheels.OPENVINO)}"
                 ) from error
             self._ov = openvino
         return f"openvino {str(self._ov.__version__).partition('-')[0]}"

@@ -214,10 +214,11 @@ def _import() -> Tuple[Any, str]:
             reasons.append(f"{package}: {type(error).__name__}: {error}")
             continue
         return found, f"{package} {_package_version(module, package)}"
-    mend = "ai-edge-litert" if sys.version_info >= (3, 10) else "tflite-runtime 'numpy<2'"
+    from boardbench.agent.bench import wheels
+
     raise RuntimeUnavailable(
         f"no TensorFlow Lite in {sys.executable} ({'; '.join(reasons)}): "
-        f"{sys.executable} -m pip install {mend}"
+        f"{wheels.how('tflite', wheels.AI_EDGE_LITERT, wheels.TFLITE_RUNTIME)}"
     )
 
 

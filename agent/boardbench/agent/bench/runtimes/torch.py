@@ -125,9 +125,11 @@ class TorchRuntime:
                     warnings.simplefilter("ignore")
                     import torch
             except Exception as error:  # a broken installation raises anything
+                from boardbench.agent.bench import wheels
+
                 raise RuntimeUnavailable(
                     f"no PyTorch in {sys.executable} ({type(error).__name__}: {error}): "
-                    f"{sys.executable} -m pip install torch"
+                    f"{wheels.how(self.name, wheels.TORCH)}"
                 ) from error
             self._torch = torch
         return f"torch {str(self._torch.__version__).partition('+')[0]}"

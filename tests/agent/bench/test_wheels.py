@@ -1,0 +1,134 @@
+"""What to install where, and what can't be: of Pythons and machines that are not here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from boardbench.agent.bench import runtimes, wheels
+from boardbench.agent.bench.runtime import RuntimeUnavailable
+from boardbench.agent.bench.wheels import Here
+
+PI_5 = Here((3, 11), "linux", "aarch64", (2, 36), "/opt/v/bin/python", managed=False)
+ZERO_2 = replace(PI_5, machine="armv7l")
+BULLSEYE = replace(PI_5, python=(3, 9), glibc=(2, 31))
+MAC = Here((3, 12), "darwin", "arm64", None, "/opt/v/bin/python", managed=False)
+ALPINE = replace(PI_5, machine="x86_64", glibc=None)
+
+
+def tflite(at: Here) -> str:
+    return wheels.how("tflite", wheels.AI_EDGE_LITERT, wheels.TFLITE_RUNTIME, at=at)
+
+
+@pytest.mark.parametrize(
+    ("at", "command"),
+    [
+        (PI_5, "/opt/v/bin/python -m pip install ai-edge-litert"),
+        (replace(PI_5, python=(3, 13)), "/opt/v/bin/python -m pip install ai-edge-litert"),
+        # There is only the older interpreter for 32 bits.
+        (ZERO_2, "/opt/v/bin/python -m pip install tflite-runtime 'numpy<2'"),
+    ],
+)
+def test_tensorflow_lite_is_had_from_what_has_a_wheel(at: Here, command: str) -> None:
+    assert tflite(at) == command
+
+
+def test_where_there_is_no_wheel_it_says_so_and_what_to_do() -> None:
+    told = tflite(replace(ZERO_2, python=(3, 13)))
+    assert "pip install" not in told
+    assert "of ai-edge-litert none for armv7l linux" in told
+    assert "of tflite-runtime none for Python 3.13 (3.9 to 3.11)" in told
+    assert "another Python, and name that as python in [runtimes.tflite]" in told
+
+
+@pytest.mark.parametrize(
+    ("package", "at", "lacks"),
+    [
+        (wheels.EXECUTORCH, ZERO_2, "none for armv7l linux (x86_64 linux, aarch64 linux, arm64 darwin"),
+        (wheels.EXECUTORCH, BULLSEYE, "none for Python 3.9 (3.10 or newer)"),
+        (wheels.EXECUTORCH, replace(PI_5, glibc=(2, 27)), "none for glibc 2.27 (2.28 or newer)"),
+        (wheels.EXECUTORCH, PI_5, ""),
+        (wheels.EXECUTORCH, MAC, ""),
+        (wheels.ONNXRUNTIME, ZERO_2, "none for armv7l linux"),
+        (wheels.ONNXRUNTIME, ALPINE, "none for a C library other than GNU's"),
+        (wheels.ONNXRUNTIME, PI_5, ""),
+        (wheels.TFLITE_RUNTIME, replace(PI_5, python=(3, 12)), "none for Python 3.12 (3.9 to 3.11)"),
+        (wheels.TFLITE_RUNTIME, replace(ZERO_2, glibc=(2, 31)), "none for glibc 2.31 (2.34 or newer)"),
+        (wheels.TFLITE_RUNTIME, MAC, "none for arm64 darwin"),
+        (wheels.OPENVINO, ZERO_2, "none for armv7l linux"),
+        (wheels.TORCH, ZERO_2, "none for armv7l linux"),
+    ],
+    ids=lambda value: getattr(value, "package", None),
+)
+def test_what_there_is_no_wheel_for(package: wheels.Wheels, at: Here, lacks: str) -> None:
+    found = package.lacks(at)
+    assert found.startswith(lacks) and bool(found) == bool(lacks), found
+
+
+def test_the_systems_python_takes_an_environment_and_not_packages() -> None:
+    told = wheels.how(
+        "onnxruntime", wheels.ONNXRUNTIME, at=replace(PI_5, executable="/usr/bin/python3", managed=True)
+    )
+    assert "/usr/bin/python3 -m venv /opt/boardbench-onnxruntime && " in told
+    assert "/opt/boardbench-onnxruntime/bin/python -m pip install onnxruntime" in told
+    assert "as python in [runtimes.onnxruntime]" in told
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bits", "machine"),
+    [
+        ("aarch64", 64, "aarch64"),
+        ("aarch64", 32, "armv7l"),  # Raspberry Pi OS of 32 bits has had a 64-bit kernel since 2023
+        ("armv8l", 32, "armv7l"),
+        ("armv7l", 32, "armv7l"),
+        ("AMD64", 64, "amd64"),
+        ("x86_64", 32, "i686"),
+    ],
+)
+def test_the_machine_is_that_of_the_python(kernel: str, bits: int, machine: str) -> None:
+    assert wheels.machine(kernel, bits) == machine
+
+
+def test_here_is_this_python() -> None:
+    found = wheels.here()
+    assert found.python == sys.version_info[:2]
+    assert (found.system, found.executable) == (sys.platform, sys.executable)
+    if found.system == "linux" and Path("/lib64/ld-linux-x86-64.so.2").exists():
+        assert found.machine == "x86_64"
+        assert found.glibc is not None and found.glibc >= (2, 17)
+
+
+def test_every_engine_that_pip_installs_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of 32 bits each says that there is no wheel, and not a command that fails."""
+    monkeypatch.setattr(wheels, "here", lambda: replace(ZERO_2, python=(3, 13)))
+    for name in ("numpy", "onnxruntime", "openvino", "torch", "executorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for package in ("ai_edge_litert", "tflite_runtime"):
+        monkeypatch.setitem(sys.modules, f"{package}.interpreter", None)
+    for name in ("tflite", "onnxruntime", "openvino", "torch", "executorch"):
+        with pytest.raises(RuntimeUnavailable) as raised:
+            runtimes.create(name).version()
+        assert "there is no wheel" in str(raised.value), name
+        assert f"[runtimes.{name}]" in str(raised.value)
+
+
+def test_pip_agrees_on_this_machine() -> None:
+    """The tags that this Python takes are those that the table says it does."""
+    program = (
+        "import json; from pip._vendor.packaging.tags import sys_tags; "
+        "print(json.dumps(sorted({tag.platform for tag in sys_tags()})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip is not here to be asked: {done.stderr.strip().splitlines()[-1]}")
+    platforms = json.loads(done.stdout)
+    found = wheels.here()
+    assert any(tag.endswith(f"_{found.machine}") for tag in platforms)
+    if found.glibc is not None:
+        major, minor = found.glibc
+        assert f"manylinux_{major}_{minor}_{found.machine}" in platforms
