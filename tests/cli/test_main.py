@@ -104,7 +104,7 @@ def test_a_misspelt_command_is_told_with_the_likely_one(boardbench):
     ("arguments", "words"),
     [
         (["push"], "Missing argument 'MODEL...'"),
-        (["push", "{model}"], "Missing option '--to'"),
+        (["push", "{model}"], "Give --to HOST, or --via COLLECTOR"),
         (["push", "no-such-file", "--to", "x"], "does not exist"),
         (["push", "{model}", "--to", "a:b"], "'b' in 'a:b' is not a port"),
         (["push", "{model}", "--to", "http://pi:80"], "leave out the scheme"),
