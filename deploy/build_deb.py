@@ -342,7 +342,7 @@ def _add_sources(site: Path, version: str) -> None:
     for source in _SOURCES:
         folder = REPOSITORY / source
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".pyc", ".pyi"):
                 place = site / "boardbench" / folder.name / path.relative_to(folder)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, place)

@@ -162,7 +162,7 @@ def test_it_is_all_there_after_a_start(tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     path = tmp_path / "enrolments.db"
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(StoreUnavailable, match="enrolments.db"):
+    with pytest.raises(StoreUnavailable, match=r"enrolments\.db"):
         Enrolments(path)
 
 

@@ -1,4 +1,4 @@
-"""A board is enrolled by a token: by its command, and by a file that was left for it before the first boot."""
+"""A board is enrolled by a token: by its command, and by a file left for it before the first boot."""
 
 from __future__ import annotations
 

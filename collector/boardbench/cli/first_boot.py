@@ -350,8 +350,8 @@ install_agent() {{
         install -m 0600 -o boardbench -g boardbench enrolment.json "$state/enrolment-pending.json" || return 1
         sync
         # The token is on the card no longer than it must be.
-        size=$(wc -c <enrolment.json)
-        head -c "$size" /dev/zero >enrolment.json
+        # Over itself, since what is written anew lies elsewhere and leaves the old bytes where they are.
+        dd if=/dev/zero of=enrolment.json bs=1 "count=$(wc -c <enrolment.json)" conv=notrunc 2>/dev/null
         sync
         rm -f enrolment.json
     fi
