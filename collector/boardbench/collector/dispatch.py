@@ -8,12 +8,11 @@ board is to be told goes into its desk, which is bounded by the jobs that it has
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -273,8 +272,7 @@ class Dispatcher:
         """Does the work until cancelled; survives whatever the store does."""
         looked_at = float("-inf")
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._poke.wait(), self._tick_seconds)
+            if await _within(self._poke.wait(), self._tick_seconds):
                 await asyncio.sleep(_GATHER_SECONDS)
             self._poke.clear()
             try:
@@ -575,12 +573,10 @@ class Dispatcher:
                 watcher.came.clear()
                 for record in await self._newer(watcher, changed):
                     yield record.job
-                if watcher.versions and not watcher.changed:
-                    try:
-                        await asyncio.wait_for(watcher.came.wait(), self._tick_seconds)
-                    except asyncio.TimeoutError:
-                        # Another process may have changed some.
-                        watcher.changed |= set(watcher.versions)
+                waits = watcher.versions and not watcher.changed
+                if waits and not await _within(watcher.came.wait(), self._tick_seconds):
+                    # Another process may have changed some.
+                    watcher.changed |= set(watcher.versions)
         finally:
             self._watchers.discard(watcher)
 
@@ -766,6 +762,19 @@ def reservation(booking: Booking) -> job_pb2.Reservation:
     message = job_pb2.Reservation(device_id=booking.device_id, holder=booking.holder, reason=booking.reason)
     set_time(message.ends_at, booking.ends)
     return message
+
+
+async def _within(work: Coroutine[object, object, object], seconds: float) -> bool:
+    """Whether the work was done within the time.
+
+    Not asyncio.wait_for: before Python 3.12 that one can swallow a cancellation (python/cpython#86296).
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+        return task.done()
+    finally:
+        task.cancel()
 
 
 def _in_turn(record: JobRecord, steps: Sequence[Transition]) -> JobRecord:

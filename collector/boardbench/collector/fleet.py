@@ -14,7 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from boardbench.collector.errors import (
     IdentityTaken,
@@ -244,7 +244,8 @@ class Fleet:
             del self._sessions[session.device_id]
         if not self._sessions:
             self._empty.set()
-        self._departed[session.device_id] = session.sighting()
+        still = session.device_id in self._sessions
+        self._departed[session.device_id] = replace(session.sighting(), streaming=still)
 
     def heard(self, session: Session, heartbeat: collector_pb2.Heartbeat | None = None) -> None:
         """A message came in."""

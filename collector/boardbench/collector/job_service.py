@@ -75,10 +75,14 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 await context.write(job_pb2.SendFileResponse(done=done))
 
     async def _next(self, context: _Context) -> job_pb2.SendFileRequest | None:
+        coming: asyncio.Task[Any] = asyncio.ensure_future(context.read())
         try:
-            request: Any = await asyncio.wait_for(context.read(), _STALL_SECONDS)
-        except asyncio.TimeoutError:
-            raise SilentAgent(f"nothing came for {_STALL_SECONDS:.0f} s; send it again") from None
+            await asyncio.wait((coming,), timeout=_STALL_SECONDS)
+            if not coming.done():
+                raise SilentAgent(f"nothing came for {_STALL_SECONDS:.0f} s; send it again")
+            request = coming.result()
+        finally:
+            coming.cancel()
         return None if request is grpc.aio.EOF else request
 
     async def FetchFile(  # type: ignore[override]

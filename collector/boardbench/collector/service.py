@@ -378,7 +378,9 @@ class _Conversation:
                     await self._acknowledge(acknowledged)
                     acknowledged = None
                 if error is None:
-                    acknowledged = entry
+                    # What came behind a place that was taken is stored, and the place is not: it is sent
+                    # again under another name, and known by its run.
+                    acknowledged = entry if entry.spool_id not in self._copied else None
                 elif isinstance(error, ResultRefused):
                     await self._refuse(entry, error)
                 elif isinstance(error, PlaceTaken):
