@@ -129,7 +129,9 @@ def assert_connected(http_port: int) -> None:
 def _up(http_port: int) -> bool:
     text = urllib.request.urlopen(f"http://127.0.0.1:{http_port}/metrics", timeout=5).read().decode()
     return any(
-        line.startswith("boardbench_device_up") and 'device="idle-board"' in line and line.endswith(" 1.0")
+        line.startswith("boardbench_device_up{")
+        and 'device="idle-board"' in line
+        and float(line.rsplit(" ", 1)[1]) == 1
         for line in text.splitlines()
     )
 

@@ -78,6 +78,7 @@ class AtRest:
 
         kinds = []
         light: dict[str, list[Sensor]] = {}
+        before = frozenset(sys.modules)
         for kind in sensors.KINDS:
             if kind in self._without:
                 continue
@@ -86,7 +87,6 @@ class AtRest:
                     kinds.append(kind)
                 continue
             name = f"{sensors.__name__}.{kind}"
-            loaded = name in sys.modules
             try:
                 found = importlib.import_module(name).find(self._root)
             except OSError as error:
@@ -96,10 +96,10 @@ class AtRest:
                 kinds.append(kind)
             if found and kind in _LIGHT:
                 light[kind] = [sensor for sensor in found if _is_light(sensor)]
-            elif not loaded:
+            elif name not in before:
                 # Most boards have few of them: the others leave the memory again.
-                del sys.modules[name]
-                delattr(sensors, kind)
+                sys.modules.pop(name, None)
+                vars(sensors).pop(kind, None)
         self._kinds = tuple(kinds)
         self._sensors = [sensor for kind in _LIGHT for sensor in light.get(kind, ())]
 
