@@ -96,8 +96,10 @@ class AtRest:
                 kinds.append(kind)
             if found and kind in _LIGHT:
                 light[kind] = [sensor for sensor in found if _is_light(sensor)]
-            elif name not in before:
-                # Most boards have few of them: the others leave the memory again.
+        # Most boards have few of them: the others leave the memory again.
+        for kind in sensors.KINDS:
+            name = f"{sensors.__name__}.{kind}"
+            if kind not in light and name not in before:
                 sys.modules.pop(name, None)
                 vars(sensors).pop(kind, None)
         self._kinds = tuple(kinds)
