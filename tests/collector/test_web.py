@@ -12,8 +12,9 @@ import pytest
 from google.protobuf import json_format
 
 from boardbench.collector.errors import StoreUnavailable
+from boardbench.collector.jobs import Batch, Booking, cancelled, new_record
 from boardbench.collector.stores.memory import MemoryResultStore
-from boardbench.v1 import placement_pb2, result_pb2, scenario_pb2
+from boardbench.v1 import job_pb2, placement_pb2, result_pb2, scenario_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 
@@ -129,7 +130,13 @@ async def test_pages(filled: Any, http: aiohttp.ClientSession) -> None:
         ("/api/v1/results/nope", 404, "not_found", "no run is named 'nope'"),
         ("/api/v1/results/run", 400, "ambiguous", "several runs begin with 'run'"),
         ("/api/v1/results/run-1?x=1", 400, "invalid_request", "it takes none"),
-        ("/api/v1/devices?x=1", 400, "invalid_request", "it takes none"),
+        ("/api/v1/devices?x=1", 400, "invalid_request", "it takes on"),
+        ("/api/v1/devices?on=pi5", 400, "invalid_request", "'pi5' is no term"),
+        ("/api/v1/jobs?state=fine", 400, "invalid_request", "queued, leased, running, done, cancelled"),
+        ("/api/v1/jobs?state=unspecified", 400, "invalid_request", "write queued"),
+        ("/api/v1/jobs?page_size=0", 400, "invalid_request", "1 to 1000"),
+        ("/api/v1/jobs?page_token=zzz", 400, "invalid_request", "page_token"),
+        ("/api/v1/jobs/nope", 404, "not_found", "no job is named 'nope'"),
         ("/api/v2/devices", 404, "not_found", "nothing at /api/v2/devices"),
         ("/etc/passwd", 404, "not_found", "nothing at"),
     ],
@@ -395,3 +402,71 @@ async def test_the_page_tells_where_it_ran_and_what_that_cost(
     for words in ("yes", "partly", "contradicted", "stand-in: partly", "34% (31%–37%)", "not asked for"):
         assert words in cells, words
     await board.leave()
+
+
+async def _queue(collector: Any, *job_ids: str, **job: Any) -> None:
+    """Queues jobs for pi5 that nobody hands out."""
+    records = [
+        new_record(
+            job_pb2.Job(job_id=job_id, batch_id="b1", device_id="pi5", max_attempts=3, **job),
+            at=1.7e9,
+            deadline=4e9,
+            inputs=None,
+        )
+        for job_id in job_ids
+    ]
+    await collector.store.jobs.submit(Batch("b1", "digest", 1.7e9), records)
+
+
+async def test_jobs(collector: Any, http: aiohttp.ClientSession) -> None:
+    names = [f"{number:02d}" * 10 for number in (1, 2, 3)]
+    await _queue(collector, *names, holder="ann")
+    await collector.store.jobs.change({names[1]: lambda record: cancelled(record, "no need", 1.7e9)})
+
+    async def get(query: str) -> Any:
+        async with http.get(f"{collector.url}/api/v1/jobs{query}") as answer:
+            assert answer.status == 200
+            return await answer.json()
+
+    listing = await get("")
+    assert [job["job_id"] for job in listing["jobs"]] == names[::-1]
+    assert listing["jobs"][0]["state"] == "JOB_STATE_QUEUED"
+    assert [job["job_id"] for job in (await get("?state=cancelled"))["jobs"]] == [names[1]]
+    both = await get("?state=cancelled&state=queued&device=pi5&batch=b1&page_size=2")
+    assert [job["job_id"] for job in both["jobs"]] == [names[2], names[1]]
+    rest = await get(f"?page_token={both['next_page_token']}")
+    assert [job["job_id"] for job in rest["jobs"]] == [names[0]]
+    assert "jobs" not in await get("?device=pi4")
+    assert (await get("/0202"))["reason"] == "no need"
+
+
+async def test_jobs_are_in_the_metrics(collector: Any, http: aiohttp.ClientSession) -> None:
+    await _queue(collector, "01" * 10, "02" * 10)
+    async with http.get(collector.url + "/metrics", headers={"Accept-Encoding": "identity"}) as answer:
+        text = (await answer.read()).decode()
+    assert 'boardbench_jobs{state="queued"} 2\n' in text
+    assert 'boardbench_jobs{state="dead"} 0\n' in text
+    (waited,) = [
+        line for line in text.splitlines() if line.startswith("boardbench_job_oldest_waiting_seconds")
+    ]
+    assert float(waited.split()[1]) > 9e7
+
+
+async def test_terms_choose_the_boards(filled: Any, http: aiohttp.ClientSession) -> None:
+    for query, count in (("?on=board%3Dpi5&on=lab%3Dzurich", 1), ("?on=board%3Dpi4", 0)):
+        async with http.get(filled.url + "/api/v1/devices" + query) as answer:
+            assert len((await answer.json()).get("devices", [])) == count
+
+
+async def test_the_page_shows_jobs(filled: Any, http: aiohttp.ClientSession) -> None:
+    evil = "<script>alert(1)</script>"
+    await _queue(filled, "01" * 10, holder=evil, progress=evil)
+    await filled.store.jobs.reserve((Booking("pi5", evil, "", 4e9),), at=1.7e9)
+    page = await _page(http, filled.url)
+    assert "script" not in page.tags
+    assert page.text.count(evil) == 3
+    assert "waits" in page.text
+    assert "0 of 3" in page.text
+    for link in page.links:
+        async with http.get(filled.url + link) as answer:
+            assert answer.status == 200, link

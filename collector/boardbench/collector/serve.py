@@ -29,10 +29,11 @@ from boardbench.collector.fleet import Fleet
 from boardbench.collector.forward import Forwarder, posting
 from boardbench.collector.job_service import JOB_SERVICE_NAME, JobService
 from boardbench.collector.look import ReadModel
+from boardbench.collector.retention import Policy, Retention
 from boardbench.collector.service import SERVICE_NAME, CollectorService
 from boardbench.collector.store import ResultStore
 from boardbench.collector.stores.enrolments import Enrolments
-from boardbench.collector.stores.sqlite import SqliteResultStore
+from boardbench.collector.stores.opening import open_store
 from boardbench.collector.web.app import create_app
 from boardbench.v1 import collector_pb2_grpc, job_pb2_grpc
 
@@ -67,11 +68,7 @@ async def serve(
     """
     stop = stop or asyncio.Event()
     with _signals(stop):
-        store = await SqliteResultStore.open(
-            config.store_path,
-            max_result_bytes=config.max_result_bytes,
-            commit_window_seconds=config.commit_window_seconds,
-        )
+        store = await open_store(config)
         try:
             enrolments = await asyncio.to_thread(Enrolments, config.enrolments_path)
             with contextlib.closing(enrolments):
@@ -91,6 +88,9 @@ async def running(
     """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
     fleet = Fleet(store, silence_seconds=config.silence_seconds)
     forwarders: list[Forwarder] = []
+    retention = Retention(
+        store, Policy(config.keep_samples_days, config.keep_results_days, config.keep_per_series)
+    )
     look = ReadModel(
         store,
         fleet,
@@ -98,6 +98,8 @@ async def running(
         results_per_device=max(1, config.series_per_device // MIN_SERIES_PER_RESULT),
         queue=lambda: dispatcher.view(),
         forwarded=lambda: tuple(forwarder.view() for forwarder in forwarders),
+        retention=lambda: retention.view(),
+        silence_seconds=config.silence_seconds,
     )
     files = Files(
         config.data_dir,
@@ -123,9 +125,9 @@ async def running(
             _log.warning("%s is open to the network, and whoever reaches it may read and report", address)
     async with contextlib.AsyncExitStack() as stack:
         grpc_address = await _start_grpc(config, store, fleet, look, dispatcher, files, enrolments, stack)
-        http_address = await _start_http(config, look, _scrapes(config, look), stack)
+        http_address = await _start_http(config, look, _scrapes(config, look), dispatcher, stack)
         await _start_forwarders(config, store, forwarders, stack)
-        tasks = [asyncio.create_task(fleet.watch()), asyncio.create_task(dispatcher.run())]
+        tasks = [asyncio.create_task(work) for work in (fleet.watch(), dispatcher.run(), retention.run())]
         try:
             yield Listening(grpc_address, http_address)
         finally:
@@ -230,10 +232,14 @@ def _scrapes(config: CollectorConfig, look: ReadModel) -> Scrapes:
 
 
 async def _start_http(
-    config: CollectorConfig, look: ReadModel, scrapes: Scrapes, stack: contextlib.AsyncExitStack
+    config: CollectorConfig,
+    look: ReadModel,
+    scrapes: Scrapes,
+    dispatcher: Dispatcher,
+    stack: contextlib.AsyncExitStack,
 ) -> Address:
     runner = web.AppRunner(
-        create_app(look, scrapes, version=version()),
+        create_app(look, scrapes, dispatcher, version=version()),
         access_log=None,
         logger=_http_log(),
         handle_signals=False,

@@ -1,4 +1,4 @@
-"""HTTP: ``/metrics`` for Prometheus, ``/api/v1`` for programs, ``/`` for people, ``/healthz``.
+"""HTTP: ``/metrics`` and ``/sd/targets`` for Prometheus, ``/api/v1`` for programs, ``/`` for people.
 
 Handlers ask the read model and write down what it says. Every error of ``/api`` is JSON,
 ``{"error": {"code": …, "message": …}}``, with the status that fits.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
@@ -17,11 +18,12 @@ from aiohttp import web
 from google.protobuf import json_format, timestamp_pb2
 from google.protobuf.message import Message
 
+from boardbench.collector.dispatch import Dispatcher
 from boardbench.collector.errors import Ambiguous, CollectorError, InvalidRequest, NotFound, StoreError
 from boardbench.collector.expose import Scrapes
 from boardbench.collector.look import MAX_PAGE_SIZE, ReadModel
 from boardbench.collector.web.page import STYLE, index_page
-from boardbench.v1 import collector_pb2, result_pb2
+from boardbench.v1 import collector_pb2, job_pb2, result_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ _PROBE_SECONDS = 5.0
 
 _RECENT_RESULTS = 50
 """Results on the page."""
+
+_RECENT_JOBS = 50
+"""Jobs on the page."""
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -49,23 +54,29 @@ _STATUS: tuple[tuple[type[CollectorError], int, str], ...] = (
 )
 """What a caller is told, the first match counts."""
 
+_NO_LABEL = re.compile(r"[^a-zA-Z0-9_]")
+
 _LOOK: web.AppKey[ReadModel] = web.AppKey("look", ReadModel)
 _SCRAPES: web.AppKey[Scrapes] = web.AppKey("scrapes", Scrapes)
+_JOBS: web.AppKey[Dispatcher] = web.AppKey("jobs", Dispatcher)
 _VERSION: web.AppKey[str] = web.AppKey("version", str)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(look: ReadModel, scrapes: Scrapes, *, version: str) -> web.Application:
+def create_app(look: ReadModel, scrapes: Scrapes, jobs: Dispatcher, *, version: str) -> web.Application:
     """Returns the application; whoever has it runs it."""
     app = web.Application(middlewares=[_answer], client_max_size=0)
-    app[_LOOK], app[_SCRAPES], app[_VERSION] = look, scrapes, version
+    app[_LOOK], app[_SCRAPES], app[_JOBS], app[_VERSION] = look, scrapes, jobs, version
     app.on_response_prepare.append(_add_headers)
     app.router.add_get("/", _index)
     app.router.add_get("/style.css", _style)
     app.router.add_get("/metrics", _metrics)
+    app.router.add_get("/sd/targets", _targets)
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/api/v1/devices", _devices)
+    app.router.add_get("/api/v1/jobs", _jobs)
+    app.router.add_get("/api/v1/jobs/{job_id}", _job)
     app.router.add_get("/api/v1/results", _results)
     app.router.add_get("/api/v1/results/{run_id}", _result)
     return app
@@ -106,7 +117,14 @@ async def _index(request: web.Request) -> web.Response:
     _check_parameters(request, ())
     look = request.app[_LOOK]
     listing = await look.results(collector_pb2.ListResultsRequest(page_size=_RECENT_RESULTS, summary=True))
-    text = index_page(await look.devices(), listing.results, version=request.app[_VERSION], now=time.time())
+    jobs = await request.app[_JOBS].page(job_pb2.ListJobsRequest(page_size=_RECENT_JOBS))
+    text = index_page(
+        await look.devices(),
+        listing.results,
+        jobs.jobs,
+        version=request.app[_VERSION],
+        now=time.time(),
+    )
     return web.Response(text=text, content_type="text/html")
 
 
@@ -123,6 +141,26 @@ async def _metrics(request: web.Request) -> web.Response:
     return web.Response(body=body, headers=headers)
 
 
+async def _targets(request: web.Request) -> web.Response:
+    """Boards that serve metrics of their own, as Prometheus's http_sd_configs reads them."""
+    _check_parameters(request, ())
+    groups = []
+    for view in await request.app[_LOOK].views():
+        hello = view.hello
+        # One that is gone stays a target: its `up` is 0 then, which is what it is for.
+        if hello.metrics_address:
+            labels = {
+                "device": view.device_id,
+                "board": hello.board.model,
+                "soc": hello.board.soc,
+                "up": "1" if view.up else "0",
+                **{f"label_{name}": value for name, value in hello.board.labels.items()},
+            }
+            named = {f"__meta_boardbench_{_NO_LABEL.sub('_', name)}": text for name, text in labels.items()}
+            groups.append({"targets": [hello.metrics_address], "labels": named})
+    return _json(groups)
+
+
 async def _healthz(request: web.Request) -> web.Response:
     try:
         await asyncio.wait_for(request.app[_LOOK].probe(), _PROBE_SECONDS)
@@ -132,8 +170,31 @@ async def _healthz(request: web.Request) -> web.Response:
 
 
 async def _devices(request: web.Request) -> web.Response:
+    _check_parameters(request, ("on",), repeated=("on",))
+    devices = await request.app[_LOOK].devices(request.query.getall("on", []))
+    return _message(collector_pb2.ListDevicesResponse(devices=devices))
+
+
+async def _jobs(request: web.Request) -> web.Response:
+    _check_parameters(request, ("device", "batch", "state", "page_size", "page_token"), repeated=("state",))
+    given = request.query
+    question = job_pb2.ListJobsRequest(page_token=given.get("page_token", ""))
+    question.page_size = _page_size(given.get("page_size", ""))
+    question.filter.device_id, question.filter.batch_id = given.get("device", ""), given.get("batch", "")
+    for state in given.getall("state", []):
+        name = f"JOB_STATE_{state.upper().removeprefix('JOB_STATE_')}"
+        known = job_pb2.JobState.DESCRIPTOR.values_by_name
+        if name not in known or name == "JOB_STATE_UNSPECIFIED":
+            raise InvalidRequest(f"state={state}: write queued, leased, running, done, cancelled or dead")
+        question.filter.states.append(job_pb2.JobState.Value(name))
+    return _message(await request.app[_JOBS].page(question))
+
+
+async def _job(request: web.Request) -> web.Response:
     _check_parameters(request, ())
-    return _message(collector_pb2.ListDevicesResponse(devices=await request.app[_LOOK].devices()))
+    question = job_pb2.ListJobsRequest(filter=job_pb2.JobFilter(job_ids=[request.match_info["job_id"]]))
+    (job,) = (await request.app[_JOBS].page(question)).jobs
+    return _message(job)
 
 
 async def _results(request: web.Request) -> web.Response:
@@ -171,10 +232,7 @@ def _query(request: web.Request) -> collector_pb2.ListResultsRequest:
                 f"since={since}: write a time as 2026-01-31T12:00:00Z ('+' in a URL is %2B)"
             ) from error
         question.since.CopyFrom(time_since)
-    if page_size := given.get("page_size"):
-        if not (page_size.isascii() and page_size.isdigit()) or not 1 <= int(page_size) <= MAX_PAGE_SIZE:
-            raise InvalidRequest(f"page_size={page_size}: write a number from 1 to {MAX_PAGE_SIZE}")
-        question.page_size = int(page_size)
+    question.page_size = _page_size(given.get("page_size", ""))
     if summary := given.get("summary"):
         if summary not in {"true", "false", "1", "0"}:
             raise InvalidRequest(f"summary={summary}: write true or false")
@@ -182,13 +240,24 @@ def _query(request: web.Request) -> collector_pb2.ListResultsRequest:
     return question
 
 
-def _check_parameters(request: web.Request, known: Collection[str]) -> None:
+def _page_size(text: str) -> int:
+    """Returns the number; 0 when none was given."""
+    if not text:
+        return 0
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= MAX_PAGE_SIZE:
+        raise InvalidRequest(f"page_size={text}: write a number from 1 to {MAX_PAGE_SIZE}")
+    return int(text)
+
+
+def _check_parameters(
+    request: web.Request, known: Collection[str], *, repeated: Collection[str] = ()
+) -> None:
     """Returns when every parameter is known and there once: a misspelt filter must not return everything."""
     for name in request.query:
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise InvalidRequest(f"{request.path} has no parameter {name!r}; {takes}")
-        if len(request.query.getall(name)) > 1:
+        if name not in repeated and len(request.query.getall(name)) > 1:
             raise InvalidRequest(f"{name!r} is there more than once")
 
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.collector.store import scenario_parts
-from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
+from boardbench.v1 import collector_pb2, job_pb2, placement_pb2, result_pb2
 
 STYLE = """\
 :root { color-scheme: light dark; }
@@ -45,10 +45,13 @@ _PAGE = """\
 <p>Version {version}.
 For Prometheus: <a href="/metrics"><code>/metrics</code></a>.
 For programs: <a href="/api/v1/devices"><code>/api/v1/devices</code></a>,
-<a href="/api/v1/results?summary=true"><code>/api/v1/results</code></a>.
+<a href="/api/v1/results?summary=true"><code>/api/v1/results</code></a>,
+<a href="/api/v1/jobs"><code>/api/v1/jobs</code></a>.
 Health: <a href="/healthz"><code>/healthz</code></a>.</p>
 <h2>Boards</h2>
 {devices}
+<h2>Jobs</h2>
+{jobs}
 <h2>Latest results</h2>
 {results}
 </body>
@@ -59,13 +62,17 @@ Health: <a href="/healthz"><code>/healthz</code></a>.</p>
 def index_page(
     devices: Sequence[collector_pb2.Device],
     results: Sequence[result_pb2.RunResult],
+    jobs: Sequence[job_pb2.Job],
     *,
     version: str,
     now: float,
 ) -> str:
     """Returns the page as HTML; every text from outside is escaped."""
     return _PAGE.format(
-        version=escape(version), devices=_devices_table(devices, now), results=_results_table(results)
+        version=escape(version),
+        devices=_devices_table(devices, now),
+        jobs=_jobs_table(jobs, now),
+        results=_results_table(results),
     )
 
 
@@ -83,10 +90,66 @@ def _devices_table(devices: Sequence[collector_pb2.Device], now: float) -> str:
             f"{_ago(now - device.last_seen_at.ToNanoseconds() / 1e9)}",
             escape(", ".join(runtime.name for runtime in device.runtimes if runtime.available) or "none"),
             f"{device.results:,}",
+            f"{device.open_jobs:,}",
+            escape(device.reservation.holder) if device.HasField("reservation") else "–",
+            _problems(device),
         )
         for device in devices
     ]
-    return _table(("board", "what it is", "stream", "last heard of", "runtimes", "#results"), rows)
+    return _table(
+        (
+            *("board", "what it is", "stream", "last heard of", "runtimes", "#results", "#open jobs"),
+            *("reserved by", "~problems"),
+        ),
+        rows,
+    )
+
+
+def _problems(device: collector_pb2.Device) -> str:
+    """Returns what is wrong with a board beside that it is gone, which its stream says."""
+    told = [problem for problem in device.problems if not problem.startswith("it is not connected")]
+    return f'<span class="bad">{escape("; ".join(told))}</span>' if told else "–"
+
+
+_JOB_STATES = {
+    job_pb2.JOB_STATE_QUEUED: "waits",
+    job_pb2.JOB_STATE_LEASED: "is on the board",
+    job_pb2.JOB_STATE_RUNNING: '<span class="good">runs</span>',
+    job_pb2.JOB_STATE_DONE: "done",
+    job_pb2.JOB_STATE_CANCELLED: "cancelled",
+    job_pb2.JOB_STATE_DEAD: '<span class="bad">given up</span>',
+}
+
+
+def _jobs_table(jobs: Sequence[job_pb2.Job], now: float) -> str:
+    if not jobs:
+        return "<p>None yet. <code>boardbench push MODEL --via THIS_MACHINE:7342 --on board=pi5</code></p>"
+    rows = []
+    for job in jobs:
+        state = _JOB_STATES.get(job.state, "not known")
+        if job.run_status == result_pb2.RUN_STATUS_FAILED and job.state == job_pb2.JOB_STATE_DONE:
+            state = 'done: <span class="bad">the run failed</span>'
+        run = "–"
+        if job.state == job_pb2.JOB_STATE_DONE:
+            link = f"/api/v1/results/{quote(job.run_id, safe='')}"
+            run = f'<a href="{escape(link)}"><code>{escape(job.run_id[:8])}</code></a>'
+        here = f"/api/v1/jobs/{quote(job.job_id, safe='')}"
+        rows.append(
+            (
+                f'<a href="{escape(here)}"><code>{escape(job.job_id[:8])}</code></a>',
+                f"<code>{escape(job.device_id)}</code>",
+                escape(job.model.name),
+                state,
+                escape(job.progress or job.reason),
+                f"{job.attempts} of {job.max_attempts}",
+                escape(job.holder) or "–",
+                _ago(now - job.created_at.ToNanoseconds() / 1e9),
+                run,
+            )
+        )
+    return _table(
+        ("job", "board", "~model", "state", "~what of it", "#attempts", "for", "submitted", "run"), rows
+    )
 
 
 def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
