@@ -1,10 +1,10 @@
 """``make observe``: boards, a collector and a Prometheus on this machine, filled by real runs.
 
-Two boards by default, both this machine: one as it is, one with the sensor files of a synthetic Jetson (its
-labels say so). With the real models and a C compiler there is a third, whose Edge TPU is a stand-in. Each
-measures its models again and again. With `grafana` or `grafana-server` on the PATH a Grafana is started with
-the dashboards; without one, their JSON files are named. Everything runs on loopback, in a folder that is
-removed at the end; Ctrl-C ends it.
+Three boards by default, all this machine: one as it is, two with the sensor files of a synthetic Jetson and
+of a synthetic Raspberry Pi that is throttled (their labels say so). With the real models and a C compiler
+there is a fourth, whose Edge TPU is a stand-in. Each measures its models again and again. With `grafana` or
+`grafana-server` on the PATH a Grafana is started with the dashboards; without one, their files are named.
+Everything runs on loopback, in a folder that is removed at the end; Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -103,15 +103,14 @@ class Stage:
 
     def boards(self, collector: int) -> dict[str, str]:
         """Addresses of agents, by the board's name."""
-        tree = self.folder / "jetson"
-        shutil.copytree(REPOSITORY / "tests" / "boards" / "jetson_orin_nano", tree, symlinks=True)
-        settings: dict[str, dict[str, str]] = {
-            "this-machine": {},
-            "synthetic-jetson": {
+        settings: dict[str, dict[str, str]] = {"this-machine": {}}
+        for name in ("jetson_orin_nano", "raspberry_pi_4_throttled"):
+            tree = self.folder / name
+            shutil.copytree(REPOSITORY / "tests" / "boards" / name, tree, symlinks=True)
+            settings["synthetic-" + name.split("_")[0]] = {
                 "BOARDBENCH_AGENT_SYS_ROOT": str(tree),
                 "BOARDBENCH_AGENT_LABELS": "synthetic=true",
-            },
-        }
+            }
         if self._standin is not None:
             settings["standin-tpu"] = {
                 "BOARDBENCH_AGENT_LABELS": "standin=true",

@@ -404,7 +404,8 @@ def placement() -> dashboard.Dashboard:
                     "none",
                     Ask(
                         judged(f"sum by ({SERIES}) (boardbench_ops{{{CHOSEN}}})") + f" * on ({SERIES}) "
-                        "group_left (verdict, evidence, standin) boardbench_placement_info"
+                        "group_left (verdict, evidence, standin) "
+                        'label_replace(boardbench_placement_info, "verdict", "cpu_as_asked", "target", "cpu")'
                     ),
                 ),
                 joined_by=(
@@ -415,13 +416,14 @@ def placement() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Operations by unit",
-                "Operations of the chosen models by what ran them.",
+                "Operations of the chosen models by what ran them: accelerators green, the CPU orange.",
                 "none",
                 Ask(
                     judged(f"boardbench_ops{{{CHOSEN}}}"),
                     "{{unit}} {{model}} {{device}} {{runtime}} {{target}} {{validity}}",
                 ),
                 stacked=True,
+                by_unit=True,
             )
         )
         .with_panel(

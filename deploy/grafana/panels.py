@@ -40,7 +40,17 @@ VERDICTS = {
     "accelerated": GREEN,
     "partly": ORANGE,
     "not_accelerated": RED,
+    "cpu_as_asked": GREY,
     "contradicted": RED,
+    "unknown": GREY,
+}
+UNITS = {
+    "tpu": GREEN,
+    "gpu": GREEN,
+    "npu": GREEN,
+    "delegate": "light-green",
+    "cpu_delegate": BLUE,
+    "cpu": ORANGE,
     "unknown": GREY,
 }
 RUNS = (
@@ -74,9 +84,11 @@ def lines(
     runs: bool = True,
     bands: Sequence[tuple[str, str]] = (),
     repeated_by: str = "",
+    by_unit: bool = False,
 ) -> timeseries.Panel:
     """Series over time.
 
+    ``by_unit``: coloured by the unit that their names begin with, and not by validity, which the name has.
     ``bands``: names of series, upper and lower edge, between which it is filled, one band for each worth of
     a result. ``repeated_by``: the variable of whose every value there is a panel.
     """
@@ -94,7 +106,11 @@ def lines(
     if stacked:
         panel = panel.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
     dashed = model.DynamicConfigValue(id_val="custom.lineStyle", value={"fill": "dash", "dash": [8, 8]})
-    panel = _by_validity(panel, [dashed])
+    if by_unit:
+        for unit, colour in UNITS.items():
+            panel = panel.override_by_regexp(f"/^{unit} /", [_fixed(colour)])
+    else:
+        panel = _by_validity(panel, [dashed])
     for upper, lower in bands:
         for worth in VALIDITY:
             filled = [
@@ -224,6 +240,10 @@ def listing(
                 model.DynamicConfigValue(id_val="custom.cellOptions", value={"type": "color-text"}),
             ],
         )
+    for label, pixels in (("model", 300), ("variant", 180), ("board", 240), ("os", 220)):
+        if label in joined_by:
+            wide = model.DynamicConfigValue(id_val="custom.width", value=pixels)
+            panel = panel.override_by_name(label, [wide])
     panel = panel.with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
     panel = panel.with_transformation(
         model.DataTransformerConfig(
@@ -252,12 +272,13 @@ def _link(title: str, url: str) -> dashboard.DashboardLink:
     return dashboard.DashboardLink(title).url(url).target_blank(True)
 
 
-def _by_validity(panel: Any, more: Sequence[model.DynamicConfigValue]) -> Any:
-    def fixed(colour: str) -> model.DynamicConfigValue:
-        return model.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": colour})
+def _fixed(colour: str) -> model.DynamicConfigValue:
+    return model.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": colour})
 
-    panel = panel.override_by_regexp("/\\binvalid\\b/", [fixed(RED), *more])
-    return panel.override_by_regexp("/\\bdoubtful\\b/", [fixed(ORANGE)])
+
+def _by_validity(panel: Any, more: Sequence[model.DynamicConfigValue]) -> Any:
+    panel = panel.override_by_regexp("/\\binvalid\\b/", [_fixed(RED), *more])
+    return panel.override_by_regexp("/\\bdoubtful\\b/", [_fixed(ORANGE)])
 
 
 def _query(ask: Ask, ref: str, *, instant: bool) -> prometheus.Dataquery:

@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DASHBOARDS = HERE.parent / "dashboards"
 WORK = HERE.parents[2] / ".cache" / "grafana"
-SOURCES = ("package.json", "tsconfig.json", "dashboard.ts", "panels.jsx", "validate.mjs")
+SOURCES = ("package.json", "tsconfig.json", "dashboard.ts", "panels.jsx", "scrollbars.js", "validate.mjs")
 # What Grafana would fill in with everything chosen.
 EVERYTHING = {"$board": ".*", "$model": ".*", "$runtime": ".*", "$history": "1h", "$__rate_interval": "1m"}
 WIDTH = 24 * 62
@@ -81,6 +81,7 @@ def prepare() -> None:
     )
     _run(
         *("npx", "esbuild", "panels.jsx", "--bundle", "--minify", "--outfile=panels.js", "--log-level=error"),
+        "--alias:react-custom-scrollbars-2=./scrollbars.js",
         *("--loader:.ttf=empty", "--loader:.svg=empty", '--define:process.env.NODE_ENV="production"'),
     )
     stamp.write_bytes(sources)

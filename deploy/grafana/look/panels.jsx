@@ -38,7 +38,7 @@ const registry = new FieldConfigOptionsRegistry();
 for (const id of ['color', 'unit', 'displayName', 'mappings', 'links', 'thresholds', 'decimals', 'min', 'max']) {
   register(id, id, false);
 }
-for (const id of ['lineStyle', 'lineWidth', 'fillBelowTo', 'fillOpacity', 'cellOptions', 'stacking']) {
+for (const id of ['lineStyle', 'lineWidth', 'fillBelowTo', 'fillOpacity', 'cellOptions', 'stacking', 'width']) {
   register(`custom.${id}`, id, true);
 }
 
