@@ -224,6 +224,7 @@ def test_every_key_has_a_variable() -> None:
     # What is held to the names that there are.
     named = {
         ("sensors", "without"): "nvidia, rapl",
+        ("metrics", "listen"): "127.0.0.1:7344",
         ("spec", "cache"): "keep",
         ("validity", "severity"): "high_load=note",
         ("validity", "thresholds"): "variation_ratio=0.2, clock_reads=50",

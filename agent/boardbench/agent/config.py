@@ -181,6 +181,15 @@ class SensorsConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Metrics that the board itself serves, for Prometheus in a small fleet."""
+
+    # HOST:PORT for `GET /metrics`; empty: none, which costs nothing. A scrape while a model is measured takes
+    # the board some milliseconds: the collector has the same without asking the board.
+    listen: str = ""
+
+
+@dataclass(frozen=True)
 class ValidityConfig:
     """From where on something around a run makes its figures doubtful, and from where on invalid.
 
@@ -302,6 +311,7 @@ class AgentConfig:
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)
     sensors: SensorsConfig = field(default_factory=SensorsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     validity: ValidityConfig = field(default_factory=ValidityConfig)
     # By the runtime's name.
     runtimes: Mapping[str, RuntimeConfig] = field(default_factory=dict)
@@ -310,6 +320,8 @@ class AgentConfig:
         for key in ("listen", "collector", "address"):
             if getattr(self, key):
                 parse_address(getattr(self, key), key)
+        if self.metrics.listen:
+            parse_address(self.metrics.listen, "metrics.listen")
         _check_text("device_id", self.device_id)
         for name, value in self.labels.items():
             _check_text("labels", name)

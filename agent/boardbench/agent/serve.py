@@ -257,7 +257,24 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         for name in ("", SERVICE_NAME):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-        if config.collector:
+        rest: AtRest | None = None
+        if config.collector or config.metrics.listen:
+            rest = AtRest(config.sys_root, config.sensors.without_kinds)
+            stack.push_async_callback(rest.close)
+            await asyncio.to_thread(rest.look)
+
+        def hello() -> collector_pb2.Hello:
+            return collector_pb2.Hello(
+                board=describe_board(), agent_version=version(), runtimes=engines.known
+            )
+
+        metrics_address = ""
+        if config.metrics.listen and rest is not None:
+            metrics_address = await _serve_metrics(
+                config.metrics.listen, rest, runs, spool, journal, hello, stack
+            )
+
+        if config.collector and rest is not None:
             instance = await asyncio.to_thread(instance_id, data_dir, config.sys_root)
             life = os.urandom(16).hex()
 
@@ -275,9 +292,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 credentials=credentials,
             )
             stack.push_async_callback(jobs.close)
-            rest = AtRest(config.sys_root, config.sensors.without_kinds)
-            stack.push_async_callback(rest.close)
-            await asyncio.to_thread(rest.look)
+            kinds, parties = rest.kinds, (jobs, rest)
             link = CollectorLink(
                 config.collector,
                 spool,
@@ -288,13 +303,14 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                     address=config.address or (_reachable(config.listen, port) if port else ""),
                     instance_id=instance,
                     life_id=life,
-                    sensors=rest.kinds,
+                    sensors=kinds,
                     takes_jobs=config.jobs.take,
+                    metrics_address=metrics_address,
                 ),
                 heartbeat=lambda: collector_pb2.Heartbeat(
                     running_run_id=runs.running_run_id, queued_runs=runs.waiting
                 ),
-                parties=(jobs, rest),
+                parties=parties,
                 credentials=credentials,
             )
             jobs.speak = link.speak
@@ -302,6 +318,47 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         agent = _Agent(config, port, health, store, runs, engines, link)
         stack.push_async_callback(agent.close)
         yield agent
+
+
+async def _serve_metrics(
+    listen: str,
+    rest: AtRest,
+    runs: Runs,
+    spool: Spool,
+    journal: Journal,
+    hello: Callable[[], collector_pb2.Hello],
+    stack: contextlib.AsyncExitStack,
+) -> str:
+    """Serves the board's own metrics and returns where others reach them."""
+    # Only then: an agent that is not scraped does not load it.
+    from boardbench.agent.metrics import MetricsServer
+
+    def heartbeat() -> collector_pb2.Heartbeat:
+        status = spool.status()
+        return collector_pb2.Heartbeat(
+            running_run_id=runs.running_run_id,
+            queued_runs=runs.waiting,
+            spool_pending=status.pending,
+            spool_dropped=status.dropped,
+        )
+
+    host, port = parse_address(listen, "metrics.listen")
+    server = MetricsServer(
+        hello=hello,
+        heartbeat=heartbeat,
+        readings=lambda: rest.readings,
+        refresh=rest.refresh,
+        ended=runs.summaries,
+        result=journal.result,
+    )
+    try:
+        bound = await server.listen(host, port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"metrics.listen: can't listen on {listen}: {error.strerror}; choose another address"
+        ) from error
+    stack.push_async_callback(server.close)
+    return _reachable(listen, bound)
 
 
 async def _known(engines: Engines) -> Statuses:
