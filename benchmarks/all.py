@@ -10,11 +10,12 @@ import inspecting
 import overhead
 import precision
 import sensors
+import spool
 import tools
 import upload
 from report import run
 
-ALL = (overhead, tools, precision, sensors, upload, first_inference, idle, inspecting)
+ALL = (overhead, tools, precision, sensors, upload, first_inference, idle, spool, inspecting)
 
 if __name__ == "__main__":
     sys.exit(
