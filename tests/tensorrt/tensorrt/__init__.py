@@ -308,7 +308,7 @@ class Builder:
         plan = {
             "graph": graph,
             "dla": fits,
-            "precision": "f16" if half else "f32",
+            "precision": "bf16" if "BF16" in flags else "f16" if half else "f32",
             "profile": config.profile.shapes if config.profile else {},
             "verbosity": config.profiling_verbosity.name,
             "version": __version__,
@@ -404,7 +404,7 @@ class EngineInspector:
 
     def get_engine_information(self, format: Any) -> str:
         layers: list[Any] = []
-        names = {"f16": "Row major linear FP16 format" if _MAJOR < 10 else "Half"}
+        names = {"f16": "Row major linear FP16 format" if _MAJOR < 10 else "Half", "bf16": "BFloat16"}
         for names_of, kind, nodes in _layers(self._plan):
             text = names.get(self._plan["precision"], "Row major linear FP32" if _MAJOR < 10 else "Float")
             described = {

@@ -223,6 +223,7 @@ class TensorRtRuntime:
             dla_fallback,
             timing_cache=Path(timing_cache) if timing_cache else None,
             cache_dir=Path(cache_dir) if cache_dir else None,
+            compute_precision=settings.compute_precision,
         )
         return TensorRtModel(
             cuda,

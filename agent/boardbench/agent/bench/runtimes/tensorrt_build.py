@@ -58,12 +58,22 @@ class Build:
     dla_fallback: bool
     timing_cache: Optional[Path] = None
     cache_dir: Optional[Path] = None
+    compute_precision: str = ""
+    """The common setting that asked for the precision; empty where the option did."""
+
+    @property
+    def wish(self) -> str:
+        """What asked for the precision, for a message."""
+        if self.compute_precision:
+            return f"compute_precision={self.compute_precision}"
+        return f"precision={self.precision}"
 
     def refuse(self, model: Path) -> None:
         """Raises OptionRejected where anything but the defaults is asked for: ``model`` is built already."""
         given = {
-            "precision": self.precision != "default",
-            "tf32": not self.tf32,
+            "compute_precision": bool(self.compute_precision),
+            "precision": self.precision != "default" and not self.compute_precision,
+            "tf32": not self.tf32 and not self.compute_precision,
             "workspace_mib": self.workspace_mib is not None,
             "optimization_level": self.optimization_level is not None,
             "calibration_cache": self.calibration_cache is not None,
@@ -236,7 +246,7 @@ class Recipe:
         # Names, types and formats of all layers are kept; kernels are the same without.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for name in PRECISIONS[build.precision]:
-            config.set_flag(_flag(name, f"precision={build.precision}"))
+            config.set_flag(_flag(name, build.wish))
         if "INT8" in PRECISIONS[build.precision]:
             self._give_scales(config)
         elif self._scales is not None:
@@ -288,7 +298,7 @@ class Recipe:
         layers = (self._network.get_layer(at) for at in range(self._network.num_layers))
         if not any(layer.type in quantise for layer in layers):
             raise OptionRejected(
-                f"precision={self._build.precision}: {self._model.name} has no Q/DQ nodes, so the scales of "
+                f"{self._build.wish}: {self._model.name} has no Q/DQ nodes, so the scales of "
                 "its 8-bit layers are unknown: quantise it, or give a calibration with calibration_cache=FILE"
             )
 
