@@ -1,4 +1,4 @@
-"""``boardbench-collector``: serve | check. Heavy parts load when a command runs."""
+"""``boardbench-collector``: serves, checks, backs up, prunes. Heavy parts load when a command runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from boardbench.collector.errors import CollectorError
 
 if TYPE_CHECKING:
     from boardbench.collector.serve import Listening
+    from boardbench.collector.store import ResultStore
+    from boardbench.collector.stores.backup import Told
     from boardbench.collector.stores.enrolments import Enrolments
 
 _Answer = TypeVar("_Answer")
@@ -78,6 +80,91 @@ _data_dir = _option(
 )
 
 
+_store = _option(
+    "--store",
+    default="",
+    metavar="URL",
+    help="Where results live: postgresql://HOST/DATABASE.  [default: an SQLite file in the folder]",
+)
+
+
+def _keep_options(command: _Command) -> _Command:
+    """Adds the options that say how long what is kept."""
+    days = click.FloatRange(min=0, min_open=True)
+    for option in (
+        _option(
+            "--keep-per-series",
+            type=click.IntRange(min=1),
+            help="Keep so many results of each series of a board.  [default: all]",
+        ),
+        _option(
+            "--keep-results",
+            type=days,
+            metavar="DAYS",
+            help="Keep results so long, and the latest of each series.  [default: for ever]",
+        ),
+        _option(
+            "--keep-samples",
+            type=days,
+            metavar="DAYS",
+            help="Keep single samples so long; their distribution and all figures stay.  [default: for ever]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _job_options(command: _Command) -> _Command:
+    """Adds the options that say how jobs are handed out."""
+    for option in (
+        _option(
+            "--files-limit",
+            type=click.FloatRange(min=0, min_open=True),
+            default=CollectorConfig.files_limit_bytes / 1024**3,
+            show_default=True,
+            metavar="GIB",
+            help="Keep so much of models and inputs for boards; what no open job needs makes room.",
+        ),
+        _option(
+            "--files-dir",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder of these files; collectors on one database must share it.  [default: the data folder]",
+        ),
+        _option(
+            "--job-timeout",
+            type=click.FloatRange(min=1),
+            default=CollectorConfig.job_timeout_seconds,
+            show_default=True,
+            metavar="SECONDS",
+            help="Give a job up that has not ended by then, unless it says otherwise.",
+        ),
+        _option(
+            "--job-attempts",
+            type=click.IntRange(min=1, max=100),
+            default=CollectorConfig.job_attempts,
+            show_default=True,
+            help="Give a job up after so many attempts, unless it says otherwise.",
+        ),
+        _option(
+            "--jobs-per-board",
+            type=click.IntRange(min=1),
+            default=CollectorConfig.jobs_per_board,
+            show_default=True,
+            help="Jobs that a board may have at once; the others wait here.",
+        ),
+        _option(
+            "--lease",
+            type=click.FloatRange(min=1),
+            default=CollectorConfig.lease_seconds,
+            show_default=True,
+            metavar="SECONDS",
+            help="Queue a job again when its board has not named it for so long; at least three heartbeats.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="boardbench", prog_name="boardbench-collector")
 def main() -> None:
@@ -100,6 +187,9 @@ def main() -> None:
     help="Address for /metrics, /api/v1 and the page; port 0: any free one.",
 )
 @_data_dir
+@_store
+@_keep_options
+@_job_options
 @_option(
     "--port-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -167,6 +257,10 @@ def serve(
     listen: Address,
     http: Address,
     data_dir: Path | None,
+    store: str,
+    keep_samples: float | None,
+    keep_results: float | None,
+    keep_per_series: int | None,
     port_file: Path | None,
     heartbeat: float,
     series_ttl: float,
@@ -175,6 +269,12 @@ def serve(
     remote_write: tuple[str, ...],
     remote_write_header: dict[str, str],
     require_enrolment: bool,
+    lease: float,
+    jobs_per_board: int,
+    job_attempts: int,
+    job_timeout: float,
+    files_dir: Path | None,
+    files_limit: float,
     log_level: str,
 ) -> None:
     """Run the collector until SIGTERM or Ctrl-C."""
@@ -182,6 +282,10 @@ def serve(
         listen=listen,
         http=http,
         data_dir=data_dir or default_data_dir(),
+        store=store,
+        keep_samples_days=keep_samples,
+        keep_results_days=keep_results,
+        keep_per_series=keep_per_series,
         port_file=port_file,
         heartbeat_seconds=heartbeat,
         series_ttl_seconds=series_ttl,
@@ -190,6 +294,12 @@ def serve(
         remote_write=remote_write,
         remote_write_headers=remote_write_header,
         require_enrolment=require_enrolment,
+        lease_seconds=max(lease, CollectorConfig.missed_heartbeats * heartbeat),
+        jobs_per_board=jobs_per_board,
+        job_attempts=job_attempts,
+        job_timeout_seconds=job_timeout,
+        files_dir=files_dir,
+        files_limit_bytes=round(files_limit * 1024**3),
     )
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
@@ -204,32 +314,152 @@ def serve(
             "pip install 'boardbench[collector]'"
         ) from error
 
+    from boardbench.collector.stores.opening import name_of
+
     def ready(listening: Listening) -> None:
         click.echo(f"gRPC: {listening.grpc}")
         click.echo(f"HTTP: http://{listening.http}/")
-        click.echo(f"Store: {config.store_path}")
+        click.echo(f"Store: {name_of(config)}")
 
     _run(run(config, ready=ready))
 
 
 @main.command()
 @_data_dir
-def check(*, data_dir: Path | None) -> None:
-    """Read the whole store and say whether it is sound. Exit 1 when it is not."""
-    path = CollectorConfig(data_dir=data_dir or default_data_dir()).store_path
-    if not path.is_file():
-        raise click.ClickException(f"there is no store {path}; name its folder with --data-dir")
-    from boardbench.collector.stores.sqlite import SqliteResultStore
+@_store
+@click.option(
+    "--backup",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Read this backup instead, and say what it holds.",
+)
+def check(*, data_dir: Path | None, store: str, file: Path | None) -> None:
+    """Read the whole store, or a backup, and say whether it is sound. Exit 1 when it is not."""
+    if file is not None:
+        from boardbench.collector.stores import backup as backups
+
+        _say(file, _guarded(lambda: backups.look(file)))
+        return
+    config = _existing(data_dir, store)
+
+    async def run(opened: ResultStore) -> None:
+        await opened.check()
+
+    _on_store(config, run)
+    click.echo(f"{_name(config)}: sound")
+
+
+@main.command()
+@_data_dir
+@_store
+@click.argument("target", type=click.Path(path_type=Path))
+def backup(*, data_dir: Path | None, store: str, target: Path) -> None:
+    """Write everything that the store holds into a file, while the collector runs or not.
+
+    TARGET is the file; in a folder that is there, one is made whose name is the time. Tokens and keys of
+    boards, and files that wait for them, are not in it.
+    """
+    from importlib import metadata
+
+    from boardbench.collector.stores import backup as backups
+    from boardbench.collector.stores.opening import moment
+
+    config = _existing(data_dir, store)
+    if target.is_dir():
+        import time
+
+        target = target / time.strftime("boardbench-%Y%m%dT%H%M%SZ.backup", time.gmtime())
+    version = metadata.version("boardbench")
+    _say(target, _guarded(lambda: backups.save(target, moment(config), version=version)))
+
+
+@main.command()
+@_data_dir
+@_store
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def restore(*, data_dir: Path | None, store: str, file: Path) -> None:
+    """Make a store from a backup of any kind of store; nothing that is there is overwritten."""
+    from boardbench.collector.stores.opening import restore as fill
+
+    config = CollectorConfig(data_dir=data_dir or default_data_dir(), store=store)
+    _say(file, _guarded(lambda: fill(config, file)))
+    click.echo(f"Store: {_name(config)}")
+
+
+@main.command()
+@_data_dir
+@_store
+@_keep_options
+def prune(
+    *,
+    data_dir: Path | None,
+    store: str,
+    keep_samples: float | None,
+    keep_results: float | None,
+    keep_per_series: int | None,
+) -> None:
+    """Remove what is too old at once, as `serve` does by and by.
+
+    An SQLite store must not be in use; its file gives the space back. In PostgreSQL collectors may run.
+    """
+    from boardbench.collector.retention import Policy, Retention
+
+    policy = Policy(keep_samples, keep_results, keep_per_series)
+    if policy.keeps_everything:
+        raise click.UsageError("say what to keep: --keep-samples, --keep-results or --keep-per-series")
+    config = _existing(data_dir, store)
+
+    async def run(opened: ResultStore) -> None:
+        thinned, removed = await Retention(opened, policy).round()
+        await opened.compact()
+        click.echo(
+            f"{removed.results} results removed, {removed.size_bytes:,} bytes;"
+            f" {thinned.samples} samples of {thinned.results} dropped, {thinned.size_bytes:,} bytes"
+        )
+
+    _on_store(config, run)
+
+
+def _existing(data_dir: Path | None, store: str) -> CollectorConfig:
+    """Returns the configuration of a store that is there."""
+    config = CollectorConfig(data_dir=data_dir or default_data_dir(), store=store)
+    if not store and not config.store_path.is_file():
+        raise click.ClickException(f"there is no store {config.store_path}; name its folder with --data-dir")
+    return config
+
+
+def _name(config: CollectorConfig) -> str:
+    from boardbench.collector.stores.opening import name_of
+
+    return name_of(config)
+
+
+def _on_store(config: CollectorConfig, work: Callable[[ResultStore], Coroutine[Any, Any, None]]) -> None:
+    from boardbench.collector.stores.opening import open_store
 
     async def run() -> None:
-        store = await SqliteResultStore.open(path)
+        opened = await open_store(config)
         try:
-            await store.check()
+            await work(opened)
         finally:
-            await store.close()
+            await opened.close()
 
     _run(run())
-    click.echo(f"{path}: sound")
+
+
+def _guarded(work: Callable[[], _Answer]) -> _Answer:
+    try:
+        return work()
+    except CollectorError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _say(path: Path, held: Told) -> None:
+    import time
+
+    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(held.created))
+    rows = ", ".join(f"{count:,} {name}" for name, count in held.rows.items() if count)
+    click.echo(f"{path}: whole, of {made}, by version {held.collector_version}: {rows or 'nothing'}")
 
 
 @main.group()

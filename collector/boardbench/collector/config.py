@@ -82,6 +82,19 @@ class CollectorConfig:
     data_dir: Path = field(default_factory=default_data_dir)
     """Folder of the store; made if it is not there."""
 
+    store: str = ""
+    """Where results live: ``postgresql://HOST/DATABASE``; empty: an SQLite file in the folder, which takes
+    a fleet of thousands and has nothing to install."""
+
+    keep_samples_days: float | None = None
+    """How long single samples are kept; None: for ever, as disks are large and re-analysis needs them."""
+
+    keep_results_days: float | None = None
+    """How long results are kept, the latest of each series apart."""
+
+    keep_per_series: int | None = None
+    """How many results of each series of a board are kept."""
+
     port_file: Path | None = None
     """Where to write the ports in use as JSON, for whoever started the collector with port 0."""
 
@@ -147,6 +160,9 @@ class CollectorConfig:
 
     job_keep_seconds: float = 90 * 86400.0
     """How long a job that has ended is remembered; its result stays as long as results do."""
+
+    files_dir: Path | None = None
+    """Folder of models and inputs that are kept for boards; None: the folder of the store."""
 
     files_limit_bytes: int = 32 * 1024**3
     """Bytes of models and inputs that are kept for boards; what no open job needs makes room."""

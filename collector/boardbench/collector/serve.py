@@ -102,7 +102,7 @@ async def running(
         silence_seconds=config.silence_seconds,
     )
     files = Files(
-        config.data_dir,
+        config.files_dir or config.data_dir,
         limit_bytes=config.files_limit_bytes,
         free_bytes=config.files_free_bytes,
         in_use=store.jobs.files_in_use,
