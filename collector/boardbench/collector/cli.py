@@ -128,7 +128,7 @@ def _job_options(command: _Command) -> _Command:
         _option(
             "--files-dir",
             type=click.Path(path_type=Path, file_okay=False),
-            help="Folder of these files; collectors on one database must share it.  [default: the data folder]",
+            help="Folder of these files, shared by collectors on one database.  [default: the data folder]",
         ),
         _option(
             "--job-timeout",

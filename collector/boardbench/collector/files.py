@@ -104,7 +104,8 @@ class Files:
             await asyncio.to_thread(self._open)
         except OSError as error:
             raise StoreUnavailable(
-                f"can't use the folder {self._files.parent}: {error.strerror}; choose another with --files-dir"
+                f"can't use the folder {self._files.parent}: {error.strerror};"
+                " choose another with --files-dir"
             ) from error
 
     def _open(self) -> None:
