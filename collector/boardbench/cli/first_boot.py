@@ -127,8 +127,8 @@ def settings(order: Order) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A basic string of TOML and a double-quoted one of YAML; both know JSON's escapes."""
-    return json.dumps(text).replace("\x7f", "\\u007f")
+    """A basic string of TOML and a double-quoted one of YAML; both know JSON's escapes, except of pairs."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _json(value: Mapping[str, str]) -> bytes:
