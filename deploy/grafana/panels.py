@@ -53,6 +53,19 @@ UNITS = {
     "cpu": ORANGE,
     "unknown": GREY,
 }
+# Of columns of a table, in pixels.
+WIDTHS = {
+    "device": 150,
+    "model": 280,
+    "runtime": 100,
+    "target": 90,
+    "threads": 70,
+    "variant": 160,
+    "validity": 90,
+    "verdict": 130,
+    "board": 240,
+    "os": 220,
+}
 RUNS = (
     "${collector}/api/v1/results?device=${__field.labels.device}&model=${__field.labels.model_sha256}"
     "&page_size=20&summary=true"
@@ -165,6 +178,7 @@ def bars(
         bargauge.Panel()
         .orientation(common_model.VizOrientation.HORIZONTAL)
         .display_mode(common_model.BarGaugeDisplayMode.BASIC)
+        .name_placement(common_model.BarGaugeNamePlacement.TOP)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(
             dashboard.ThresholdsConfig()
@@ -240,7 +254,7 @@ def listing(
                 model.DynamicConfigValue(id_val="custom.cellOptions", value={"type": "color-text"}),
             ],
         )
-    for label, pixels in (("model", 300), ("variant", 180), ("board", 240), ("os", 220)):
+    for label, pixels in WIDTHS.items():
         if label in joined_by:
             wide = model.DynamicConfigValue(id_val="custom.width", value=pixels)
             panel = panel.override_by_name(label, [wide])

@@ -25,9 +25,8 @@ import {
   PanelChrome,
   Table,
   TimeSeries,
-  TooltipPlugin2,
 } from '@grafana/ui';
-import { BarGaugeDisplayMode, VizOrientation } from '@grafana/schema';
+import { BarGaugeDisplayMode, BarGaugeNamePlacement, VizOrientation } from '@grafana/schema';
 
 const theme = createTheme({ colors: { mode: 'dark' } });
 const CELL_WIDTH = 62;
@@ -136,6 +135,7 @@ function Bars({ panel, answers, width, height }) {
             height={each - 4}
             orientation={VizOrientation.Horizontal}
             displayMode={BarGaugeDisplayMode.Basic}
+            namePlacement={BarGaugeNamePlacement.Top}
             field={{ ...field.config, min: 0, max: greatest }}
             value={{ ...value, title: frame.name, color: colour ? theme.visualization.getColorByName(colour) : value.color }}
             display={field.display}
