@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from boardbench.agent.config import SpecConfig
 from boardbench.agent.errors import InvalidRequest, NotRunnable
 from boardbench.agent.plan import Plan, check_spec, counted_seconds, job_line, plan
+from boardbench.agent.probe import mark_defaults
 from boardbench.v1 import board_pb2, model_pb2, result_pb2, scenario_pb2
 
 FAKE = board_pb2.RuntimeStatus(
@@ -64,6 +66,13 @@ def group(**fields: Any) -> result_pb2.RunGroup:
         (spec(options={"a": "x" * 40_000}), ["options", "too long"]),
         (spec(strict=True, allow_fallback=True), ["strict", "allow_fallback"]),
         (spec(profile_runs=100_000), ["profile_runs", "10000"]),
+        (spec(cpu_affinity=[1, 1]), ["cpu_affinity", "twice"]),
+        (spec(cpu_affinity=[9999]), ["cpu_affinity", "9999"]),
+        (spec(compute_precision="fp16"), ["compute_precision", "'fp16'", "float16"]),
+        (spec(power_mode="x" * 65), ["power_mode"]),
+        (spec(power_mode="MAXN\n"), ["power_mode"]),
+        (spec(cache=9), ["use of caches 9"]),
+        (spec(output_values=65537), ["output_values", "65536"]),
         (spec(precision=[target(0, 0.01)]), ["precision", "above 0"]),
         (spec(precision=[target(100, 0.01)]), ["precision", "below 100"]),
         (spec(precision=[target(float("nan"), 0.01)]), ["precision", "nan"]),
@@ -173,6 +182,81 @@ def test_what_the_board_can_not_run_is_told_with_what_it_can(
         plan(model, asked, (TFLITE, onnx, FAKE), SpecConfig())
     for word in words:
         assert word in str(raised.value)
+
+
+SETTLED = board_pb2.RuntimeStatus(
+    name="onnxruntime",
+    available=True,
+    formats=["onnx"],
+    devices=["cpu"],
+    settings=["threads", "cpu_affinity"],
+)
+ABLE = board_pb2.RuntimeStatus(
+    name="openvino",
+    available=True,
+    formats=["onnx"],
+    devices=["cpu"],
+    settings=["threads", "cpu_affinity", "compute_precision", "cache"],
+)
+
+
+def test_a_setting_that_the_engine_does_not_take_is_refused_with_those_that_do() -> None:
+    model = named("onnx")
+    with pytest.raises(NotRunnable) as raised:
+        plan(model, spec(compute_precision="float16"), (SETTLED, ABLE), SpecConfig())
+    assert "onnxruntime takes no compute_precision (float16 was asked for)" in str(raised.value)
+    assert "on this board openvino can be told" in str(raised.value)
+    with pytest.raises(NotRunnable, match=r"takes no cache \(renew was .*on this board none can be"):
+        plan(model, spec(cache=result_pb2.CACHE_USE_RENEW), (SETTLED,), SpecConfig())
+    asked = spec(runtime="openvino", compute_precision="float16", threads=1, cache=result_pb2.CACHE_USE_KEEP)
+    assert plan(model, asked, (SETTLED, ABLE), SpecConfig()).spec.compute_precision == "float16"
+    # It keeps nothing, and is asked to.
+    plan(model, spec(cache=result_pb2.CACHE_USE_NONE), (SETTLED,), SpecConfig())
+
+
+def test_settings_of_an_engine_that_says_nothing_are_left_to_the_worker() -> None:
+    assert plan(named("onnx"), spec(compute_precision="float16"), (ONNX,), SpecConfig())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processes are bound here")
+def test_processors_are_those_of_the_agent() -> None:
+    here = sorted(os.sched_getaffinity(0))
+    found = plan(MODEL, spec(cpu_affinity=here), (FAKE,), SpecConfig())
+    assert json.loads(job_line(found, "fake", Path("/m"), None))["cpu_affinity"] == here
+    with pytest.raises(NotRunnable, match=rf"processor 4095, and the agent may use {here[0]}"):
+        plan(MODEL, spec(cpu_affinity=[here[0], 4095]), (FAKE,), SpecConfig())
+
+
+def test_the_use_of_caches_is_that_of_the_configuration_where_nobody_says_one() -> None:
+    def use(asked: result_pb2.BenchmarkSpec, status: board_pb2.RuntimeStatus, configured: str) -> Any:
+        found = plan(named("onnx"), asked, (status,), SpecConfig(cache=configured))
+        line = job_line(found, "onnx", Path("/m"), None, model_sha256="ab", cache_root=Path("/caches"))
+        return found.spec.cache, json.loads(line)
+
+    none, keep = result_pb2.CACHE_USE_NONE, result_pb2.CACHE_USE_KEEP
+    told, job = use(spec(), ABLE, "none")
+    assert (told, "cache" in job) == (none, False)
+    told, job = use(spec(), ABLE, "keep")
+    assert told == keep
+    assert (job["cache"], job["cache_root"], job["model_sha256"]) == ("CACHE_USE_KEEP", "/caches", "ab")
+    assert job["cache_by_default"] is True
+    assert "cache_by_default" not in use(spec(cache=keep), ABLE, "none")[1]
+    assert use(spec(), SETTLED, "keep")[0] == none, "it can't, and nobody asked"
+    assert use(spec(cache=none), ABLE, "keep")[0] == none
+
+
+def test_the_default_of_a_format_is_the_first_that_can_run_it() -> None:
+    statuses = tuple(
+        board_pb2.RuntimeStatus(name=name, available=available, formats=formats)
+        for name, available, formats in (
+            ("a", False, ["onnx"]),
+            ("b", True, ["onnx", "tflite"]),
+            ("c", True, ["tflite", "openvino"]),
+        )
+    )
+    mark_defaults(statuses)
+    mark_defaults(statuses)
+    assert [list(status.default_formats) for status in statuses] == [[], ["onnx", "tflite"], ["openvino"]]
 
 
 def test_an_engine_that_runs_nothing_on_the_processor_has_a_default_of_its_own() -> None:

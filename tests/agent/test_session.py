@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from boardbench.agent import wire
+from boardbench.agent import caches, wire
 from boardbench.agent.board.identify import identify
-from boardbench.agent.config import AgentConfig, DeadlinesConfig
+from boardbench.agent.config import AgentConfig, DeadlinesConfig, StoreConfig
 from boardbench.agent.plan import Job, plan
 from boardbench.agent.session import ERRORS, Session, turns
 from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2, scenario_pb2
@@ -34,6 +34,31 @@ def spec(**fields: Any) -> result_pb2.BenchmarkSpec:
 
 def group(mode: result_pb2.GroupMode.ValueType, **fields: Any) -> result_pb2.BenchmarkSpec:
     return spec(group=result_pb2.RunGroup(id="g", size=2, mode=mode), **fields)
+
+
+NVPMODEL = """\
+#!/bin/sh
+# A stand-in of NVIDIA's, which keeps its status like this.
+echo "set $2" >> {folder}/calls
+[ "$2" = 2 ] && { echo "NVPM ERROR: not this one"; exit 1; }
+echo "pmode:000$2" > {folder}/var/lib/nvpmodel/status
+"""
+
+
+def jetson(folder: Path) -> Path:
+    """A board in mode 1 of three, the third of which can't be set."""
+    modes = "".join(
+        f"< POWER_MODEL ID={at} NAME={name} >\n" for at, name in enumerate(("MAXN", "15W", "BAD"))
+    )
+    for path, text in (
+        ("etc/nvpmodel.conf", modes),
+        ("var/lib/nvpmodel/status", "pmode:0001\n"),
+        ("usr/sbin/nvpmodel", NVPMODEL.replace("{folder}", str(folder))),
+    ):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    (folder / "usr/sbin/nvpmodel").chmod(0o755)
+    return folder
 
 
 class Harness:
@@ -860,3 +885,54 @@ async def test_session_that_is_given_up_leaves_no_worker(
 
 def test_errors_are_told_with_their_meaning() -> None:
     assert all(meaning.endswith(".") for meaning in ERRORS.values())
+
+
+async def test_a_run_has_the_power_mode_that_was_asked_for_and_the_board_its_own_again(
+    harness: Harness, fake_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    board = jetson(tmp_path / "board")
+    config = AgentConfig(sys_root=board, data_dir=tmp_path / "data")
+    harness.config = lambda: config  # type: ignore[method-assign]
+    harness.add("a", fake_model(), spec(processes=2, power_mode="MAXN"))
+    result = (await harness.execute())["a"]
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert result.environment.power_mode == "MAXN"
+    assert result.effective_spec.power_mode == "MAXN"
+    assert (board / "calls").read_text() == "set 0\nset 1\n", "once for all processes"
+    assert (board / "var/lib/nvpmodel/status").read_text() == "pmode:0001\n"
+
+
+async def test_a_power_mode_that_can_not_be_set_fails_the_run(
+    harness: Harness, fake_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    board = jetson(tmp_path / "board")
+    config = AgentConfig(sys_root=board, data_dir=tmp_path / "data")
+    harness.config = lambda: config  # type: ignore[method-assign]
+    harness.add("a", fake_model(), spec(power_mode="BAD"))
+    result = (await harness.execute())["a"]
+    assert result.status == result_pb2.RUN_STATUS_FAILED
+    assert result.error.code == "power_mode_not_set"
+    assert "NVPM ERROR: not this one" in result.error.message
+    assert not harness.left()
+
+
+async def test_caches_of_a_run_are_told_and_bounded(
+    harness: Harness, fake_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = AgentConfig(data_dir=tmp_path / "data", store=StoreConfig(cache_limit_bytes=100))
+    harness.config = lambda: config  # type: ignore[method-assign]
+    keep = result_pb2.CACHE_USE_KEEP
+    harness.add("a", fake_model(), spec(processes=3, cache=keep))
+    harness.add("b", fake_model(cache_bytes=200), spec(cache=keep, threads=2))
+    first, second = (Session([job], config, harness._take, harness._ended) for job in harness.jobs)
+    await first.execute()
+    kept = harness.results["a"]
+    assert kept.caches[0].warm, "that of the first process was found by the others"
+    assert kept.create_seconds in [process.create_seconds for process in kept.processes.processes[1:]] or (
+        kept.create_seconds
+        == pytest.approx(sum(process.create_seconds for process in kept.processes.processes[1:]) / 2)
+    )
+    assert Path(kept.caches[0].path).is_relative_to(tmp_path / "data" / "caches" / "fake")
+    await second.execute()
+    assert "cache_not_kept" in [warning.code for warning in harness.results["b"].warnings]
+    assert len(list(caches.root(tmp_path / "data").glob("fake/*"))) == 1, "that of the first is still there"
