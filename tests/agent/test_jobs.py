@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -47,6 +49,9 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grpc.JobSer
         # A fetch breaks off once, at this byte.
         self.breaks_at: int | None = None
         self.damages = False
+        # Nothing more of a file is sent from this byte on.
+        self.stops_at: int | None = None
+        self.stopped = False
         self.holds: asyncio.Event | None = None
         # Takes results and does not acknowledge them.
         self.silent = False
@@ -123,6 +128,9 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grpc.JobSer
             if self.breaks_at is not None and offset >= self.breaks_at:
                 self.breaks_at = None
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the link broke")
+            if self.stops_at is not None and offset >= self.stops_at:
+                self.stopped = True
+                await asyncio.Event().wait()
             piece = data[offset : offset + CHUNK]
             crc32 = zlib.crc32(piece)
             if self.damages:
@@ -435,6 +443,41 @@ async def test_a_restart_goes_on_with_what_was_offered(
         first, second = (hello for hello in collector.hellos[:2])
         assert first.instance_id == second.instance_id
         assert first.life_id != second.life_id
+
+
+async def test_an_agent_that_is_killed_while_it_fetches_goes_on_with_what_it_has(
+    collector: Collector, tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The killed life loses what came of the last block at most; the offer is not forgotten."""
+
+    def start() -> subprocess.Popen[bytes]:
+        address = f"127.0.0.1:{collector.port}"  # type: ignore[attr-defined]
+        program = [sys.executable, "-m", "boardbench.agent", "serve", "--listen", "", "--device-id", "b"]
+        program += ["--collector", address, "--data-dir", str(tmp_path / "data")]
+        return subprocess.Popen(program, env=os.environ | {"BOARDBENCH_FAKE_RUNTIME": "1"})
+
+    monkeypatch.setattr(f"{__name__}.CHUNK", 100_000)
+    model = collector.model(size_bytes=4 << 20)
+    process = start()
+    try:
+        await until(lambda: collector.hellos)
+        collector.stops_at = 3_500_000
+        collector.say(offer=offer(model))
+        await until(lambda: collector.stopped)
+        arriving = tmp_path / "data/models/arriving" / f"{model.sha256}.part"
+        await until(lambda: arriving.exists() and arriving.stat().st_size >= 3_000_000)
+        process.kill()
+        process.wait()
+        collector.stops_at = None
+        process = start()
+        await until(lambda: collector.results)
+    finally:
+        process.terminate()
+        assert process.wait(30) is not None
+    assert [result.run_id for result in collector.results] == ["job-1-1"]
+    first, second = collector.fetches[model.sha256]
+    assert first == 0
+    assert second >= 2 << 20
 
 
 async def test_a_collector_that_lost_a_result_gets_it_by_offering_the_run_again(

@@ -167,6 +167,28 @@ def test_a_request_is_the_same_as_long_as_what_it_asks_for_is(write):
     assert len({base, *different}) == 7
 
 
+def test_the_suite_in_the_documentation_is_one(tmp_path):
+    page = Path(__file__).parents[2] / "docs/jobs.md"
+    (text,) = [part.partition("```")[0] for part in page.read_text().split("```toml\n") if "models =" in part]
+    (tmp_path / "models").mkdir()
+    for name in ("models/small.tflite", "large.onnx"):
+        (tmp_path / name).write_bytes(b"model")
+    path = tmp_path / "nightly.toml"
+    path.write_text(text)
+    suite = read(path)
+    assert suite.name == "nightly"
+    assert [case.name for case in suite.cases] == [
+        "small.tflite one-thread pi5 plain",
+        "small.tflite one-thread pi5 camera",
+        "small.tflite all-threads pi5 plain",
+        "small.tflite all-threads pi5 camera",
+        "large.onnx one-thread pi5 plain",
+        "large.onnx all-threads pi5 plain",
+        "large.onnx one-thread pi5",
+    ]
+    assert suite.schedule.folders == (tmp_path / "incoming",)
+
+
 # When.
 
 

@@ -261,10 +261,12 @@ def _push_via(
         client = stack.enter_context(JobsClient(collector, retry_seconds=retry_seconds, notice=progress.note))
         with Interrupt(client.stop):
             if no_run:
-                for source in sources:
-                    sha256 = via.send(client, source, progress)
-                    with progress.paused():
-                        click.echo(f"{sha256}  {source.name}")
+                stored = [via.send(client, source, progress) for source in sources]
+                with progress.paused():
+                    if output.json:
+                        output.show_json(stored if len(stored) > 1 else stored[0])
+                    else:
+                        click.echo("\n".join(f"{model.sha256}  {model.name}" for model in stored))
                 return ExitCode.DONE
             jobs = via.submit(client, sources, inputs, spec, choice, progress)
         if detach:

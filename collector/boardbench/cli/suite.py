@@ -239,7 +239,7 @@ def submit(
         if path not in sent:
             try:
                 with Source(path) as source:
-                    sent[path] = via.send(client, source, progress, inputs=inputs)
+                    sent[path] = via.send(client, source, progress, inputs=inputs).sha256
             except (Unreachable, Interrupted):
                 raise
             except CliError as error:

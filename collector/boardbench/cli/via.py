@@ -14,7 +14,7 @@ from boardbench.cli.address import Address
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, Refused, worst
 from boardbench.cli.require import Requirement, all_hold
 from boardbench.cli.terminal import Output
-from boardbench.v1 import agent_pb2, job_pb2, result_pb2
+from boardbench.v1 import agent_pb2, job_pb2, model_pb2, result_pb2
 
 if TYPE_CHECKING:
     from boardbench.cli.client import JobsClient
@@ -62,10 +62,10 @@ def submit(
     """
     jobs: list[job_pb2.Job] = []
     try:
-        inputs_sha256 = send(client, inputs, progress, inputs=True) if inputs is not None else ""
+        inputs_sha256 = send(client, inputs, progress, inputs=True).sha256 if inputs is not None else ""
         message = spec.message(inputs_sha256)
         for source in sources:
-            sha256 = send(client, source, progress)
+            sha256 = send(client, source, progress).sha256
             if choice.count and jobs:
                 chosen = [
                     (f"device_id={device_id}",) for device_id in dict.fromkeys(j.device_id for j in jobs)
@@ -82,12 +82,12 @@ def submit(
     return jobs
 
 
-def send(client: JobsClient, source: Source, progress: Watched, *, inputs: bool = False) -> str:
-    """SHA-256 of the file, which the collector has from then on."""
+def send(client: JobsClient, source: Source, progress: Watched, *, inputs: bool = False) -> model_pb2.Model:
+    """The file as the collector has it from then on."""
     kind = agent_pb2.FILE_KIND_INPUTS if inputs else agent_pb2.FILE_KIND_MODEL
     try:
         done = client.push(source, kind, lambda sent: progress.sending(source.name, sent, source.size_bytes))
-        return done.model.sha256
+        return done.model
     finally:
         progress.ended(source.name)
 

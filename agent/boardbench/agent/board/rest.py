@@ -11,7 +11,7 @@ import importlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ _LIGHT = (
 # Its own library would be loaded to look for it.
 _NVIDIA = "nvidia"
 _NVIDIA_DRIVER = "proc/driver/nvidia/version"
-# A heartbeat goes over every link there is.
-_MOST_READINGS = 40
+# A heartbeat goes over every link there is; with the numbers of a field and its length.
+_MOST_BYTES = 3000
+_BYTES_EACH = 16
 
 
 class AtRest:
@@ -146,9 +147,19 @@ class AtRest:
         """Reads all of them. Blocks; one thread at a time."""
         begin = time.thread_time()
         order = [reading for sensor in self._sensors for reading in _read(sensor) if not reading.cumulative]
-        self._readings = tuple(order[:_MOST_READINGS])
+        self._readings = tuple(_fitting(order))
         spent = time.thread_time() - begin
         self._next = self._monotonic() + max(LEAST_SECONDS, spent / COST_SHARE)
+
+
+def _fitting(readings: Iterable[Reading]) -> Iterator[Reading]:
+    """As many as a heartbeat may carry."""
+    size = 0
+    for reading in readings:
+        size += len(reading.quantity.encode()) + len(reading.source.encode()) + _BYTES_EACH
+        if size > _MOST_BYTES:
+            return
+        yield reading
 
 
 def _is_light(sensor: Sensor) -> bool:
