@@ -437,6 +437,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.fixture(name="free_port")
+def _free_port() -> int:
+    return free_port()
+
+
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -567,10 +572,10 @@ def prometheus() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def start_prometheus(prometheus: dict[str, str]) -> Callable[[Programs, str], str]:
+def start_prometheus(prometheus: dict[str, str]) -> Callable[..., str]:
     """Starts a real Prometheus that scrapes one target four times a second; its address, once it answers."""
 
-    def start(programs: Programs, target: str) -> str:
+    def start(programs: Programs, target: str, *more: dict[str, Any]) -> str:
         folder = programs.folder / "prometheus"
         folder.mkdir()
         configuration = folder / "prometheus.yml"
@@ -579,7 +584,8 @@ def start_prometheus(prometheus: dict[str, str]) -> Callable[[Programs, str], st
                 {
                     "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"},
                     "scrape_configs": [
-                        {"job_name": "boardbench", "static_configs": [{"targets": [target]}]}
+                        {"job_name": "boardbench", "static_configs": [{"targets": [target]}]},
+                        *more,
                     ],
                 }
             )

@@ -60,6 +60,48 @@ def test_a_board_that_is_gone_is_seen_in_prometheus(
     eventually("the board is down in Prometheus", lambda: value() == "0")
 
 
+def test_prometheus_finds_boards_that_serve_their_own_metrics(
+    programs: Any, start_prometheus: Any, demo_tflite: Path, eventually: Any, free_port: int
+) -> None:
+    collector = programs.collector()
+    quiet = programs.agent("quiet", collector=collector.address)
+    agent = programs.agent(
+        "open",
+        collector=collector.address,
+        environment={"BOARDBENCH_AGENT_METRICS_LISTEN": f"127.0.0.1:{free_port}"},
+    )
+    programs.client("push", demo_tflite, "--to", agent.address, *QUICK)
+
+    def targets() -> list[Any]:
+        return list(json.loads(collector.get("/sd/targets")))
+
+    (group,) = eventually("the collector knows where the board is scraped", targets)
+    assert group["labels"]["__meta_boardbench_device"] == agent.device_id != quiet.device_id
+    discovery = {
+        "job_name": "boards",
+        "http_sd_configs": [{"url": f"http://{collector.http}/sd/targets", "refresh_interval": "1s"}],
+        "relabel_configs": [{"source_labels": ["__meta_boardbench_up"], "target_label": "connected"}],
+    }
+    url = start_prometheus(programs, collector.http, discovery)
+    shown = f'boardbench_latency_seconds{{device="{agent.device_id}",percentile="50",job="%s"}}'
+    own = eventually("the board's own figures are there", lambda: _query(url, shown % "boards"))
+    fleet = eventually("and the collector's", lambda: _query(url, shown % "boardbench"))
+    assert own[0]["value"][1] == fleet[0]["value"][1]
+    assert own[0]["metric"]["connected"] == "1"
+    labels = [
+        {
+            name: value
+            for name, value in found[0]["metric"].items()
+            if name not in ("job", "instance", "connected")
+        }
+        for found in (own, fleet)
+    ]
+    assert labels[0] == labels[1]
+    assert _query(url, 'up{job="boards"}')[0]["value"][1] == "1"
+    agent.program.kill()
+    eventually("that it is gone is seen", lambda: _query(url, 'up{job="boards"} == 0'))
+
+
 def test_promtool_finds_nothing(
     programs: Any, prometheus: dict[str, str], demo_tflite: Path, demo_onnx: Path
 ) -> None:
