@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import Ambiguous, InvalidRequest, NotFound
 from boardbench.collector.fleet import Fleet, Tally
 from boardbench.collector.jobs import set_time
@@ -81,6 +82,18 @@ class ForwardView:
 
 
 @dataclass(frozen=True)
+class RetentionView:
+    """What was taken out of the store since the collector started, for its age or its number."""
+
+    results_thinned: int
+    """Results whose single samples were dropped."""
+    results_removed: int
+    samples_dropped: int
+    bytes_removed: int
+    """Of records, as they were stored."""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Everything that one scrape shows."""
 
@@ -96,6 +109,8 @@ class Snapshot:
     queue: QueueView | None = None
     """None: this collector hands out no jobs."""
     forwarded: tuple[ForwardView, ...] = ()
+    retention: RetentionView | None = None
+    """None: everything is kept for ever."""
 
 
 class ReadModel:
@@ -110,12 +125,16 @@ class ReadModel:
         results_per_device: int,
         queue: Callable[[], Awaitable[QueueView]] | None = None,
         forwarded: Callable[[], tuple[ForwardView, ...]] = tuple,
+        retention: Callable[[], RetentionView | None] = lambda: None,
+        silence_seconds: float = CollectorConfig.heartbeat_seconds * CollectorConfig.missed_heartbeats,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``queue`` tells of the jobs, ``forwarded`` of what is sent on to others."""
         self._store = store
         self._fleet = fleet
         self._queue = queue
+        self._retention = retention
+        self._silence_seconds = silence_seconds
         self._forwarded = forwarded
         self._result_ttl_seconds = result_ttl_seconds
         self._results_per_device = results_per_device
@@ -130,7 +149,10 @@ class ReadModel:
             if sighting is not None:
                 heartbeat = sighting.heartbeat or heartbeat
                 last_seen_at = max(last_seen_at, sighting.at)
-            up = self._fleet.is_up(record.device_id)
+            up = self._fleet.is_up(record.device_id) or (
+                record.elsewhere_at is not None
+                and self._clock() - record.elsewhere_at <= self._silence_seconds
+            )
             views.append(DeviceView(record.hello, up, last_seen_at, record.first_seen_at, heartbeat))
         return tuple(views)
 
@@ -253,6 +275,7 @@ class ReadModel:
             read=devices,
             queue=None if self._queue is None else await self._queue(),
             forwarded=self._forwarded(),
+            retention=self._retention(),
         )
 
     async def probe(self) -> None:

@@ -401,6 +401,30 @@ METRICS: tuple[Metric, ...] = (
         "Time that this scrape waited for the store.",
     ),
     Metric(
+        "boardbench_collector_results_thinned_total",
+        "counter",
+        (),
+        "Results whose single samples were dropped for their age since the collector started.",
+    ),
+    Metric(
+        "boardbench_collector_results_removed_total",
+        "counter",
+        (),
+        "Results that were removed for their age or number since the collector started.",
+    ),
+    Metric(
+        "boardbench_collector_samples_dropped_total",
+        "counter",
+        (),
+        "Single samples that were dropped since the collector started.",
+    ),
+    Metric(
+        "boardbench_collector_removed_bytes_total",
+        "counter",
+        (),
+        "Bytes of records that were removed or made smaller since the collector started.",
+    ),
+    Metric(
         "boardbench_collector_forwarded_samples_total",
         "counter",
         ("receiver",),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from boardbench.collector.errors import StoreError
+from boardbench.collector.look import RetentionView
 from boardbench.collector.store import Removed, ResultStore
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,17 @@ class Retention:
                     break
                 await asyncio.sleep(time.monotonic() - begin)
         return thinned, removed
+
+    def view(self) -> RetentionView | None:
+        """Returns what was done since the start; None when everything is kept."""
+        if self._policy.keeps_everything:
+            return None
+        return RetentionView(
+            results_thinned=self.thinned.results,
+            results_removed=self.removed.results,
+            samples_dropped=self.thinned.samples,
+            bytes_removed=self.thinned.size_bytes + self.removed.size_bytes,
+        )
 
     async def run(self) -> None:
         """Does a round every ten minutes, until cancelled."""

@@ -404,6 +404,12 @@ def collector_group(snapshot: Snapshot, version: str, python: str) -> Group:
             yield "boardbench_job_leases_expired_total", (), queue.leases_expired
             yield "boardbench_jobs_dead_total", (), queue.dead
             yield "boardbench_collector_files_bytes", (), queue.files_bytes
+        if snapshot.retention is not None:
+            kept = snapshot.retention
+            yield "boardbench_collector_results_thinned_total", (), kept.results_thinned
+            yield "boardbench_collector_results_removed_total", (), kept.results_removed
+            yield "boardbench_collector_samples_dropped_total", (), kept.samples_dropped
+            yield "boardbench_collector_removed_bytes_total", (), kept.bytes_removed
         for forwarded in snapshot.forwarded:
             receiver = texts(forwarded.receiver)
             yield "boardbench_collector_forwarded_samples_total", (receiver,), forwarded.samples

@@ -40,6 +40,8 @@ class DeviceRecord:
     """Unix seconds, by the collector's clock."""
     heartbeat: collector_pb2.Heartbeat | None
     """The last one; None before the first."""
+    elsewhere_at: float | None = None
+    """When another collector of the same store last heard it on a stream that it holds; None: none does."""
 
     @property
     def device_id(self) -> str:
@@ -56,6 +58,8 @@ class Sighting:
     """Unix seconds, by the collector's clock."""
     heartbeat: collector_pb2.Heartbeat | None = None
     """What it said; None: it said something else, and the stored heartbeat stays."""
+    streaming: bool = True
+    """Whether its stream is still open."""
 
 
 @dataclass(frozen=True)
@@ -376,6 +380,12 @@ class ResultStore(Protocol):
         Those that arrived before, and those of which their series has ``per_series`` later ones on the board,
         whatever their ending; None: no such bound. The latest SUCCEEDED of each series stays, and the last
         that arrived at all. Marks and counts stay, too.
+        """
+
+    async def compact(self) -> None:
+        """Gives space that nothing uses any more back to the disk, as far as the store does not by itself.
+
+        May take as long as copying everything, and holds up what comes in.
         """
 
     async def probe(self) -> None:

@@ -17,7 +17,7 @@ SCHEMA = 7
 """128 buckets a doubling, each 0.54 % wide: half of that is the error of a percentile. 100,000 samples over
 two decades take about 2 kB, and 8 would take twice that."""
 
-_STEPS = 2**SCHEMA
+_STEPS = 1 << SCHEMA
 _NANOSECONDS = 1e9
 
 DROPPED = (

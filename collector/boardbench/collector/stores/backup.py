@@ -25,7 +25,9 @@ from boardbench.v1 import backup_pb2
 MAGIC = b"boardbench-backup-1\n"
 """What the file begins with, before it is compressed."""
 
-LEFT_OUT = frozenset(("schema_version", "boardbench_schema", "probe", "counters", "sqlite_sequence"))
+LEFT_OUT = frozenset(
+    ("schema_version", "boardbench_schema", "probe", "counters", "streams", "sqlite_sequence")
+)
 """Tables that belong to one store, and not to what it keeps."""
 
 _FRAME = struct.Struct("<II")
@@ -42,6 +44,12 @@ class Table:
 
     name: str
     columns: tuple[str, ...]
+
+
+class _File(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+    def write(self, data: bytes, /) -> int: ...
 
 
 class Source(Protocol):
@@ -99,8 +107,11 @@ def save(
     return told
 
 
-def load(path: Path, target: Target) -> Told:
-    """Reads a backup into the store and returns what it held; BackupUnfit when it is damaged or not whole."""
+def load(path: Path, target: Target | None) -> Told:
+    """Reads a backup into the store and returns what it held; BackupUnfit when it is damaged or not whole.
+
+    Without a store it is only looked at.
+    """
     try:
         with path.open("rb") as raw, gzip.GzipFile(fileobj=raw, mode="rb") as file:
             return _read(path, file, target)
@@ -112,20 +123,10 @@ def load(path: Path, target: Target) -> Told:
 
 def look(path: Path) -> Told:
     """Reads a whole backup and returns what it holds; BackupUnfit when it is damaged or not whole."""
-    return load(path, _Nowhere())
+    return load(path, None)
 
 
-class _Nowhere:
-    """Takes every row of every table, and keeps none."""
-
-    def tables(self) -> None:
-        return None
-
-    def insert(self, table: Table, rows: Sequence[Sequence[Any]]) -> None:
-        """Does nothing."""
-
-
-def _write(file: IO[bytes], source: Source, version: str, now: float) -> Told:
+def _write(file: _File, source: Source, version: str, now: float) -> Told:
     tables = [table for table in source.tables() if table.name not in LEFT_OUT]
     header = backup_pb2.BackupHeader(collector_version=version)
     header.created_at.FromMicroseconds(round(now * 1e6))
@@ -148,7 +149,7 @@ def _write(file: IO[bytes], source: Source, version: str, now: float) -> Told:
     return Told({table.name: count for table, count in zip(tables, counts, strict=True)}, version, now)
 
 
-def _read(path: Path, file: IO[bytes], target: Any) -> Told:
+def _read(path: Path, file: _File, target: Target | None) -> Told:
     if file.read(len(MAGIC)) != MAGIC:
         raise BackupUnfit(f"{path} is no backup of boardbench-collector, or one of a newer version")
     records = _records(path, file)
@@ -156,7 +157,8 @@ def _read(path: Path, file: IO[bytes], target: Any) -> Told:
     if first is None or first.WhichOneof("record") != "header":
         raise BackupUnfit(f"{path} has no header")
     tables = [Table(each.name, tuple(each.columns)) for each in first.header.tables]
-    _check_tables(path, tables, target.tables(), first.header.collector_version)
+    if target is not None:
+        _check_tables(path, tables, target.tables(), first.header.collector_version)
     counts = [0] * len(tables)
     waiting: list[Sequence[Any]] = []
     place, size, end = 0, 0, None
@@ -170,13 +172,14 @@ def _read(path: Path, file: IO[bytes], target: Any) -> Told:
         if row.table >= len(tables) or len(row.values) != len(tables[row.table].columns):
             raise BackupUnfit(f"{path}: a row fits no table")
         if waiting and (row.table != place or len(waiting) == _BATCH_ROWS or size > _BATCH_BYTES):
-            target.insert(tables[place], waiting)
+            if target is not None:
+                target.insert(tables[place], waiting)
             waiting, size = [], 0
         place = row.table
         counts[place] += 1
         waiting.append([_get(value) for value in row.values])
         size += record.ByteSize()
-    if waiting:
+    if waiting and target is not None:
         target.insert(tables[place], waiting)
     if end is None:
         raise BackupUnfit(f"{path} is not whole: its end is missing")
@@ -187,10 +190,8 @@ def _read(path: Path, file: IO[bytes], target: Any) -> Told:
     return Told(dict(zip(names, counts, strict=True)), first.header.collector_version, created)
 
 
-def _check_tables(path: Path, tables: Sequence[Table], there: Sequence[Table] | None, version: str) -> None:
+def _check_tables(path: Path, tables: Sequence[Table], there: Sequence[Table], version: str) -> None:
     """Returns when every row has its place; what the backup lacks is left as a new store has it."""
-    if there is None:
-        return
     known = {table.name: set(table.columns) for table in there}
     for table in tables:
         unknown = set(table.columns) - known.get(table.name, set())
@@ -201,13 +202,13 @@ def _check_tables(path: Path, tables: Sequence[Table], there: Sequence[Table] | 
             )
 
 
-def _put(file: IO[bytes], record: backup_pb2.BackupRecord) -> None:
+def _put(file: _File, record: backup_pb2.BackupRecord) -> None:
     content = record.SerializeToString()
     file.write(_FRAME.pack(len(content), zlib.crc32(content)))
     file.write(content)
 
 
-def _records(path: Path, file: IO[bytes]) -> Iterator[backup_pb2.BackupRecord]:
+def _records(path: Path, file: _File) -> Iterator[backup_pb2.BackupRecord]:
     while head := file.read(_FRAME.size):
         if len(head) < _FRAME.size:
             raise BackupUnfit(f"{path} is not whole: it ends within a record")

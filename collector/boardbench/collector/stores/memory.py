@@ -304,6 +304,10 @@ class MemoryResultStore:
         size = sum(len(stored.summary) + len(stored.detail) for stored in gone)
         return Removed(len(gone), 0, size, more=len(gone) == limit)
 
+    async def compact(self) -> None:
+        """See ``ResultStore.compact``."""
+        self._check_open()
+
     async def probe(self) -> None:
         """See ``ResultStore.probe``."""
         self._check_open()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from pathlib import Path
+
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import StartError
 from boardbench.collector.store import ResultStore
+from boardbench.collector.stores.backup import Source, Told
 
 POSTGRES_SCHEMES = ("postgresql", "postgres")
 
@@ -48,3 +52,25 @@ async def open_store(config: CollectorConfig) -> ResultStore:
         max_result_bytes=config.max_result_bytes,
         commit_window_seconds=config.commit_window_seconds,
     )
+
+
+def moment(config: CollectorConfig) -> AbstractContextManager[Source]:
+    """Returns the store as it is when the context is entered, for a backup."""
+    if is_postgres(config):
+        from boardbench.collector.stores import postgres_backup
+
+        return postgres_backup.moment(config.store)
+    from boardbench.collector.stores import sqlite_backup
+
+    return sqlite_backup.moment(config.store_path)
+
+
+def restore(config: CollectorConfig, file: Path) -> Told:
+    """Makes the store from a backup and returns what it held; StoreError when one is there already."""
+    if is_postgres(config):
+        from boardbench.collector.stores import postgres_backup
+
+        return postgres_backup.restore(config.store, file)
+    from boardbench.collector.stores import sqlite_backup
+
+    return sqlite_backup.restore(config.store_path, file)

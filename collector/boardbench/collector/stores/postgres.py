@@ -17,6 +17,7 @@ import contextlib
 import logging
 import queue
 import random
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -137,6 +138,13 @@ _INSERT = (
     + ") ON CONFLICT (run_id) DO NOTHING RETURNING run_id, arrival"
 )
 
+_HOLD_STREAMS = (
+    "INSERT INTO streams (device_id, collector, heard)"
+    " SELECT w.* FROM unnest(%s::text[], %s::text[], %s::float8[]) AS w (device_id, collector, heard)"
+    " JOIN devices ON devices.device_id = w.device_id"
+    " ON CONFLICT (device_id) DO UPDATE SET collector = excluded.collector, heard = excluded.heard"
+)
+
 _KEPT = (
     "(results.arrival = (SELECT MAX(arrival) FROM results) OR EXISTS (SELECT 1 FROM series"
     " WHERE series.device_id = results.device_id AND series.arrival = results.arrival))"
@@ -196,6 +204,7 @@ class PostgresResultStore:
         self._idle_readers: queue.LifoQueue[Connection] = queue.LifoQueue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self._released = False
+        self._identity = secrets.token_hex(8)
         self.jobs = PostgresJobStore(self)
         self._writer: Gatherer[Connection] = Gatherer(
             self._commit, self._told, name=self._name, window_seconds=commit_window_seconds
@@ -281,6 +290,7 @@ class PostgresResultStore:
                 " last_seen = GREATEST(devices.last_seen, excluded.last_seen)",
                 values,
             )
+            db.execute(_HOLD_STREAMS, ([values[0]], [self._identity], [at]))
 
         await self.write(write)
 
@@ -295,9 +305,11 @@ class PostgresResultStore:
                     sighting.device_id,
                     max(before.at, sighting.at),
                     sighting.heartbeat or before.heartbeat,
+                    sighting.streaming,
                 )
             latest[sighting.device_id] = sighting
         rows = [latest[name] for name in sorted(latest)]
+        held = [row for row in rows if row.streaming]
         columns = (
             [row.device_id for row in rows],
             [row.at for row in rows],
@@ -311,6 +323,19 @@ class PostgresResultStore:
                 " FROM unnest(%b::text[], %b::float8[], %b::bytea[]) AS w (device_id, at, heartbeat)"
                 " WHERE devices.device_id = w.device_id",
                 columns,
+            )
+            if held:
+                db.execute(
+                    _HOLD_STREAMS,
+                    (
+                        [row.device_id for row in held],
+                        [self._identity] * len(held),
+                        [row.at for row in held],
+                    ),
+                )
+            db.execute(
+                "DELETE FROM streams WHERE device_id = ANY(%s) AND collector = %s",
+                ([row.device_id for row in rows if not row.streaming], self._identity),
             )
 
         if rows:
@@ -371,7 +396,7 @@ class PostgresResultStore:
 
     def _connected(self) -> Connection:
         if self._db is None:
-            self._db = _connect(self._url)
+            self._db = _connect_writer(self._url, self._name)
         return self._db
 
     def _disconnect(self) -> None:
@@ -610,9 +635,13 @@ class PostgresResultStore:
                     first_seen,
                     last_seen,
                     None if heartbeat is None else collector_pb2.Heartbeat.FromString(heartbeat),
+                    elsewhere,
                 )
-                for hello, first_seen, last_seen, heartbeat in db.execute(
-                    "SELECT hello, first_seen, last_seen, heartbeat FROM devices ORDER BY device_id",
+                for hello, first_seen, last_seen, heartbeat, elsewhere in db.execute(
+                    "SELECT d.hello, d.first_seen, d.last_seen, d.heartbeat, s.heard FROM devices d"
+                    " LEFT JOIN streams s ON s.device_id = d.device_id AND s.collector <> %s"
+                    " ORDER BY d.device_id",
+                    (self._identity,),
                     binary=True,
                 )
             )
@@ -877,6 +906,10 @@ class PostgresResultStore:
 
         return await self.write(write) if chosen else Removed()
 
+    async def compact(self) -> None:
+        """See ``ResultStore.compact``; PostgreSQL does by itself (autovacuum)."""
+        await self.read(lambda _: None)
+
     async def check(self) -> None:
         """See ``ResultStore.check``."""
 
@@ -1036,9 +1069,8 @@ def opened(url: str, clock: Callable[[], float]) -> Connection:
     except psycopg.Error as error:
         raise StartError(f"--store {name} is no address: {' '.join(str(error).split())}") from error
     try:
-        db = _connect(url)
+        db = _connect_writer(url, name)
         try:
-            _keep_promises(db, name)
             migrate(db, now=clock())
         except BaseException:
             db.close()
@@ -1047,6 +1079,16 @@ def opened(url: str, clock: Callable[[], float]) -> Connection:
         raise StoreForeign(f"can't use {name}: {error}") from error
     except psycopg.Error as error:
         raise told(error, name) from error
+    return db
+
+
+def _connect_writer(url: str, name: str) -> Connection:
+    db = _connect(url)
+    try:
+        _keep_promises(db, name)
+    except BaseException:
+        db.close()
+        raise
     return db
 
 

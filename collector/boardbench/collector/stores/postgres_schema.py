@@ -88,6 +88,14 @@ def _version_1(db: Connection) -> None:
         )"""
     )
     db.execute("CREATE TABLE probe (id BIGINT PRIMARY KEY, written DOUBLE PRECISION NOT NULL)")
+    # Which collector holds the stream of a board: written with every sighting, and no part of a backup.
+    db.execute(
+        """CREATE TABLE streams (
+            device_id TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+            collector TEXT NOT NULL,
+            heard DOUBLE PRECISION NOT NULL
+        )"""
+    )
     # Not a sequence: the row is locked until the transaction ends, so that places become readable in
     # their order, whichever collector gave them.
     db.execute("CREATE TABLE counters (name TEXT NOT NULL PRIMARY KEY, value BIGINT NOT NULL)")

@@ -712,6 +712,20 @@ class SqliteResultStore:
 
         return await self.write(write) if chosen else Removed()
 
+    async def compact(self) -> None:
+        """See ``ResultStore.compact``."""
+
+        def work() -> None:
+            try:
+                with contextlib.closing(connect(self._path, "rw")) as db:
+                    db.execute("VACUUM")
+            except sqlite3.Error as error:
+                raise told(error, self._path) from error
+
+        if self._closed:
+            raise StoreUnavailable(f"the store {self._path} is closed")
+        await self._loop.run_in_executor(self._readers, work)
+
     async def check(self) -> None:
         """See ``ResultStore.check``."""
 
