@@ -114,6 +114,19 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         self.examined: list[agent_pb2.ExamineRequest] = []
         # None: it is an agent that can't be examined yet.
         self.examination: agent_pb2.ExamineResponse | None = None
+        self.runtimes = [
+            board_pb2.RuntimeStatus(
+                name="tflite",
+                available=True,
+                version="ai-edge-litert 2.3.0",
+                formats=["tflite"],
+                devices=["cpu"],
+                interpreter=board_pb2.Interpreter(version="CPython 3.11.7"),
+            ),
+            board_pb2.RuntimeStatus(
+                name="onnxruntime", reason="onnxruntime is not installed: pip install 'boardbench[onnx]'"
+            ),
+        ]
         self._server: grpc.Server | None = None
         self.port = 0
 
@@ -149,19 +162,7 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.DescribeResponse(
             board=self.board,
             agent_version="0.1.0",
-            runtimes=[
-                board_pb2.RuntimeStatus(
-                    name="tflite",
-                    available=True,
-                    version="ai-edge-litert 2.3.0",
-                    formats=["tflite"],
-                    devices=["cpu"],
-                    interpreter=board_pb2.Interpreter(version="CPython 3.11.7"),
-                ),
-                board_pb2.RuntimeStatus(
-                    name="onnxruntime", reason="onnxruntime is not installed: pip install 'boardbench[onnx]'"
-                ),
-            ],
+            runtimes=self.runtimes,
             model_store=agent_pb2.ModelStoreStatus(
                 files=1, used_bytes=MIB, limit_bytes=4096 * MIB, free_bytes=999 * MIB
             ),
