@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from boardbench.collector.errors import StoreUnavailable
 from boardbench.collector.jobs import (
@@ -14,14 +18,19 @@ from boardbench.collector.jobs import (
     JobQuery,
     JobRecord,
     Transition,
+    after_result,
     attempt_of,
     cancelled,
+    claimable,
+    claimed,
     expired,
     new_job_id,
     new_record,
+    record_of,
     renewed,
     reported,
     retried,
+    row_of,
     run_id_of,
     seconds_of,
 )
@@ -710,3 +719,91 @@ async def test_a_closed_store_says_so(store: ResultStore) -> None:
     for call in (submit(store, make_record()), store.jobs.labels(), claim(store)):
         with pytest.raises(StoreUnavailable):
             await call
+
+
+# Whatever happens, in whatever order.
+
+
+class AnyLife(RuleBasedStateMachine):
+    """One job, a board that does and says anything, a clock that rises, and whoever cancels or retries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOW
+        self.record = make_record(max_attempts=2, deadline=NOW + 5000)
+        self.offered: set[str] = set()
+        self.ended: list[int] = []
+
+    def step(self, after: JobRecord) -> None:
+        """Takes the next record over, and looks at what must hold of every two that follow each other."""
+        before, self.record = self.record, after
+        assert after.job_id == before.job_id
+        assert after.job.attempts >= before.job.attempts
+        if after.job != before.job or after.cancelling != before.cancelling:
+            assert after.version > before.version, "a watcher would miss it"
+        if before.job.state in (DONE, CANCELLED):
+            assert after is before, "the end is the end"
+        if before.job.state == DEAD and after.job.state != DEAD:
+            assert after.job.state in (QUEUED, DONE)
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 70.0, 400.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.step(expired(self.record, self.now))
+
+    @rule()
+    def it_is_handed_out(self) -> None:
+        if claimable(self.record, self.now):
+            self.step(claimed(self.record, self.now + 60, self.now))
+            assert self.record.job.run_id not in self.offered, "a run would be started twice"
+            self.offered.add(self.record.job.run_id)
+
+    @rule(board=st.sampled_from(["pi5", "pi4"]))
+    def it_is_named(self, board: str) -> None:
+        self.step(renewed(self.record, board, self.now + 60))
+
+    @rule(phase=st.sampled_from(job_pb2.JobPhase.values()), attempt=st.integers(0, 4))
+    def a_board_reports(self, phase: int, attempt: int) -> None:
+        self.step(report(phase, attempt=attempt, at=self.now)(self.record))
+
+    @rule()
+    def somebody_cancels(self) -> None:
+        self.step(cancelled(self.record, "by ann", self.now))
+
+    @rule()
+    def somebody_retries(self) -> None:
+        self.step(retried(self.record, self.now + 5000, self.now))
+
+    @rule(
+        attempt=st.integers(1, 4),
+        status=st.sampled_from([1, 2, 3]),
+        code=st.sampled_from(["agent_restarted", "model_rejected", "worker_killed"]),
+    )
+    def a_result_is_stored(self, attempt: int, status: int, code: str) -> None:
+        result = result_pb2.RunResult(status=status)  # type: ignore[arg-type]
+        if status == result_pb2.RUN_STATUS_FAILED:
+            result.error.code = code
+        before = self.record
+        self.step(after_result(self.record, "pi5", attempt, result, self.now))
+        if status == result_pb2.RUN_STATUS_SUCCEEDED and before.job.state != CANCELLED:
+            assert self.record.job.state == DONE
+            assert self.record.job.run_status
+        self.step(after_result(self.record, "pi4", attempt, result, self.now))
+
+    @invariant()
+    def it_is_whole(self) -> None:
+        record = self.record
+        assert record.is_held == (record.lease_until is not None)
+        assert record.is_open == (record.ended is None)
+        assert record.is_open == (not record.job.HasField("ended_at"))
+        assert not record.cancelling or record.is_held
+        assert not record.lapsed or record.job.state == QUEUED
+        assert (
+            record.job.state in (DEAD, CANCELLED, DONE, QUEUED) or not record.job.reason or record.cancelling
+        )
+        assert record.job.state != DEAD or record.job.reason
+        assert record_of((7, *row_of(record))) == replace(record, arrival=7)
+
+
+TestAnyLife = AnyLife.TestCase
+TestAnyLife.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

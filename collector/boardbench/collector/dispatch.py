@@ -59,6 +59,7 @@ _GATHER_SECONDS = 0.02
 _AT_ONCE = 64
 """Claims under way at once: they share a commit, and a fleet that comes back does not fill the memory."""
 
+_FEW = 8
 _MAX_DUE = 1000
 _MAX_WATCHED = 10_000
 """Jobs that one call may be about: 10,000 boards, one each."""
@@ -109,6 +110,8 @@ class Desk:
         """Jobs that the board has, as far as this stream knows, with the latest attempt it was told of."""
         self.named: dict[str, float] = {}
         """When it last named them, on a clock that never jumps."""
+        self.phases: dict[str, tuple[int, int]] = {}
+        """Attempt and phase that it told last of each job."""
         self._withdrawn: set[tuple[str, int]] = set()
         self._dispatcher = dispatcher
         self._send = send
@@ -152,8 +155,8 @@ class Desk:
 
     def forget(self, job_id: str) -> None:
         """The board has it no more."""
-        self.offered.pop(job_id, None)
-        self.named.pop(job_id, None)
+        for known in (self.offered, self.named, self.phases):
+            known.pop(job_id, None)
 
     def _put(self, key: tuple[str, int, str], response: collector_pb2.ReportResponse) -> None:
         if self._closed:
@@ -219,7 +222,6 @@ class Dispatcher:
         self._watchers: set[_Watcher] = set()
         self._named: dict[Desk, tuple[str, ...]] = {}
         self._reports: dict[tuple[Desk, str, int], job_pb2.JobReport] = {}
-        self._phases: dict[str, tuple[int, int]] = {}
         self._poked: set[str] = set()
         self._poke = asyncio.Event()
         self._forgotten_at = float("-inf")
@@ -247,8 +249,9 @@ class Dispatcher:
     def named(self, desk: Desk, job_ids: tuple[str, ...]) -> None:
         """A board names the jobs that it has."""
         now = self._monotonic()
-        for job_id in set(desk.named) - set(job_ids):
-            del desk.named[job_id]
+        for job_id in {*desk.named, *desk.phases} - set(job_ids):
+            desk.named.pop(job_id, None)
+            desk.phases.pop(job_id, None)
         desk.named.update((job_id, now) for job_id in job_ids)
         self._named[desk] = job_ids
         if not desk.ready:
@@ -264,8 +267,8 @@ class Dispatcher:
         self._reports[(desk, report.job_id, report.attempt)] = report
         # How far a run is is for eyes and can wait for others; what changes its state can't.
         phase = (report.attempt, int(report.phase))
-        if self._phases.get(report.job_id) != phase:
-            self._phases[report.job_id] = phase
+        if desk.phases.get(report.job_id) != phase:
+            desk.phases[report.job_id] = phase
             self._poke.set()
 
     async def run(self) -> None:
@@ -311,10 +314,12 @@ class Dispatcher:
             for job_id in job_ids:
                 step = partial(renewed, device_id=desk.device_id, lease_until=until)
                 transitions.setdefault(job_id, []).append(step)
+        changed: tuple[JobRecord, ...] = ()
         try:
-            changed = await self._jobs.change(
-                {job_id: partial(_in_turn, steps=steps) for job_id, steps in transitions.items()}
-            )
+            if transitions:
+                changed = await self._jobs.change(
+                    {job_id: partial(_in_turn, steps=steps) for job_id, steps in transitions.items()}
+                )
         except StoreError:
             # It is said again, but for what boards give back.
             self._reports = {**reports, **self._reports}
@@ -322,9 +327,9 @@ class Dispatcher:
             raise
         fine = {record.job_id for record in changed if record.is_held and not record.cancelling}
         await self._answer_unwanted(reports, named, set(transitions) - fine)
-        for desk, job_ids in named.items():
-            if not desk.ready:
-                await self._begin(desk, job_ids)
+        fresh = [(desk, job_ids) for desk, job_ids in named.items() if not desk.ready]
+        for at in range(0, len(fresh), _AT_ONCE):
+            await asyncio.gather(*(self._begin(*each) for each in fresh[at : at + _AT_ONCE]))
 
     async def _answer_unwanted(
         self,
@@ -403,6 +408,9 @@ class Dispatcher:
     async def _hand_out(self) -> None:
         """Leases jobs to the boards that were poked for and have room."""
         poked, self._poked = self._poked, set()
+        if len(poked) > _FEW:
+            # A fleet that comes back has few jobs: one look is less than a commit for every board.
+            poked &= await self._jobs.waiting_devices(at=self._clock())
         desks = [self._desks[name] for name in poked if name in self._desks]
         desks = [desk for desk in desks if desk.ready and desk.takes_jobs]
         for at in range(0, len(desks), _AT_ONCE):
@@ -432,8 +440,6 @@ class Dispatcher:
                 watcher.came.set()
         for record in records:
             self._dead += record.job.state == _DEAD
-            if not record.is_held:
-                self._phases.pop(record.job_id, None)
             desk = self._desks.get(record.device_id)
             if desk is None:
                 continue

@@ -213,7 +213,7 @@ class JobStore(Protocol):
         """Returns the SHA-256 of every file that an open job needs."""
 
     async def forget_jobs(self, *, ended_before: float, limit: int) -> int:
-        """Removes at most so many jobs that ended before, the oldest arrival first; returns how many it were.
+        """Removes at most so many jobs that ended before, the first to end first; returns how many it were.
 
         A batch goes with its last job.
         """

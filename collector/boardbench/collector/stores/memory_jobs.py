@@ -187,6 +187,7 @@ class MemoryJobStore:
             for record in self._jobs.values()
             if record.ended is not None and record.ended < ended_before
         ]
+        old.sort(key=lambda record: record.ended or 0.0)
         for record in old[:limit]:
             del self._jobs[record.job_id]
         kept = {record.job.batch_id for record in self._jobs.values()}

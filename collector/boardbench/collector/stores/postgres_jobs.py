@@ -197,8 +197,10 @@ class PostgresJobStore:
     async def due(self, *, at: float, limit: int) -> tuple[JobRecord, ...]:
         """See ``JobStore.due``."""
         query = (
-            f"{_SELECT} WHERE state IN {_OPEN} AND (deadline <= %s OR lease_until <= %s)"
-            " ORDER BY arrival LIMIT %s"
+            f"{_SELECT} WHERE job_id IN ("
+            f"SELECT job_id FROM jobs WHERE state IN {_OPEN} AND deadline <= %s"
+            f" UNION SELECT job_id FROM jobs WHERE state IN {_HELD} AND lease_until <= %s"
+            ") ORDER BY arrival LIMIT %s"
         )
         return await self._read(query, (at, at, limit))
 
@@ -288,7 +290,7 @@ class PostgresJobStore:
 
         def write(db: Connection) -> int:
             rows = db.execute(
-                "SELECT job_id, batch_id FROM jobs WHERE ended < %s ORDER BY arrival LIMIT %s FOR UPDATE",
+                "SELECT job_id, batch_id FROM jobs WHERE ended < %s ORDER BY ended LIMIT %s FOR UPDATE",
                 (ended_before, limit),
             ).fetchall()
             db.execute("DELETE FROM jobs WHERE job_id = ANY(%s)", ([job_id for job_id, _ in rows],))

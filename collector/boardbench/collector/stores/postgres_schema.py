@@ -130,6 +130,11 @@ def _jobs(db: Connection) -> None:
     db.execute("CREATE INDEX jobs_by_state ON jobs (state, device_id, priority, arrival)")
     db.execute("CREATE INDEX jobs_by_device ON jobs (device_id, arrival)")
     db.execute("CREATE INDEX jobs_by_batch ON jobs (batch_id, arrival)")
+    # What is looked at every second must not be all that waits.
+    db.execute("CREATE INDEX jobs_by_deadline ON jobs (state, deadline)")
+    db.execute("CREATE INDEX jobs_by_lease ON jobs (state, lease_until)")
+    db.execute("CREATE INDEX jobs_that_wait ON jobs (state, device_id, not_before, deadline, holder)")
+    db.execute("CREATE INDEX jobs_by_end ON jobs (ended)")
     db.execute(
         """CREATE TABLE batches (
             batch_id TEXT COLLATE "C" NOT NULL PRIMARY KEY,

@@ -165,8 +165,10 @@ class SqliteJobStore:
     async def due(self, *, at: float, limit: int) -> tuple[JobRecord, ...]:
         """See ``JobStore.due``."""
         query = (
-            f"{_SELECT} WHERE state IN {_OPEN} AND (deadline <= ? OR lease_until <= ?)"
-            " ORDER BY arrival LIMIT ?"
+            f"{_SELECT} WHERE job_id IN ("
+            f"SELECT job_id FROM jobs WHERE state IN {_OPEN} AND deadline <= ?"
+            f" UNION SELECT job_id FROM jobs WHERE state IN {_HELD} AND lease_until <= ?"
+            ") ORDER BY arrival LIMIT ?"
         )
         return await self._records(query, (at, at, limit))
 
@@ -258,7 +260,7 @@ class SqliteJobStore:
 
         def write(db: sqlite3.Connection) -> int:
             rows = db.execute(
-                "SELECT job_id, batch_id FROM jobs WHERE ended < ? ORDER BY arrival LIMIT ?",
+                "SELECT job_id, batch_id FROM jobs WHERE ended < ? ORDER BY ended LIMIT ?",
                 (ended_before, limit),
             ).fetchall()
             db.executemany("DELETE FROM jobs WHERE job_id = ?", [(job_id,) for job_id, _ in rows])

@@ -6,6 +6,7 @@ transaction of its own together with the line that says it ran, so a crash leave
 
 from __future__ import annotations
 
+import functools
 import json
 import sqlite3
 from collections.abc import Callable
@@ -160,6 +161,11 @@ def _version_4(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX jobs_by_state ON jobs (state, device_id, priority, arrival)")
     db.execute("CREATE INDEX jobs_by_device ON jobs (device_id, arrival)")
     db.execute("CREATE INDEX jobs_by_batch ON jobs (batch_id, arrival)")
+    # What is looked at every second must not be all that waits.
+    db.execute("CREATE INDEX jobs_by_deadline ON jobs (state, deadline)")
+    db.execute("CREATE INDEX jobs_by_lease ON jobs (state, lease_until)")
+    db.execute("CREATE INDEX jobs_that_wait ON jobs (state, device_id, not_before, deadline, holder)")
+    db.execute("CREATE INDEX jobs_by_end ON jobs (ended)")
     db.execute(
         """CREATE TABLE batches (
             batch_id TEXT NOT NULL PRIMARY KEY,
@@ -235,6 +241,7 @@ TRACK_SERIES = (
 )
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def series_text(series: Series) -> str:
     """Returns the series as the text that stands for it in the table."""
     return json.dumps(
