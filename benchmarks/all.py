@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import engines
 import first_inference
 import idle
 import inspecting
@@ -15,7 +16,7 @@ import tools
 import upload
 from report import run
 
-ALL = (overhead, tools, precision, sensors, upload, first_inference, idle, spool, inspecting)
+ALL = (overhead, engines, tools, precision, sensors, upload, first_inference, idle, spool, inspecting)
 
 if __name__ == "__main__":
     sys.exit(

@@ -295,7 +295,7 @@ def subjects_of(engine: str, folder: Path, seconds: float) -> list[Subject]:
             "onnxruntime": ((10, 96), (16, 112), (32, 160), (48, 256)),
             "openvino": ((16, 112), (32, 160), (48, 256), (64, 448)),
         }
-        models = [_convolutions(folder, width, size) for width, size in sizes[engine]]
+        models = [convolutions(folder, width, size) for width, size in sizes[engine]]
     found = []
     for model in models:
         samples = _bare(Subject(engine, model, 30), folder)
@@ -304,7 +304,7 @@ def subjects_of(engine: str, folder: Path, seconds: float) -> list[Subject]:
     return found
 
 
-def _convolutions(folder: Path, width: int, size: int) -> Path:
+def convolutions(folder: Path, width: int, size: int) -> Path:
     """Eight 3 × 3 convolutions of ``width`` channels on ``size`` × ``size``, in ONNX."""
     import numpy
     import onnx
