@@ -254,8 +254,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> Report:
     return Report(
         "overhead by engine",
         f"one thread, {WARM_UP_SECONDS} s of warm-up, at least {arguments.engine_rounds} rounds, each in a "
-        "fresh process; n: inferences of each; p50 in ms (median of rounds); ratio of boardbench's p50 to that "
-        f"of the bare loop in the same round: its median, with bounds at 95 %{missing}",
+        "fresh process; n: inferences of each; p50 in ms (median of rounds); ratio of boardbench's p50 to "
+        f"that of the bare loop in the same round: its median, with bounds at 95 %{missing}",
         ("", "rounds", "n", "bare loop ms", "boardbench ms", "ratio", "bounds"),
         rows,
         checks,
