@@ -10,13 +10,17 @@ https://prometheus.io/docs/specs/prw/remote_write_spec/
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
 import random
+import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -323,36 +327,66 @@ def write_request(batch: Sequence[_Measured], native_since: int | None) -> bytes
     """
     series: dict[bytes, list[bytes]] = {}
     for one in batch:
-        # An empty label is one that is not there.
-        shared = {
-            name: _label(name, value)
-            for name, value in zip(SERIES_LABELS, one.group.labels, strict=True)
-            if value
-        }
-        shared["job"] = _label("job", JOB)
+        labels = _SharedLabels(one.group.labels)
         stamp = number(2, one.milliseconds)
+        head = _SAMPLE + varint(_DOUBLE_BYTES + len(stamp)) + _VALUE
         for name, extra, value in one.group.samples:
-            labels = _labels(name, extra, shared)
-            series.setdefault(labels, []).append(piece(2, double(1, value) + stamp))
+            series.setdefault(labels.of(name, extra), []).append(head + _DOUBLE.pack(value) + stamp)
         shape = one.group.distribution
         if shape is not None and native_since is not None and one.milliseconds > native_since:
-            labels = _labels(_NATIVE, (), shared)
-            series.setdefault(labels, []).append(piece(4, _histogram(shape, one.milliseconds)))
-    return snappy(b"".join(piece(1, labels + b"".join(some)) for labels, some in series.items()))
+            found = series.setdefault(labels.of(_NATIVE, ()), [])
+            found.append(piece(4, _histogram(shape, one.milliseconds)))
+    pieces: list[bytes] = []
+    for labelled, some in series.items():
+        content = b"".join((labelled, *some))
+        pieces += (_SERIES, varint(len(content)), content)
+    return snappy(b"".join(pieces))
+
+
+_SERIES, _SAMPLE, _VALUE = varint(1 << 3 | 2), varint(2 << 3 | 2), varint(1 << 3 | 1)
+_DOUBLE = struct.Struct("<d")
+_DOUBLE_BYTES = 9
+_ORDER = sorted((*SERIES_LABELS, "job"))
 
 
 def _label(name: str, value: str) -> bytes:
-    return piece(1, text(1, name) + text(2, value))
+    # An empty label is one that is not there.
+    return piece(1, text(1, name) + text(2, value)) if value else b""
 
 
-def _labels(name: str, extra: tuple[str, ...], shared: Mapping[str, bytes]) -> bytes:
-    """Returns the labels of a series in the order of their names, as receivers want them."""
-    names = _LABELS.get(name, SERIES_LABELS)
-    more = dict(zip((*names[_SHARED:], "le"), extra, strict=False))
-    pieces = dict(shared)
-    pieces["__name__"] = _label("__name__", name)
-    pieces.update((label, _label(label, value)) for label, value in more.items() if value)
-    return b"".join(pieces[label] for label in sorted(pieces))
+class _SharedLabels:
+    """Makes the labels of the series of one result, in the order of their names, as receivers want them."""
+
+    def __init__(self, values: tuple[str, ...]) -> None:
+        told = dict(zip((*SERIES_LABELS, "job"), (*values, JOB), strict=True))
+        pieces = [_label(name, told[name]) for name in _ORDER]
+        self._all = b"".join(pieces)
+        self._ends = (0, *itertools.accumulate(len(each) for each in pieces))
+
+    def of(self, name: str, extra: tuple[str, ...]) -> bytes:
+        """Returns the labels of a series of this name, with these values behind the shared ones."""
+        head, cuts = _between(name, extra)
+        if not cuts:
+            return head + self._all
+        pieces = [head]
+        at = 0
+        for place, label in cuts:
+            end = self._ends[place]
+            pieces += (self._all[at:end], label)
+            at = end
+        pieces.append(self._all[at:])
+        return b"".join(pieces)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _between(name: str, extra: tuple[str, ...]) -> tuple[bytes, tuple[tuple[int, bytes], ...]]:
+    """Returns the label of the name, and the others, each with its place among the shared ones."""
+    names = (*_LABELS.get(name, SERIES_LABELS)[_SHARED:], "le")
+    told = sorted(zip(names, extra, strict=False))
+    # "__name__" comes before all others: no label begins with a capital letter or a digit.
+    return _label("__name__", name), tuple(
+        (bisect.bisect(_ORDER, label), _label(label, value)) for label, value in told
+    )
 
 
 def _histogram(shape: Distribution, milliseconds: int) -> bytes:
