@@ -12,6 +12,7 @@ import pytest
 from boardbench.agent.bench import plugins, runtimes
 from boardbench.agent.bench.runtime import RuntimeUnavailable
 from boardbench.agent.bench.runtimes import CONTRACT, Engine
+from boardbench.testkit import BenchChild
 
 GOOD: dict[str, Any] = {
     "name": "good",
@@ -278,6 +279,24 @@ def test_an_unreadable_distribution_hides_nothing(install: Callable[..., Path], 
         (tmp_path / name / "entry_points.txt").write_bytes(content)
     forget()
     assert [offer.name for offer in plugins.offers()] == ["good"]
+
+
+def test_a_defect_of_it_is_told_to_its_maker(good: Callable[..., Path]) -> None:
+    home = good()
+    with (home / "good_engine.py").open("a") as file:
+        file.write("    def load(self, model, **asked): return {}['what is not there']\n")
+    (home / "model.good").write_bytes(b"good")
+    job = {
+        "kind": "run",
+        "runtime": "good",
+        "format": "good",
+        "model_path": str(home / "model.good"),
+    }
+    child = BenchChild({"PYTHONPATH": str(home)})
+    error = child.run(job).error
+    assert error["code"] == "internal"
+    assert "KeyError" in error["message"]
+    assert error["message"].endswith("tell the maker of boardbench-good 1.0")
 
 
 def test_no_engine_of_boardbench_needs_what_plugins_declare() -> None:

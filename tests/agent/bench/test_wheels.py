@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,3 +133,27 @@ def test_pip_agrees_on_this_machine() -> None:
     if found.glibc is not None:
         major, minor = found.glibc
         assert f"manylinux_{major}_{minor}_{found.machine}" in platforms
+
+
+def test_the_agent_alone_brings_no_engine_and_each_engine_is_an_extra() -> None:
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.match(r"[\w-]+", each)[0] for each in requirements}
+
+    heavy = {"numpy", "tensorrt", "coremltools", "ai-edge-litert"}
+    heavy |= {each.package for each in vars(wheels).values() if isinstance(each, wheels.Wheels)}
+    assert not names(project["dependencies"] + extras["agent"]) & heavy
+    for extra, package in {
+        "tflite": wheels.AI_EDGE_LITERT,
+        "tflite-runtime": wheels.TFLITE_RUNTIME,
+        "onnx": wheels.ONNXRUNTIME,
+        "openvino": wheels.OPENVINO,
+        "torch": wheels.TORCH,
+        "executorch": wheels.EXECUTORCH,
+    }.items():
+        (requirement,) = (each for each in extras[extra] if names([each]) == {package.package})
+        # With a marker pip would install nothing, and not say so.
+        assert ";" not in requirement, f"{extra}: pip says when there is no wheel"

@@ -33,7 +33,7 @@ import threading
 import traceback
 from typing import Any, BinaryIO, Callable, List, Mapping, NoReturn, Optional
 
-from boardbench.agent.bench import probe
+from boardbench.agent.bench import probe, runtimes
 from boardbench.agent.bench.events import EventWriter
 from boardbench.agent.bench.job import (
     CpuFallback,
@@ -119,6 +119,7 @@ class StdinOrders:
 
 def _serve(line: bytes, events: EventWriter, orders: StdinOrders) -> int:
     """Carries out one job line; the exit code. Every exception ends here."""
+    content: Any = None
     try:
         content = json.loads(line)
         if not isinstance(content, dict):
@@ -141,7 +142,7 @@ def _serve(line: bytes, events: EventWriter, orders: StdinOrders) -> int:
         traceback.print_exc()
         if events.ended:
             return 1  # the engine failed to close: the result is out
-        code, message = _explain(error)
+        code, message = _explain(error, _whose(content))
         with contextlib.suppress(BrokenPipeError):
             events.error(code, message)
         return 1
@@ -158,7 +159,19 @@ def _names(content: Mapping[str, Any]) -> Optional[List[str]]:
     return names
 
 
-def _explain(error: Exception) -> "tuple[str, str]":
+def _whose(content: Any) -> str:
+    """What to do about a defect: whose it is to mend."""
+    name = content.get("runtime") if isinstance(content, dict) else None
+    if isinstance(name, str) and all(name != engine.name for engine in runtimes.ENGINES):
+        from boardbench.agent.bench import plugins
+
+        offer = plugins.find(name)
+        if offer is not None:
+            return f"tell the maker of {offer.distribution}"
+    return "please report this"
+
+
+def _explain(error: Exception, what_to_do: str) -> "tuple[str, str]":
     """Code and message of the error event for an exception."""
     for kind, code in _CODES:
         if isinstance(error, kind):
@@ -171,7 +184,7 @@ def _explain(error: Exception) -> "tuple[str, str]":
     where = traceback.extract_tb(error.__traceback__)[-1]
     return (
         "internal",
-        f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno}): please report this",
+        f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno}): {what_to_do}",
     )
 
 
