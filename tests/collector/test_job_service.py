@@ -7,6 +7,7 @@ import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ import pytest
 
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.stores.memory import MemoryResultStore
+from boardbench.collector.stores.postgres import PostgresResultStore
 from boardbench.v1 import agent_pb2, collector_pb2, job_pb2, job_pb2_grpc, result_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
@@ -907,3 +909,48 @@ async def test_terms_choose_the_devices(collector: Any) -> None:
     assert await found("board=pi5", "runtime=tflite") == ["pi4", "pi5"]
     code, _ = await refusal(collector.stub.ListDevices(collector_pb2.ListDevicesRequest(on=["x"])))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+# Several collectors over one database.
+
+
+async def test_what_is_asked_of_one_collector_reaches_a_board_of_another(
+    collector_over: Any,
+    local_config: CollectorConfig,
+    postgres_url: str,
+    tmp_path: Path,
+    make_result: MakeResult,
+) -> None:
+    configs = [
+        replace(local_config, data_dir=tmp_path / name, files_dir=tmp_path / "files") for name in ("a", "b")
+    ]
+    stores = [await PostgresResultStore.open(postgres_url) for _ in configs]
+    try:
+        async with (
+            collector_over(stores[0], configs[0]) as near,
+            collector_over(stores[1], configs[1]) as far,
+        ):
+            desk, board = Desk(far), await join(near)
+            await desk.send()
+            (job,) = await desk.submit("device_id=pi5")
+            first = await offer(board)
+            assert first.job_id == job.job_id
+            assert await Desk(near).fetch() == MODEL
+            call = desk.stub.WatchJobs(
+                job_pb2.WatchJobsRequest(filter=job_pb2.JobFilter(job_ids=[job.job_id]))
+            )
+            await board.send(1, make_result(first.run_id))
+            await board.acknowledged(1)
+            seen = [response.job.state async for response in call]
+            assert seen[-1] == DONE
+            (job,) = await desk.submit("device_id=pi5")
+            second = await offer(board)
+            await desk.until(job.job_id, LEASED)
+            await desk.cancel(job.job_id)
+            assert (await withdrawal(board)).job_id == job.job_id
+            await say(board, second, job_pb2.JOB_PHASE_RETURNED, reason="withdrawn")
+            await desk.until(job.job_id, CANCELLED)
+            await board.leave()
+    finally:
+        for store in stores:
+            await store.close()
