@@ -192,8 +192,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         "scrape and remote write",
         f"{_MODELS} models a board, each with four percentiles with bounds, memory by phase, placement and "
         "a histogram. Written: CPU time to make the text, of all series changed and of none (boardbench "
-        "takes a result in when it comes; prometheus_client's gauges are set before). Scraped: by a Prometheus "
-        f"every {_INTERVAL_SECONDS:.0f} s, gzip, all series changed in between (the Pushgateway: none changed), "
+        "takes a result in when it comes; prometheus_client's gauges are set before). Scraped: by Prometheus "
+        f"every {_INTERVAL_SECONDS:.0f} s, gzip, all series changed in between (the Pushgateway: none), "
         "median of scrape_duration_seconds. Remote write: results in a store in memory to a receiver on this "
         "machine; alone: the receiver given bodies that were made before",
         (
