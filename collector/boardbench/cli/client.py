@@ -206,7 +206,7 @@ class LongClient(Client):
         retry = _Retry(self, f"sending {source.name}")
         corrupt = 0
         while True:
-            push = _Push(message, source, kind, on_sent)
+            push = _Push(message, source, kind, on_sent, self.noun)
             try:
                 with self._started(method(push.requests())) as call, push.watched(call):
                     return push.answered(call, self._heard, retry.progressed)
@@ -538,8 +538,10 @@ class _Push:
         source: Source,
         kind: agent_pb2.FileKind.ValueType,
         on_sent: Callable[[int], None],
+        noun: str,
     ) -> None:
         self._message = message
+        self._noun = noun
         self._source = source
         self._kind = kind
         self._on_sent = on_sent
@@ -587,8 +589,8 @@ class _Push:
             offset = response.resume.offset_bytes
             if not 0 <= offset <= self._source.size_bytes:
                 raise Refused(
-                    f"it asks for byte {offset} of {self._source.name}, which has {self._source.size_bytes}: "
-                    "a defect of the other side; look at its version"
+                    f"the {self._noun} asks for byte {offset} of {self._source.name}, which has "
+                    f"{self._source.size_bytes}: a defect of the {self._noun}; look at its version"
                 )
             progressed(offset)
             self._on_sent(offset)
