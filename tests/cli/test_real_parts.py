@@ -162,3 +162,48 @@ def test_a_board_describes_itself(boardbench, to, at):
     assert "test-agent" in done.out
     assert "✓" in done.out
     assert f"{at[1]} connected" in " ".join(done.out.split())
+
+
+def test_every_engine_of_a_real_board_runs_a_model_and_is_compared(boardbench, to, shared_models):
+    pytest.importorskip("openvino", reason="needs pip install 'boardbench[openvino]'")
+    model = shared_models / "mobilenet_v1_0.25_128_quant.tflite"
+    listed = json.loads(boardbench("runtimes", model, *to, "--format", "json").out)
+    assert [(entry["name"], entry["can_run"], entry["default"]) for entry in listed] == [
+        ("tflite", True, True),
+        ("openvino", True, False),
+    ]
+    done = boardbench(
+        *("push", model, *to, "--runtime", "all", "--interleave", "--processes", "2", "--duration", "0.1"),
+        *("--threads", "1", "--no-profile", "--format", "json"),
+    )
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    first, second = document["engines"]
+    assert (first["runtime"], second["runtime"]) == ("tflite", "openvino")
+    assert second["difference"]["from"] == "tflite"
+    assert second["difference"]["elements"] == second["difference"]["compared"] == 1001
+    assert second["difference"]["verdict"] in ("same bytes", "close", "rough")
+    assert document["results"][0]["comparisons"][0]["run_id"] == document["results"][1]["run_id"]
+
+
+def test_a_real_engine_loads_from_what_it_kept(boardbench, to, shared_models):
+    pytest.importorskip("openvino", reason="needs pip install 'boardbench[openvino]'")
+    model = shared_models / "mobilenet_v1_0.25_128_quant.tflite"
+
+    def push(*more):
+        arguments = ("--runtime", "openvino", "--duration", "0.05", "--no-profile", *more)
+        done = boardbench("push", model, *to, *arguments, "--format", "json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    assert "caches" not in push()
+    cold, warm = push("--cache", "keep"), push("--cache", "keep")
+    assert [result["caches"][0]["warm"] for result in (cold, warm)] == [False, True]
+    assert cold["caches"][0]["path"] == warm["caches"][0]["path"]
+    assert int(warm["caches"][0]["size_bytes"]) > 100_000
+    assert push("--cache", "renew")["caches"][0]["warm"] is False
+    page = boardbench("push", model, *to, *("--runtime", "openvino", "--duration", "0.05", "--cache", "keep"))
+    assert "from a warm cache (compiled blobs, " in page.out
+    refused = boardbench("push", model, *to, "--runtime", "tflite", "--cache", "keep")
+    assert refused.code == 1
+    assert "tflite takes no cache (keep was asked for): leave it out, or choose openvino" in refused.err

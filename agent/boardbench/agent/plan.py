@@ -405,7 +405,7 @@ def plan(
     spec = result_pb2.BenchmarkSpec()
     spec.CopyFrom(asked)
     spec.runtime, spec.device = status.name, device
-    _refuse_settings(asked, status, statuses)
+    _refuse_settings(model, asked, status, statuses)
     _refuse_processors(asked)
     _fill_in(spec, asked, defaults)
     by_default = not asked.cache
@@ -494,6 +494,7 @@ def asked_settings(spec: result_pb2.BenchmarkSpec) -> dict[str, str]:
 
 
 def _refuse_settings(
+    model: model_pb2.Model,
     asked: result_pb2.BenchmarkSpec,
     status: board_pb2.RuntimeStatus,
     statuses: tuple[board_pb2.RuntimeStatus, ...],
@@ -503,10 +504,14 @@ def _refuse_settings(
     for name, value in asked_settings(asked).items() if status.settings else ():
         if name in status.settings:
             continue
-        takers = ", ".join(each.name for each in statuses if each.available and name in each.settings)
+        takers = ", ".join(
+            each.name
+            for each in statuses
+            if each.available and name in each.settings and model.format in each.formats
+        )
         raise NotRunnable(
-            f"{status.name} takes no {name} ({value} was asked for); on this board "
-            + (f"{takers} can be told: leave it out, or choose another runtime" if takers else "none can be")
+            f"{status.name} takes no {name} ({value} was asked for): leave it out"
+            + (f", or choose {takers}, which can run {model.format} here, too" if takers else "")
         )
 
 

@@ -116,6 +116,14 @@ def test_a_setting_is_taken_or_an_error_that_names_it(subject: Subject, name: st
     )
     if name in TAKES[subject.name]:
         job.refuse_settings(runtime, wanted)
+        if subject.name == "onnxruntime" and name != THREADS:
+            pytest.importorskip("onnxruntime")
+            runtime.version()
+            if set(runtime.devices()) & {"openvino", "tensorrt"}:
+                job.refuse_settings(runtime, wanted)
+            else:
+                with pytest.raises(OptionRejected, match=rf"takes no {name}"):
+                    job.refuse_settings(runtime, wanted)
     else:
         with pytest.raises(OptionRejected, match=rf"^{subject.name} takes no {name} \("):
             job.refuse_settings(runtime, wanted)

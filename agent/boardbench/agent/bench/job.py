@@ -172,6 +172,8 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
 
 def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
     """Every instance of the model that the scenario wants."""
+    if job.cache_by_default and CACHE not in getattr(runtime, "settings", ()):
+        job = replace(job, cache=CacheUse.NONE)
     shapes = _shapes(job)
     settings = Settings(job.compute_precision)
     cache = job.cache
@@ -226,7 +228,7 @@ def refuse_settings(runtime: Runtime, job: Job) -> None:
     asked = {
         THREADS: "" if job.threads is None else str(job.threads),
         COMPUTE_PRECISION: job.compute_precision,
-        CACHE: "" if job.cache is CacheUse.NONE else job.cache.name.lower(),
+        CACHE: "" if job.cache is CacheUse.NONE or job.cache_by_default else job.cache.name.lower(),
     }
     taken = getattr(runtime, "settings", (THREADS,))
     for name, value in asked.items():

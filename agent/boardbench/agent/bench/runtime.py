@@ -216,8 +216,13 @@ class Runtime(Protocol):
     name: str
     formats: Tuple[str, ...]
 
-    settings: Tuple[str, ...]
-    """Those of SETTINGS that it takes, on some device at least; the others are refused before ``load``."""
+    @property
+    def settings(self) -> Tuple[str, ...]:
+        """Those of SETTINGS that it takes, on some device at least; the others are refused before ``load``.
+
+        A constant in most; where it depends on the installation, asked for after :meth:`version`.
+        """
+        ...
 
     options: Mapping[str, str]
     """Its own options by name, each with what it does in one line; a name that ends in ``.`` takes a key."""

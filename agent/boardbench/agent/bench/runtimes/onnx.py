@@ -135,7 +135,6 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     formats: Tuple[str, ...] = ("onnx",)
-    settings: Tuple[str, ...] = (THREADS, COMPUTE_PRECISION, CACHE)
     options: Mapping[str, str] = {
         "graph_optimization": "all (default), extended, basic or off",
         "execution_mode": "sequential (default) or parallel: whether branches of the graph run side by side",
@@ -171,6 +170,14 @@ class OnnxRuntime:
             self._ort = onnxruntime
         package = getattr(self._ort, "package_name", None) or "onnxruntime"
         return f"{package} {self._ort.__version__}"
+
+    @property
+    def settings(self) -> Tuple[str, ...]:
+        """Threads, and what some provider of this build can be told; of one not yet imported, any."""
+        names = {*PRECISION_OPTIONS, *CACHE_OPTIONS}
+        here = names if self._ort is None else {_short(name) for name in self._providers()}
+        more = ((COMPUTE_PRECISION, PRECISION_OPTIONS), (CACHE, CACHE_OPTIONS))
+        return (THREADS, *(setting for setting, takers in more if here & set(takers)))
 
     def devices(self) -> Tuple[str, ...]:
         """cpu, then the other providers of this build, the engine's preferred first."""
