@@ -365,6 +365,18 @@ METRICS: tuple[Metric, ...] = (
         (),
         "Streams that ended because nothing was heard any more.",
     ),
+    Metric(
+        "boardbench_collector_identity_conflicts_total",
+        "counter",
+        (),
+        "Streams of a second agent with the identity of one that is connected.",
+    ),
+    Metric(
+        "boardbench_collector_spool_renewals_total",
+        "counter",
+        (),
+        "Times that an agent was asked for a new identity of its spool, which another one had used.",
+    ),
     Metric("boardbench_collector_results_stored_total", "counter", (), "Results that were stored."),
     Metric(
         "boardbench_collector_results_duplicate_total",

@@ -390,6 +390,8 @@ def collector_group(snapshot: Snapshot, version: str, python: str) -> Group:
         yield "boardbench_collector_streams_total", (), tally.streams
         yield "boardbench_collector_streams_superseded_total", (), tally.superseded
         yield "boardbench_collector_streams_silent_total", (), tally.silent
+        yield "boardbench_collector_identity_conflicts_total", (), tally.identity_conflicts
+        yield "boardbench_collector_spool_renewals_total", (), tally.renewals
         yield "boardbench_collector_results_stored_total", (), tally.stored
         yield "boardbench_collector_results_duplicate_total", (), tally.duplicates
         for reason, count in sorted(tally.refused.items()):
