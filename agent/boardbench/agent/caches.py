@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -30,6 +29,9 @@ def bound(folder: Path, limit_bytes: int) -> list[Path]:
         used_bytes += size_bytes
         if used_bytes <= limit_bytes:
             continue
+        # Only here: it is a megabyte of memory with what it imports, and few agents remove anything.
+        import shutil
+
         try:
             shutil.rmtree(path)
         except OSError as error:
