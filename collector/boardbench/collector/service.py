@@ -355,18 +355,21 @@ class _Conversation:
             outcome.set_exception(refusal)
         self._waiting.append(_Waiting(spool_id, sequence, size, outcome, came_at))
         self._waiting_bytes += size
+        outcome.add_done_callback(self._wake)
+
+    def _wake(self, _outcome: asyncio.Future[bool]) -> None:
+        """Something can be answered, as far as everything before it can; cheaper than a task that waits."""
         self._came.set()
 
     async def _answer(self) -> None:
         """Acknowledges in order what was committed; one message may answer for many results."""
         while True:
-            if not self._waiting:
-                if self._no_more:
+            if not (self._waiting and self._waiting[0].outcome.done()):
+                if self._no_more and not self._waiting:
                     return
                 self._came.clear()
                 await self._came.wait()
                 continue
-            await asyncio.wait((self._waiting[0].outcome,))
             acknowledged: _Waiting | None = None
             while self._waiting and self._waiting[0].outcome.done():
                 entry = self._waiting[0]

@@ -7,7 +7,9 @@ waits for a writer. Every implementation passes the same suite (``tests/collecto
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import operator
 import struct
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -165,6 +167,9 @@ class Series:
 _MAX_PLACED_OPS = 20_000
 """Ops of a model whose places are kept one by one; the largest models have some thousands."""
 
+_MAX_KEPT_TEXT = 1000
+"""Characters of a name that may stand in a cache; real ones have a hundred."""
+
 _UNIT_COUNT = struct.Struct("<BI")
 _OP_DIGEST_BYTES, _OP_PLACE_BYTES = 8, 2
 _OP_BYTES = _OP_DIGEST_BYTES + _OP_PLACE_BYTES
@@ -236,21 +241,30 @@ def places_of(result: result_pb2.RunResult) -> Places | None:
         unit = count.unit & _LARGEST_UNIT
         units[unit] = min(units[unit] + count.ops, _LARGEST_COUNT)
     ops: dict[bytes, bytes] = {}
-    seen: Counter[tuple[str, str]] = Counter()
+    seen: dict[tuple[str, str], int] = {}
     for op in placement.ops if len(placement.ops) <= _MAX_PLACED_OPS else ():
         like = (op.type, op.name)
-        name = f"{op.type}\0{op.name}\0{seen[like]}".encode()
-        ops[hashlib.blake2b(name, digest_size=_OP_DIGEST_BYTES).digest()] = _place(op)
-        seen[like] += 1
+        nth = seen[like] = seen.get(like, -1) + 1
+        unit = op.unit
+        # Of a delegate that is not known for its unit, the name tells one from another.
+        foreign = op.delegate if unit == placement_pb2.UNIT_DELEGATE else ""
+        digest = _op_digest if len(op.type) + len(op.name) <= _MAX_KEPT_TEXT else _op_digest.__wrapped__
+        ops[digest(op.type, op.name, nth)] = _place(unit, foreign[:_MAX_KEPT_TEXT])
     return Places(placement.verdict & 0xFF, dict(units), ops)
 
 
-def _place(op: placement_pb2.OpPlacement) -> bytes:
-    if op.unit == placement_pb2.UNIT_UNSPECIFIED:
+# Boards measure the same models again and again: their ops are told by their names once.
+@functools.lru_cache(maxsize=1 << 16)
+def _op_digest(kind: str, name: str, nth: int) -> bytes:
+    text = f"{kind}\0{name}\0{nth}".encode()
+    return hashlib.blake2b(text, digest_size=_OP_DIGEST_BYTES).digest()
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _place(unit: int, foreign: str) -> bytes:
+    if unit == placement_pb2.UNIT_UNSPECIFIED:
         return _NO_PLACE
-    # Of a delegate that is not known for its unit, the name tells one from another.
-    foreign = op.delegate if op.unit == placement_pb2.UNIT_DELEGATE else ""
-    return bytes((op.unit & _LARGEST_UNIT,)) + hashlib.blake2b(foreign.encode(), digest_size=1).digest()
+    return bytes((unit & _LARGEST_UNIT,)) + hashlib.blake2b(foreign.encode(), digest_size=1).digest()
 
 
 def has_drifted(before: Places, after: Places) -> bool:
@@ -451,7 +465,7 @@ def split(result: result_pb2.RunResult) -> tuple[bytes, bytes]:
     that everything that reads many results reads kilobytes and not megabytes.
     https://protobuf.dev/programming-guides/encoding/#last-one-wins
     """
-    there = [path for path in LONG if list_at(result, path)]
+    there = [path for path, found in _LISTS if found(result)]
     if not there:
         return result.SerializeToString(deterministic=True), b""
     summary, detail = result_pb2.RunResult(), result_pb2.RunResult()
@@ -479,6 +493,9 @@ LONG = (
     "interference.alone.histogram.counts",
 )
 """The lists of a result that grow with the run or the model."""
+
+
+_LISTS = tuple((path, operator.attrgetter(path)) for path in LONG)
 
 
 def list_at(result: result_pb2.RunResult, path: str) -> Any:
@@ -529,8 +546,26 @@ def series_of(result: result_pb2.RunResult) -> Series:
 
 def series_id(device_id: str, series: Series) -> int:
     """Returns a number that stands for the series of a board: 64 bits of a digest, signed as in SQL."""
+    return (_series_id if is_short(series) else _series_id.__wrapped__)(device_id, series)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _series_id(device_id: str, series: Series) -> int:
     text = "\0".join((device_id, *astuple(series))).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+
+
+def is_short(series: Series) -> bool:
+    """Whether what follows from the series may be kept in memory: nobody can make it gigabytes."""
+    # Not dataclasses.astuple, which copies.
+    return (
+        len(series.model_name)
+        + len(series.model_sha256)
+        + len(series.runtime)
+        + len(series.target)
+        + len(series.threads)
+        + len(series.variant)
+    ) <= _MAX_KEPT_TEXT
 
 
 def scenario_parts(spec: result_pb2.BenchmarkSpec) -> list[str]:

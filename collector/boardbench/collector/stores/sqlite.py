@@ -76,6 +76,9 @@ _BATCH_ENTRIES = 4096
 _BUSY_SECONDS = 10.0
 """How long a write waits for another process (a backup, a shell) that holds the file."""
 
+_REMEMBERED_SPOOLS = 100_000
+"""Marks that the writer keeps in mind, of which it is the only one to move any: 20 MB."""
+
 _BEYOND = "\U0010ffff"
 """Sorts behind every text that begins alike: the highest code point, and SQLite compares UTF-8 bytes."""
 
@@ -157,6 +160,8 @@ class SqliteResultStore:
         self._loop = asyncio.get_running_loop()
         self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._closed = False
+        self._marks: dict[tuple[str, str], int] = {}
+        """Of spools, as they are committed; only the writer's thread looks at them."""
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self.jobs = SqliteJobStore(self)
@@ -332,7 +337,9 @@ class SqliteResultStore:
         """Returns what to tell each entry, once the batch is committed; raises when nothing was."""
         db = self._db
         outcomes: list[Any] = []
-        marks: dict[tuple[str, str], int] = {}
+        marks = self._marks
+        if len(marks) > _REMEMBERED_SPOOLS:
+            marks.clear()
         moved: set[tuple[str, str]] = set()
         counts: Counter[tuple[str, int]] = Counter()
         latest: dict[tuple[str, str], _Track] = {}
@@ -355,6 +362,7 @@ class SqliteResultStore:
                 db.executemany(TRACK_SERIES, [_track_row(key, track) for key, track in latest.items()])
             db.execute("COMMIT")
         except BaseException:
+            marks.clear()
             # SQLite has rolled back by itself after some errors, a full disk among them.
             if db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):

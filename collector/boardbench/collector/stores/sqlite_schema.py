@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable
 
 from boardbench.collector.errors import StoreForeign
-from boardbench.collector.store import Series, places_of, series_id, series_of, split
+from boardbench.collector.store import Series, is_short, places_of, series_id, series_of, split
 from boardbench.v1 import result_pb2
 
 APPLICATION_ID = 0x62623031
@@ -241,9 +241,13 @@ TRACK_SERIES = (
 )
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def series_text(series: Series) -> str:
     """Returns the series as the text that stands for it in the table."""
+    return (_series_text if is_short(series) else _series_text.__wrapped__)(series)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _series_text(series: Series) -> str:
     return json.dumps(
         [
             series.model_name,
