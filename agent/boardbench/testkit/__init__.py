@@ -7,7 +7,7 @@ A test module says which engine, and how to make a small model for it; everythin
     class TestHailo(EngineContract):
         subjects = (Subject("hailo", ".hef", closed=make_model, device="hailo8", computes=the_same_in_numpy),)
 
-``pytest_plugins = ["boardbench.testkit"]`` in ``conftest.py`` adds the fixture ``bench_child`` for more tests.
+``pytest_plugins = ["boardbench.testkit"]`` in ``conftest.py`` adds the fixture ``bench_child``.
 Needs pytest and NumPy (``boardbench[testkit]``).
 """
 
