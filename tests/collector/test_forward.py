@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.server
 import json
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cramjam
+import grpc
 import pytest
 from aiohttp import web
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -33,7 +36,7 @@ from boardbench.collector.forward import (
     snappy_literal,
 )
 from boardbench.collector.stores.memory import MemoryResultStore
-from boardbench.v1 import result_pb2
+from boardbench.v1 import collector_pb2, collector_pb2_grpc, result_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 
@@ -387,6 +390,61 @@ async def test_posting_over_http() -> None:
     assert headers["X-Prometheus-Remote-Write-Version"] == "0.1.0"
     assert headers["X-Scope-OrgID"] == "lab"
     assert headers["Authorization"] == "Basic " + base64.b64encode(b"user:secret").decode()
+
+
+def test_a_collector_sends_on_what_boards_report(
+    start_collector: Callable[..., Any],
+    make_hello: Callable[..., collector_pb2.Hello],
+    make_result: MakeResult,
+    wait_until: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[dict[str, str], Any]] = []
+
+    class Take(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(
+                (dict(self.headers), WriteRequest.FromString(bytes(cramjam.snappy.decompress_raw(body))))
+            )
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Take)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    receiver = f"127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("BOARDBENCH_COLLECTOR_REMOTE_WRITE", f"http://{receiver}/write")
+    monkeypatch.setenv(
+        "BOARDBENCH_COLLECTOR_REMOTE_WRITE_HEADER", "Authorization=Bearer to ken\nX-Tenant=lab"
+    )
+    try:
+        for turn in (1, 2):
+            collector = start_collector()
+            result = make_result(f"run-{turn}", finished=1_700_000_000 + turn)
+            requests = (
+                collector_pb2.ReportRequest(hello=make_hello()),
+                collector_pb2.ReportRequest(
+                    result=collector_pb2.SpooledResult(spool_id="spool-1", sequence=turn, result=result)
+                ),
+            )
+            with grpc.insecure_channel(collector.grpc_address) as channel:
+                stub = collector_pb2_grpc.CollectorServiceStub(channel)
+                list(stub.Report(iter(requests)))
+            wait_until(lambda turn=turn: len(seen) == turn, "the result is sent on")
+            shown = f'boardbench_collector_forward_up{{receiver="{receiver}"}} 1\n'
+            wait_until(lambda get=collector.get, shown=shown: shown in get("/metrics"), "and that is told")
+            assert collector.stop() == 0
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    for turn, (headers, request) in enumerate(seen, 1):
+        assert headers["Authorization"] == "Bearer to ken" and headers["X-Tenant"] == "lab"
+        assert set(stamps(request)) == {(1_700_000_000 + turn) * 1000}
 
 
 # Real receivers.

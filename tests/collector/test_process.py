@@ -76,6 +76,8 @@ def test_missing_part_of_the_installation_is_told_with_the_command_that_mends_it
         (("serve", "--listen", "::1"), "in brackets"),
         (("serve", "--series-ttl", "-1"), "--series-ttl"),
         (("serve", "--nonsense"), "--nonsense"),
+        (("serve", "--remote-write", "mimir:9009"), "http://HOST:PORT/api/v1/write"),
+        (("serve", "--remote-write-header", "tenant"), "write NAME=VALUE"),
         (("frobnicate",), "frobnicate"),
     ],
 )

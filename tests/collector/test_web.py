@@ -470,3 +470,28 @@ async def test_the_page_shows_jobs(filled: Any, http: aiohttp.ClientSession) -> 
     for link in page.links:
         async with http.get(filled.url + link) as answer:
             assert answer.status == 200, link
+
+
+async def test_boards_that_serve_their_own_metrics_are_targets(
+    collector: Any, http: aiohttp.ClientSession
+) -> None:
+    async with http.get(collector.url + "/sd/targets") as answer:
+        assert (answer.status, answer.content_type, await answer.json()) == (200, "application/json", [])
+    open_board = collector.board("open")
+    open_board.hello.metrics_address = "open.lab:7344"
+    open_board.hello.board.labels["rack.no"] = "2"
+    quiet = collector.board("quiet")
+    await open_board.join()
+    await quiet.join()
+    async with http.get(collector.url + "/sd/targets") as answer:
+        (group,) = await answer.json()
+    assert group["targets"] == ["open.lab:7344"]
+    labels = group["labels"]
+    assert labels["__meta_boardbench_device"] == "open"
+    assert labels["__meta_boardbench_soc"] == "bcm2712"
+    assert labels["__meta_boardbench_label_rack_no"] == "2"
+    assert labels["__meta_boardbench_up"] == "1"
+    await open_board.leave()
+    async with http.get(collector.url + "/sd/targets") as answer:
+        assert (await answer.json())[0]["labels"]["__meta_boardbench_up"] == "0"
+    await quiet.leave()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,6 +56,13 @@ def _option(name: str, **more: Any) -> Callable[[_Command], _Command]:
     return click.option(name, envvar=variable, show_envvar=True, **more)
 
 
+class _Line(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+    """Text in which spaces are nothing special: several of them in the environment are lines."""
+
+    name = "text"
+    envvar_list_splitter = "\n"
+
+
 def _urls(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
     for url in given:
         parts = urlsplit(url)
@@ -80,12 +88,34 @@ _data_dir = _option(
 )
 
 
-_store = _option(
+_store_url = _option(
     "--store",
     default="",
     metavar="URL",
     help="Where results live: postgresql://HOST/DATABASE.  [default: an SQLite file in the folder]",
 )
+
+
+def _take_password(_context: click.Context, _option: click.Parameter, path: Path | None) -> None:
+    """Hands the password to PostgreSQL's library by its own variable, which no list of processes shows."""
+    if path is not None:
+        try:
+            os.environ["PGPASSWORD"] = path.read_text().rstrip("\n")
+        except OSError as error:
+            raise click.BadParameter(f"{path} can't be read: {error.strerror}") from error
+
+
+def _store(command: _Command) -> _Command:
+    """Adds the options that say where results live."""
+    password = _option(
+        "--store-password-file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        expose_value=False,
+        callback=_take_password,
+        metavar="FILE",
+        help="The password for the store, in a file of its own.  [default: PGPASSWORD, or ~/.pgpass]",
+    )
+    return _store_url(password(command))
 
 
 def _keep_options(command: _Command) -> _Command:
@@ -241,9 +271,10 @@ def main() -> None:
 @_option(
     "--remote-write-header",
     multiple=True,
+    type=_Line(),
     metavar="NAME=VALUE",
     callback=_headers,
-    help="Header of these requests, such as X-Scope-OrgID=lab; may be repeated.",
+    help="Header of these requests, as X-Scope-OrgID=lab; may be repeated, in the environment line by line.",
 )
 @_option(
     "--log-level",
