@@ -194,3 +194,35 @@ def test_the_real_provider_is_in_the_environment(python: str) -> None:
     script = "import onnxruntime, json; print(json.dumps(onnxruntime.get_available_providers()))"
     said = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
     assert OPENVINO in json.loads(said.splitlines()[-1])
+
+
+def test_the_provider_keeps_blobs_where_that_is_asked_for(run: Callable[..., Any], tmp_path: Path) -> None:
+    wanted = {"cache_root": str(tmp_path / "caches"), "model_sha256": "ab", "profile_runs": 0}
+
+    def load(use: str) -> tuple[dict[str, Any], dict[str, int]]:
+        (cache,) = run(models.onnx_partly(), **wanted, cache=f"CACHE_USE_{use}").result["caches"]
+        return cache, {path.name: path.stat().st_mtime_ns for path in Path(cache["path"]).iterdir()}
+
+    first, made = load("KEEP")
+    second, found = load("KEEP")
+    assert (first["name"], first["warm"], first["size_bytes"] > 0) == ("compiled blobs", False, True)
+    assert second["path"] == first["path"]
+    # 1.24 writes the blob anew at every load, which is then no load from a cache.
+    assert second["warm"] is (found == made)
+    assert load("RENEW")[0]["warm"] is False
+    assert not run(models.onnx_partly(), profile_runs=0).result.get("caches")
+
+
+def test_the_provider_is_told_a_precision_or_refuses_it(run: Callable[..., Any]) -> None:
+    result = run(models.onnx_partly(), compute_precision="float32", profile_runs=0).result
+    assert result["effective_spec"]["compute_precision"] == "float32"
+    for precision in ("float16", "bfloat16", "int8"):
+        error = run(models.onnx_partly(), compute_precision=precision).error
+        assert error["code"] == "option_rejected"
+        assert f"compute_precision={precision}: the provider {OPENVINO} can't be told so" in error["message"]
+    error = run(
+        models.onnx_partly(), compute_precision="float32", options={"provider.precision": "FP32"}
+    ).error
+    assert "provider.precision say what compute_precision" in error["message"]
+    error = run(models.onnx_partly(), device="cpu", compute_precision="float32").error
+    assert "CPUExecutionProvider can't be told so, it computes as the model is written" in error["message"]
