@@ -275,5 +275,39 @@ def test_a_suite_runs_and_is_watched_over_restarts(lab: Lab, demo_tflite: Path, 
     assert watching.end() == 0
     assert lab.cli("suite", "watch", file, *via, "--once").out == ""
     assert len(lab.jobs()) == 4
+
+    # It went down after it had queued a round and before it had written that down.
+    (state,) = (lab.programs.folder / ".local/state/boardbench/suites").glob("nightly-*.json")
+    told = json.loads(state.read_text())
+    state.write_text(json.dumps(told | {"files": {}}))
+    once = ("suite", "watch", file, *via, "--once")
+    assert "2 jobs queued" in lab.cli(*once).out
+    assert len(lab.jobs()) == 4
+
+    # A round by the clock that was missed is made up for, once.
+    file.write_text(file.read_text().replace("folders =", 'cron = "0 3 * * *"\nfolders ='))
+    state.write_text(json.dumps(told | {"tick": told["tick"] - 3 * 86400}))
+    assert lab.cli(*once).out.count("2 jobs queued") == 1
+    assert lab.cli(*once).out == ""
+    assert len(lab.jobs()) == 6
     for job in lab.jobs():
         lab.until(job["job_id"], "DONE")
+
+
+def test_a_board_whose_disk_is_full_gives_the_job_back_and_says_so(
+    lab: Lab, small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "large.onnx"
+    model.write_bytes(bytes(20 << 20))
+    made = lab.programs.agent(
+        "full", collector=lab.collector.address, listen="", data_dir=small_disk(8 << 20) / "data"
+    )
+    lab.eventually("it is up", lambda: lab.devices(f"device_id={made.device_id}", "up=true"))
+    (job,) = lab.push(model, "--all", "--detach", "--format", "json").json
+
+    def reason() -> str:
+        return str(lab.job(job["job_id"]).get("reason", ""))
+
+    lab.eventually("the reason is told", lambda: "returned by the board" in reason())
+    assert "make room on the board" in reason()
+    assert made.program.running

@@ -323,7 +323,7 @@ def watch(
     from boardbench.cli.interrupt import Interrupt
 
     with Interrupt(watching.stop):
-        return watching.look() if once else watching.stay()
+        return watching.once() if once else watching.stay()
 
 
 def _state_path(path: Path) -> Path:
@@ -387,6 +387,13 @@ class Watching:
                 pause = _LOOK_SECONDS + bound * random.random()
             self._stop.wait(pause)
         return ExitCode.DONE
+
+    def once(self) -> ExitCode:
+        """Queues what is due now; files need to be seen twice to be known as whole."""
+        code = self.look()
+        if self._suite.schedule.folders and not self._stop.wait(self._suite.schedule.settle_seconds):
+            code = worst([code, self.look()])
+        return code
 
     def look(self) -> ExitCode:
         """Queues what is due now. Raises CliError when the collector can't be reached: then it stays due."""

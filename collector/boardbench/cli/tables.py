@@ -373,8 +373,12 @@ _JOB_STATES: dict[int, tuple[str, str]] = {
 
 def jobs_table(jobs: Iterable[job_pb2.Job]) -> RenderableType:
     """A line a job of a collector."""
-    table = _table("job", "board", "model", "submitted", "state", "tries", "by", "", whole=("job",))
-    for job in map(cleaned, jobs):
+    jobs = [cleaned(job) for job in jobs]
+    tagged = ["tags"] if any(job.tags for job in jobs) else []
+    columns = ("job", "board", "model", "submitted", "state", "tries", "by", *tagged, "")
+    table = _table(*columns, whole=("job",))
+    for job in jobs:
+        tags = " ".join(f"{name}={value}" for name, value in sorted(job.tags.items()))
         table.add_row(
             job.job_id[:_ID_DIGITS],
             job.device_id,
@@ -383,6 +387,7 @@ def jobs_table(jobs: Iterable[job_pb2.Job]) -> RenderableType:
             _job_state(job),
             f"{job.attempts} of {job.max_attempts}" if job.max_attempts else f"{job.attempts}",
             job.holder,
+            *([tags] if tagged else []),
             job.reason or job.progress,
         )
     return table
