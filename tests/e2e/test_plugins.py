@@ -313,3 +313,19 @@ def test_two_engines_under_two_interpreters_from_one_agent(
     # ONNX Runtime there has what the usual build does not.
     on_openvino = push(programs, agent, demo_onnx, "--device", "openvino").json
     assert on_openvino["placement"]["verdict"] != "VERDICT_UNSPECIFIED", json.dumps(on_openvino["placement"])
+
+
+def test_it_is_found_in_an_interpreter_that_is_named_for_another_engine(
+    programs: Any, configured: Callable[..., dict[str, str]], interpreter: Path, affine: Path
+) -> None:
+    """And it is one of all engines, where all are asked for."""
+    agent = programs.agent(environment=configured(openvino=interpreter))
+    found = statuses(programs, agent)
+    assert not found["openvino"].get("available")
+    assert f"no OpenVINO in {interpreter}" in found["openvino"]["reason"]
+    assert f"{interpreter} -m pip install openvino" in found["openvino"]["reason"]
+    assert found["affine"]["interpreter"]["path"] == str(interpreter)
+    answer = push(programs, agent, affine, "--runtime", "all").json
+    (result,) = answer["results"]
+    assert result["runtime"]["name"] == "affine", answer
+    assert result["status"] == "RUN_STATUS_SUCCEEDED"
