@@ -250,6 +250,7 @@ def _same(there: result_pb2.RunResult, here: result_pb2.RunResult) -> None:
     ]
     assert there.output_values
     for one, other in zip(there.output_values, here.output_values, strict=True):
-        assert len(one.values) == len(other.values) == 1001
-        assert max(abs(a - b) for a, b in zip(one.values, other.values, strict=True)) <= 2
-        assert one.values.index(max(one.values)) == other.values.index(max(other.values))
+        board, host = list(one.values), list(other.values)
+        assert len(board) == len(host) == 1001
+        assert max(abs(a - b) for a, b in zip(board, host, strict=True)) <= 2
+        assert board.index(max(board)) == host.index(max(host))
