@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from boardbench.collector.expose import OPENMETRICS, PROTOBUF, TEXT, Exposition, choose
 from boardbench.collector.fleet import Tally
-from boardbench.collector.look import DeviceView, ForwardView, QueueView, Snapshot
+from boardbench.collector.look import DeviceView, ForwardView, QueueView, RetentionView, Snapshot
 from boardbench.collector.metrics import LABELS, METRICS
 from boardbench.collector.store import LatestResult, LatestResults, News, Outcomes
 from boardbench.v1 import board_pb2, collector_pb2, placement_pb2, result_pb2, scenario_pb2, telemetry_pb2
@@ -222,6 +222,7 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
             ForwardView("victoria:8428", 1000, {"too_old": 3}, 2, True, 7),
             ForwardView("mimir:9009", 0, {}, 0, None, 9),
         ),
+        retention=RetentionView(40, 3, 123_456, 1 << 20),
     )
 
 

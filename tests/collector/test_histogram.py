@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boardbench.collector.histogram import BOUNDS_SECONDS, Distribution, distribution
+from boardbench.collector.histogram import BOUNDS_SECONDS, Distribution, distribution, distribution_of
+from boardbench.collector.thinning import thinned
+from boardbench.v1 import latency_pb2, result_pb2
 
 
 def buckets(found: Distribution) -> dict[int, int]:
@@ -52,6 +55,27 @@ def test_every_sample_is_in_its_bucket(samples: list[int]) -> None:
         inside = sum(low < sample <= high for sample in samples)
         near = sum(min(abs(sample - low), abs(sample - high)) <= 1e-9 * high for sample in samples)
         assert abs(count - inside) <= near
+
+
+@given(st.lists(st.integers(2 * 10**4, 10**11), min_size=1, max_size=300))
+def test_what_retention_keeps_has_the_same_native_histogram(samples: list[int]) -> None:
+    whole = result_pb2.RunResult()
+    whole.latency.samples_nanoseconds.extend(samples)
+    whole.latency.mean_seconds = sum(samples) / len(samples) / 1e9
+    kept, _ = thinned(whole)
+    assert not kept.latency.samples_nanoseconds
+    mine, exact = distribution_of(kept.latency), distribution_of(whole.latency)
+    assert mine is not None and exact is not None
+    assert mine.count == exact.count
+    assert mine.sum_seconds == pytest.approx(exact.sum_seconds)
+    assert buckets(mine) == buckets(exact)
+    for bound, count in zip(BOUNDS_SECONDS, mine.cumulative, strict=True):
+        assert sum(sample / 1e9 <= bound * 0.997 for sample in samples) <= count
+        assert count <= sum(sample / 1e9 <= bound * 1.003 for sample in samples)
+
+
+def test_without_samples_and_histogram_nothing_is_known() -> None:
+    assert distribution_of(latency_pb2.Latency(count=10, mean_seconds=1)) is None
 
 
 def test_a_stall_far_from_the_rest_costs_two_buckets() -> None:

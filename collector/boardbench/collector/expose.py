@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.exposition import choose_encoder
 
 from boardbench.collector import native
-from boardbench.collector.histogram import Distribution, distribution
+from boardbench.collector.histogram import Distribution, distribution, distribution_of
 from boardbench.collector.look import DeviceView, ReadModel, Snapshot
 from boardbench.collector.metrics import METRICS, SERIES_LABELS
 from boardbench.collector.samples import (
@@ -337,7 +337,10 @@ class Exposition:
 
     def shapeless(self, results: Iterable[LatestResult]) -> list[str]:
         """Returns the runs among these whose samples are needed, as many as one scrape may read."""
-        runs = (entry.result for entry in results)
+        runs = [entry.result for entry in results]
+        for run in runs:
+            if run.latency.HasField("histogram") and run.run_id not in self._shapes:
+                self._shapes[run.run_id] = distribution_of(run.latency)
         missing = (run.run_id for run in runs if run.latency.count and run.run_id not in self._shapes)
         return [run_id for run_id, _ in zip(missing, range(_SHAPES_PER_SCRAPE), strict=False)]
 

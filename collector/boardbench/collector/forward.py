@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from boardbench.collector.errors import StoreError
-from boardbench.collector.histogram import SCHEMA, Distribution, distribution
+from boardbench.collector.histogram import SCHEMA, Distribution, distribution_of
 from boardbench.collector.look import ForwardView
 from boardbench.collector.metrics import METRICS, SERIES_LABELS
 from boardbench.collector.native import ZERO_THRESHOLD_SECONDS
@@ -311,7 +311,7 @@ def _prepare(arrivals: Iterable[Arrival]) -> list[_Measured | None]:
 
 def _measured(arrival: Arrival) -> _Measured:
     result = arrival.result
-    shape = distribution(result.latency.samples_nanoseconds)
+    shape = distribution_of(result.latency)
     group = result_group(LatestResult(arrival.device_id, arrival.received_at, result), shape)
     # A board whose clock is ahead must not write into the future: a receiver would then find everything
     # else too old. The run had ended when its result arrived.

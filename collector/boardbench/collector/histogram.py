@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from boardbench.v1 import latency_pb2
 
 SCHEMA = 5
 """Each bucket is 2^(1/32) = 2.2 % wider than the one before: a percentile is right to 1.1 %."""
@@ -59,25 +62,66 @@ def distribution(samples_nanoseconds: Sequence[int]) -> Distribution | None:
     )
 
 
+def distribution_of(latency: latency_pb2.Latency) -> Distribution | None:
+    """Returns the distribution of the counted inferences; None when nothing is kept of them.
+
+    Of single samples that retention has dropped the histogram was kept. Its buckets are finer: native ones
+    are made of them exactly, and classic ones but for what lies within 0.3 % of their bounds.
+    """
+    if latency.samples_nanoseconds:
+        return distribution(latency.samples_nanoseconds)
+    kept = latency.histogram
+    if kept.schema < SCHEMA or not kept.counts or kept.zero_count:
+        return None
+    finer = 1 << (kept.schema - SCHEMA)
+    counts: dict[int, int] = {}
+    cumulative = [0] * len(BOUNDS_SECONDS)
+    steps = finer * _STEPS
+    index = 0
+    for step, count in zip(kept.index_steps, kept.counts, strict=True):
+        index += step
+        # Rounded up: bucket i holds what is at most 2^(i/steps).
+        wider = -(-index // finer)
+        counts[wider] = counts.get(wider, 0) + count
+        at = bisect_left(BOUNDS_SECONDS, float(2.0 ** ((index - 0.5) / steps)))
+        if at < len(cumulative):
+            cumulative[at] += count
+    total = sum(counts.values())
+    return Distribution(
+        count=total,
+        sum_seconds=latency.mean_seconds * total,
+        cumulative=tuple(itertools.accumulate(cumulative)),
+        native=_packed(counts.items()),
+    )
+
+
 def _native(ordered: Sequence[int]) -> Native:
-    spans: list[list[int]] = []
-    deltas: list[int] = []
-    index = _bucket(ordered[0])
-    before, end, at = 0, 0, 0
+    counts: list[tuple[int, int]] = []
+    index, at = _bucket(ordered[0]), 0
     while at < len(ordered):
         below = bisect_right(ordered, _bound_nanoseconds(index), at)
-        count = below - at
-        if count:
-            if spans and index == end:
-                spans[-1][1] += 1
-            else:
-                spans.append([index - end, 1])
-            deltas.append(count - before)
-            before, end, at = count, index + 1, below
+        if below > at:
+            counts.append((index, below - at))
+            at = below
             index += 1
         else:
             # What comes next may be far away: a stall is thousands of buckets behind the median.
             index = max(index + 1, _bucket(ordered[at]))
+    return _packed(counts)
+
+
+def _packed(counts: Iterable[tuple[int, int]]) -> Native:
+    """Returns these (bucket, count), in the order of the buckets, as spans and deltas."""
+    spans: list[list[int]] = []
+    deltas: list[int] = []
+    before, end = 0, 0
+    for index, count in counts:
+        if spans and index == end:
+            spans[-1][1] += 1
+        else:
+            spans.append([index - end, 1])
+        deltas.append(count - before)
+        before, end = count, index + 1
     return Native(tuple((offset, length) for offset, length in spans), tuple(deltas))
 
 
