@@ -13,7 +13,7 @@ import pytest
 
 from boardbench.agent.bench import inputs
 from boardbench.agent.bench.runtime import ModelRejected, OptionRejected, RuntimeUnavailable
-from boardbench.agent.bench.runtimes import tflite, tflite_graphs
+from boardbench.agent.bench.runtimes import tflite, tflite_graphs, tflite_parts
 from boardbench.agent.domain import Evidence, Unit, Verdict
 
 from . import models
@@ -241,9 +241,15 @@ def node(name: str, tensors_in: tuple[int, ...], tensors_out: tuple[int, ...]) -
     return tflite.Node(name, tensors_in, tensors_out)
 
 
-def place(*nodes: tflite.Node, outputs: set[int]) -> Any:
+def place(*nodes: tflite.Node, outputs: set[int], **more: Any) -> Any:
     return tflite._place(
-        nodes, outputs=outputs, external_before=None, external=None, other_subgraphs=0, tensor_name=str
+        nodes,
+        outputs=outputs,
+        external_before=None,
+        external=None,
+        other_subgraphs=0,
+        tensor_name=str,
+        **more,
     )
 
 
@@ -265,6 +271,26 @@ def test_a_closure_goes_around_what_was_left_on_the_cpu() -> None:
     )  # fmt: skip
     assert [op.unit for op in found.ops] == [Unit.CPU_DELEGATE, Unit.CPU, Unit.CPU_DELEGATE]
     assert found.detail.endswith("the delegates' operations are in 2 parts")
+
+
+def test_what_nothing_uses_is_known_where_nodes_are_kept_apart_and_say_the_same_of_the_others() -> None:
+    # A's result is read by an assignment, C, and by B, which makes the output.
+    nodes = (
+        node("A", (0,), (1,)), node("B", (1,), (2,)), node("C", (9, 1), ()), node("D", (8,), ()),
+        node("DELEGATE", (0,), (2,)),
+    )  # fmt: skip
+    apart = (
+        *nodes[:4], node("DELEGATE", (0,), (1,)), node("DELEGATE", (1,), (2,)), node("DELEGATE", (9, 1), ()),
+    )  # fmt: skip
+    assert tflite_parts.taken_apart(apart) == {0, 1, 2}
+    twice = (node("C", (9, 1), ()), node("E", (1, 9), ()), node("DELEGATE", (9, 1), ()))
+    assert tflite_parts.taken_apart(twice) == {tflite_parts.NOT_TOLD}
+    for told, expected in (({0, 1, 2}, Unit.CPU), ({0, 2}, Unit.UNSPECIFIED), (None, Unit.UNSPECIFIED)):
+        found = place(*nodes, outputs={2}, apart=lambda told=told: told)
+        assert found.ops[3].unit is expected
+    assert [op.unit for op in place(*nodes, outputs={2}, apart=lambda: {0, 1, 2}).ops] == [
+        *[Unit.CPU_DELEGATE] * 3, Unit.CPU,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from boardbench.agent.bench.runtimes.tflite_parts import (
     crossings_of,
     nodes_of,
     originals_of,
+    taken_apart,
 )
 from boardbench.agent.domain import Evidence, OpPlacement, Placement, Quantization, TensorInfo, Unit
 
@@ -344,6 +345,7 @@ class TfliteModel:
             external=self._external,
             other_subgraphs=_other_subgraphs(self._interpreter),
             tensor_name=self._tensor_name,
+            apart=self._taken_apart,
         )
         if not self.wanted:
             return found
@@ -352,6 +354,19 @@ class TfliteModel:
         if self._external is not None and self._external.unit is Unit.TPU:
             found = tflite_causes.with_causes(found, self._model, self.wanted)
         return found
+
+    def _taken_apart(self) -> Optional[Set[int]]:
+        """Nodes that XNNPACK takes in an interpreter that keeps delegated nodes apart; None without such."""
+        try:
+            other = self.maker.interpreter(self._model, None, experimental_disable_delegate_node_fusion=True)
+            for tensor in self.inputs:
+                other.resize_tensor_input(self._input_indices[tensor.name], list(tensor.shape))
+            other.allocate_tensors()
+            return taken_apart(nodes_of(other))
+        except MemoryError:
+            raise
+        except Exception:  # tflite-runtime has no such; and whatever an interpreter raises
+            return None
 
     def _placement_elsewhere(self) -> Placement:
         """Of a graph that is not the main one: as it is where that graph is put first.
@@ -487,8 +502,11 @@ def _place(
     external: Optional[External],
     other_subgraphs: Optional[int],
     tensor_name: Callable[[int], str],
+    apart: Callable[[], Optional[Set[int]]] = lambda: None,
 ) -> Placement:
     """The placement that the nodes amount to; see the head of this file.
+
+    ``apart`` tells what XNNPACK takes node by node; it is asked where the tensors don't tell.
 
     DELEGATE nodes before position ``external_before`` belong to ``external``; None: not known which.
     """
@@ -517,6 +535,14 @@ def _place(
         unit_of.update(dict.fromkeys(taken, unit))
     # Nothing asks for the result of a dead end, so no closure reaches it: a delegate may have taken it.
     unreached = _dead_ends(originals, producer, outputs) - set(unit_of) if delegates else set()
+    taken_by_one = apart() if unreached and external is None else None
+    # Believed where it says the same about all the others.
+    if taken_by_one is not None and taken_by_one - unreached == set(unit_of):
+        # Assignments to variables, and what is for them. Of a result that nobody uses it is not known whether
+        # it is computed at all.
+        settled = unreached - _without_effect(originals, producer, outputs)
+        unit_of.update(dict.fromkeys(settled & taken_by_one, (Unit.CPU_DELEGATE, XNNPACK)))
+        unreached -= settled
     ops = [
         OpPlacement(
             index=position,
@@ -535,6 +561,15 @@ def _dead_ends(originals: Mapping[int, Node], producer: Mapping[int, int], outpu
     """Original nodes from which no path leads to an output of the model."""
     everything = Node(name="", inputs=(), outputs=tuple(outputs))
     return set(originals) - closure(everything, originals, producer)
+
+
+def _without_effect(
+    originals: Mapping[int, Node], producer: Mapping[int, int], outputs: Set[int]
+) -> Set[int]:
+    """Of the dead ends those from which no path leads to an operation without results, as an assignment."""
+    ends = {at for at, node in originals.items() if not node.outputs}
+    read = {tensor for at in ends for tensor in originals[at].inputs}
+    return _dead_ends(originals, producer, outputs | read) - ends
 
 
 def _detail(ops: Sequence[OpPlacement], delegate_nodes: int, other_subgraphs: Optional[int]) -> str:

@@ -15,6 +15,7 @@ from boardbench.agent.bench.crossings import Part
 from boardbench.agent.domain import Crossings, OpPlacement, Unit
 
 DELEGATE_NODE = "DELEGATE"
+NOT_TOLD = -1
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,30 @@ def nodes_of(interpreter: Any) -> List[Node]:
 def originals_of(nodes: Sequence[Node]) -> Dict[int, Node]:
     """The model's own nodes by their position; the n-th of them is the model's operation n."""
     return {at: node for at, node in enumerate(nodes) if node.name != DELEGATE_NODE}
+
+
+def taken_apart(nodes: Sequence[Node]) -> Set[int]:
+    """Original nodes that delegates took, where no DELEGATE node stands for more than one of them.
+
+    A DELEGATE node puts out only what others use. One that puts out nothing is known by what it reads: it is
+    an assignment to a variable, or a node whose results nobody uses. NOT_TOLD is among them for one that may
+    stand for several, or for none.
+    """
+    originals = originals_of(nodes)
+    used = {tensor for node in originals.values() for tensor in node.inputs}
+    taken: Set[int] = set()
+    for node in nodes:
+        if node.name == DELEGATE_NODE:
+            alike = [
+                at
+                for at, original in originals.items()
+                if at not in taken
+                and set(node.outputs) <= set(original.outputs)
+                and (node.outputs or set(original.inputs) == set(node.inputs))
+                and (node.outputs or used.isdisjoint(original.outputs))
+            ]
+            taken.add(alike[0] if len(alike) == 1 else NOT_TOLD)
+    return taken
 
 
 def closure(delegate: Node, originals: Mapping[int, Node], producer: Mapping[int, int]) -> Set[int]:
