@@ -1,4 +1,4 @@
-"""boardbench-agent: serve | probe | run | doctor | enroll.
+"""boardbench-agent: serve | probe | run | doctor | enroll | verify-board.
 
 By argparse, since click would stay in a board's memory.
 
@@ -74,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="serve | probe | run | doctor | enroll"
-    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
     serve.add_argument(
@@ -90,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
 
     probe = _command(commands.add_parser, "probe", _probe, "say what this board is and what it can run")
     probe.add_argument("--format", choices=("text", "json"), default="text", help="json: a DescribeResponse")
+    probe.add_argument(
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="copy the files that tell about this board, without what names it, into a new folder",
+    )
 
     run = _command(commands.add_parser, "run", _run_here, "run one model here, without a server")
     run.add_argument("model", type=Path, metavar="MODEL", help="the model file")
@@ -118,6 +122,14 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         metavar="TOKEN",
         help="what `boardbench-collector token create` printed; - reads it from the standard input",
+    )
+
+    verify = _command(
+        commands.add_parser, "verify-board", _verify, "run models with every engine and give the evidence"
+    )
+    verify.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="a model file; repeat")
+    verify.add_argument(
+        "--out", type=Path, metavar="FILE", help="the whole evidence as JSON, results included"
     )
     return top
 
@@ -268,8 +280,28 @@ def _probe(options: argparse.Namespace, config: AgentConfig) -> int:
     if options.format == "json":
         _say(wire.to_json(described))
     else:
+        from boardbench.agent import explain
+
         _say(here.description(described))
+        _say("\n" + explain.page(config, described))
+    if options.record is not None:
+        from boardbench.agent.record import record
+
+        copied = record(config.sys_root, options.record, described)
+        sys.stderr.write(
+            f"{len(copied)} files are in {options.record}: look through them before you share them\n"
+        )
     return _DONE
+
+
+def _verify(options: argparse.Namespace, config: AgentConfig) -> int:
+    import asyncio
+
+    from boardbench.agent.verify import verify
+
+    rows, good = asyncio.run(verify(config, options.models, options.out))
+    _say(rows)
+    return _DONE if good else _FAILED
 
 
 def _run_here(options: argparse.Namespace, config: AgentConfig) -> int:
