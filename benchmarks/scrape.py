@@ -39,7 +39,7 @@ _MODELS = 5
 _INTERVAL_SECONDS = 5.0
 
 _PATIENCE_SECONDS = 30.0
-"""Between two scrapes of the others, which take longer than that on a slow machine: their time is the same."""
+"""Between two scrapes of the others, which may take longer than five: how long they take stays the same."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,8 +196,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         f"{_MODELS} models a board, each with four percentiles with bounds, memory by phase, placement and "
         "a histogram. Written: CPU time to make the text, of all series changed and of none (boardbench "
         "takes a result in when it comes; prometheus_client's gauges are set before). Scraped: by Prometheus "
-        f"every {_INTERVAL_SECONDS:.0f} s, gzip, all changed in between (the others less often; the Pushgateway's none), "
-        "median of scrape_duration_seconds. Remote write: results in a store in memory to a receiver on this "
+        f"every {_INTERVAL_SECONDS:.0f} s, gzip, all changed in between (the others less often; of the "
+        "Pushgateway none), median of scrape_duration_seconds. Remote write: results in a store in memory to a receiver on this "
         "machine; alone: the receiver given bodies that were made before",
         (
             "",
