@@ -125,6 +125,17 @@ def test_what_is_no_event_is_refused(text: bytes) -> None:
         wire.parse_event(text)
 
 
+def test_caches_and_values_of_outputs_are_taken() -> None:
+    more = {
+        "caches": [{"name": "engine", "warm": True, "size_bytes": 7, "path": "/x"}],
+        "output_values": [{"name": "y", "dtype": "int8", "count": 2, "step": 1, "values": [1, -1]}],
+    }
+    result = wire.parse_event(line({"event": "result", "result": {**RESULT, **more}}))
+    assert isinstance(result, result_pb2.RunResult)
+    assert result.caches[0].warm
+    assert list(result.output_values[0].values) == [1.0, -1.0]
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -150,6 +161,11 @@ def test_what_is_no_event_is_refused(text: bytes) -> None:
         ("warnings", [{"code": "NOT A CODE"}]),
         ("placement.cpu_op_types", {"CONV_2D": "many"}),
         ("output_sha256", {"y": {}}),
+        ("output_values", [{"name": "y", "values": [1, "NaN"]}]),
+        ("output_values", [{"name": "y", "values": ["Infinity"]}]),
+        ("output_values", [{"name": "y", "values": [0.5] * 70_000}] * 2),
+        ("caches", [{"name": "x"}] * 65),
+        ("caches", [{"name": "x", "size_bytes": "much"}]),
         ("colour", 1),
     ],
 )

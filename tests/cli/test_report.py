@@ -204,3 +204,23 @@ def test_copies_to_an_accelerator_are_told_beside_its_computing(sample):
     line = next(line for line in text_of(result_page(result, more="")).splitlines() if "Transfers" in line)
     assert "to the device 12.00 µs · computing 800.0 µs (medians of 50 more" in line
     assert "back" not in line, "what was not told"
+
+
+def test_a_load_from_a_cache_is_told_as_one(sample):
+    result = sample("success")
+    result.create_seconds = 0.8
+    result.caches.add(name="compiled blobs", warm=True, size_bytes=1 << 20, path="/data/caches/openvino/x")
+    text = " ".join(text_of(result_page(result)).split())
+    assert "create 800.0 ms from a warm cache (compiled blobs, 1.0 MiB) ·" in text
+    result.caches[0].warm = False
+    text = " ".join(text_of(result_page(result)).split())
+    assert "create 800.0 ms, a first load (compiled blobs, 1.0 MiB kept for the next) ·" in text
+    assert "new cache compiled blobs: /data/caches/openvino/x" in text_of(result_page(result, whole=True))
+
+
+def test_settings_are_beside_the_engine(sample):
+    result = sample("success")
+    spec = result.effective_spec
+    spec.cpu_affinity.extend([2, 3])
+    spec.compute_precision, spec.power_mode = "bfloat16", "MAXN"
+    assert "on CPUs 2, 3 · bfloat16 · MAXN" in " ".join(text_of(result_page(result)).split())

@@ -240,3 +240,21 @@ def test_another_folder_is_no_model(boardbench, tmp_path):
     done = boardbench("run", tmp_path)
     assert done.code == 2
     assert "give the path of a model file, or of an .mlpackage" in done.err
+
+
+def test_every_engine_here_runs_a_model_and_is_compared(boardbench, small_model):
+    pytest.importorskip("openvino", reason="needs pip install 'boardbench[openvino]'")
+    done = boardbench(
+        *("run", small_model, "--runtime", "all", "--duration", "0.05", "--no-profile", "--format", "json")
+    )
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert [row["runtime"] for row in document["engines"]] == ["tflite", "openvino"]
+    assert document["engines"][1]["difference"]["from"] == "tflite"
+    assert len(document["results"]) == 2
+
+
+def test_a_setting_that_the_engine_does_not_take_is_refused_with_those_that_do(boardbench, small_model):
+    done = boardbench("run", small_model, "--runtime", "tflite", "--compute", "float16")
+    assert done.code == 1
+    assert "tflite takes no compute_precision (float16 was asked for): leave it out" in done.err

@@ -56,8 +56,6 @@ _MOST_SAMPLE_HERTZ = 100.0
 # More than any kernel of Linux is built for.
 _MOST_PROCESSORS = 8192
 _LONGEST_POWER_MODE = 64
-# As the worker has it.
-_MOST_OUTPUT_VALUES = 65536
 # What thermal zones can show.
 _CELSIUS = (-40.0, 150.0)
 
@@ -156,9 +154,9 @@ def _check_settings(spec: result_pb2.BenchmarkSpec) -> None:
         raise InvalidRequest(f"power_mode is {spec.power_mode[:80]!r}, which is no name of a mode")
     if spec.cache not in result_pb2.CacheUse.values():
         raise InvalidRequest(f"there is no use of caches {spec.cache}: the agent may be older than what asks")
-    if spec.output_values > _MOST_OUTPUT_VALUES:
+    if spec.output_values > wire.MOST_OUTPUT_VALUES:
         raise InvalidRequest(
-            f"output_values is {spec.output_values}; it must be at most {_MOST_OUTPUT_VALUES}"
+            f"output_values is {spec.output_values}; it must be at most {wire.MOST_OUTPUT_VALUES}"
         )
 
 

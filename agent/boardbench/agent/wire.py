@@ -97,6 +97,10 @@ _FORMAT = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LONGEST_NAME = 300
 # "p99.9_reached_ratio" is one.
 _FIGURE = re.compile(r"[a-z][a-z0-9_.]{0,63}")
+# Elements of outputs that a result may be asked to hold.
+MOST_OUTPUT_VALUES = 65536
+# Of one engine for one model.
+_MOST_CACHES = 64
 # More than any warning has; each is kept, sent and stored.
 _MOST_EVIDENCE = 64
 # Longer than any sentence; an engine's own error can be a page.
@@ -272,7 +276,20 @@ def _parse_result(content: object) -> result_pb2.RunResult:
         raise MalformedEvent(f"{len(service)} samples where {result.scenario.service.count} were served")
     for warning in result.warnings:
         warning.CopyFrom(_checked_warning(warning))
+    _check_kept(result)
     return result
+
+
+def _check_kept(result: result_pb2.RunResult) -> None:
+    """Raises MalformedEvent for more caches or values of outputs than any worker tells, or no numbers."""
+    if len(result.caches) > _MOST_CACHES:
+        raise MalformedEvent(f"a result with {len(result.caches)} caches")
+    # As evenly as outputs are thinned, a few more than were asked for may come.
+    kept = sum(len(entry.values) for entry in result.output_values)
+    if kept > 2 * MOST_OUTPUT_VALUES:
+        raise MalformedEvent(f"a result with {kept} values of outputs")
+    if not all(math.isfinite(value) for entry in result.output_values for value in entry.values):
+        raise MalformedEvent("a value of an output that is not a finite number")
 
 
 def _take_samples(content: dict[str, Any], *path: str) -> list[int]:
