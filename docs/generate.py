@@ -24,7 +24,9 @@ from boardbench.cli.errors import EXIT_CODES
 from boardbench.cli.main import boardbench
 from boardbench.cli.require_names import FLAGS, NAMES, PERCENTILES, PERCENTILES_MEANING, VALUES
 from boardbench.collector.cli import main as boardbench_collector
+from boardbench.collector.jobs import RUN_LOST
 from boardbench.collector.metrics import LABELS, METRICS
+from boardbench.collector.terms import BOARDS, MEANINGS
 from boardbench.inspect.doubts import WARNINGS as REPORT_WARNINGS
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +40,7 @@ def pages() -> dict[str, str]:
         "boardbench-collector.md": _commands("boardbench-collector", boardbench_collector),
         "boardbench-agent.md": _agent_commands(),
         "metrics.md": _metrics(),
+        "terms.md": _terms(),
         "warnings.md": _warnings(),
         "checks.md": _checks(),
         "agent-configuration.md": _agent_configuration(),
@@ -46,6 +49,14 @@ def pages() -> dict[str, str]:
         "report-warnings.md": _report_warnings(),
     }
     return {name: text.rstrip() + "\n" for name, text in found.items()}
+
+
+def _terms() -> str:
+    names = _table(("term", "value"), [(f"`{name}=…`", meaning) for name, meaning in MEANINGS.items()])
+    boards = _table(("short name", "boards"), [(f"`{name}`", boards) for name, boards, _ in BOARDS])
+    again = ", ".join(f"`{code}`" for code in sorted(RUN_LOST))
+    attempts = f"Runs that failed with one of these codes get another attempt: {again}.\n"
+    return f"{names}{boards}<!-- attempts -->\n\n{attempts}"
 
 
 def _row(*cells: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from boardbench.collector.errors import InvalidRequest
-from boardbench.collector.terms import BOARDS, chosen, complaint, labels_of, parse
+from boardbench.collector.terms import _TESTS, BOARDS, MEANINGS, chosen, complaint, labels_of, parse
 from boardbench.v1 import board_pb2, collector_pb2
 
 # As the kernels' device trees have them: arch/arm64/boot/dts and arch/arm/boot/dts, property "model".
@@ -203,5 +203,9 @@ def test_it_is_told_why_no_board_is_meant() -> None:
 
 
 def test_short_names_are_there_once() -> None:
-    names = [name for name, _ in BOARDS]
+    names = [name for name, _, _ in BOARDS]
     assert len(names) == len(set(names))
+
+
+def test_every_name_is_explained() -> None:
+    assert MEANINGS.keys() == _TESTS.keys()

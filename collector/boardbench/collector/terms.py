@@ -14,42 +14,42 @@ from dataclasses import dataclass
 from boardbench.collector.errors import InvalidRequest
 from boardbench.v1 import collector_pb2
 
-BOARDS: tuple[tuple[str, str], ...] = (
-    ("pi", r"raspberry pi"),
-    ("pi2", r"raspberry pi 2\b"),
-    ("pi3", r"raspberry pi (3\b|compute module 3)"),
-    ("pi4", r"raspberry pi (4\b|400\b|compute module 4)"),
-    ("pi400", r"raspberry pi 400\b"),
-    ("pi5", r"raspberry pi (5\b|500\b|compute module 5)"),
-    ("pi500", r"raspberry pi 500\b"),
-    ("cm3", r"raspberry pi compute module 3"),
-    ("cm4", r"raspberry pi compute module 4"),
-    ("cm5", r"raspberry pi compute module 5"),
-    ("zero", r"raspberry pi zero\b(?! 2)"),
-    ("zero2", r"raspberry pi zero 2"),
-    ("jetson", r"jetson"),
-    ("nano", r"jetson nano"),
-    ("tx2", r"jetson[ -]tx2"),
-    ("xavier", r"jetson[ -](agx[ -])?xavier(?! nx)"),
-    ("xavier-nx", r"jetson[ -]xavier[ -]nx"),
-    ("orin-nano", r"jetson orin nano"),
-    ("orin-nx", r"jetson orin nx"),
-    ("agx-orin", r"jetson agx orin"),
-    ("thor", r"jetson (agx )?thor"),
-    ("coral", r"(coral|phanbell|freescale i\.mx8mq)"),
-    ("coral-mini", r"coral dev board mini"),
-    ("imx8mp", r"i\.mx ?8m ?plus"),
-    ("imx93", r"i\.mx ?93"),
-    ("rock5", r"rock 5"),
-    ("rock5a", r"rock 5 ?a"),
-    ("rock5b", r"rock 5 ?b"),
-    ("orangepi5", r"orange ?pi 5"),
-    ("odroid-n2", r"odroid-n2"),
-    ("beagle", r"beagle"),
-    ("beagleplay", r"beagleplay"),
-    ("visionfive2", r"visionfive (2|v2)"),
+BOARDS: tuple[tuple[str, str, str], ...] = (
+    ("pi", "any Raspberry Pi", r"raspberry pi"),
+    ("pi2", "Raspberry Pi 2", r"raspberry pi 2\b"),
+    ("pi3", "Raspberry Pi 3, Compute Module 3", r"raspberry pi (3\b|compute module 3)"),
+    ("pi4", "Raspberry Pi 4, 400, Compute Module 4", r"raspberry pi (4\b|400\b|compute module 4)"),
+    ("pi400", "Raspberry Pi 400", r"raspberry pi 400\b"),
+    ("pi5", "Raspberry Pi 5, 500, Compute Module 5", r"raspberry pi (5\b|500\b|compute module 5)"),
+    ("pi500", "Raspberry Pi 500", r"raspberry pi 500\b"),
+    ("cm3", "Raspberry Pi Compute Module 3", r"raspberry pi compute module 3"),
+    ("cm4", "Raspberry Pi Compute Module 4", r"raspberry pi compute module 4"),
+    ("cm5", "Raspberry Pi Compute Module 5", r"raspberry pi compute module 5"),
+    ("zero", "Raspberry Pi Zero, Zero W", r"raspberry pi zero\b(?! 2)"),
+    ("zero2", "Raspberry Pi Zero 2 W", r"raspberry pi zero 2"),
+    ("jetson", "any NVIDIA Jetson", r"jetson"),
+    ("nano", "NVIDIA Jetson Nano", r"jetson nano"),
+    ("tx2", "NVIDIA Jetson TX2", r"jetson[ -]tx2"),
+    ("xavier", "NVIDIA Jetson AGX Xavier", r"jetson[ -](agx[ -])?xavier(?! nx)"),
+    ("xavier-nx", "NVIDIA Jetson Xavier NX", r"jetson[ -]xavier[ -]nx"),
+    ("orin-nano", "NVIDIA Jetson Orin Nano", r"jetson orin nano"),
+    ("orin-nx", "NVIDIA Jetson Orin NX", r"jetson orin nx"),
+    ("agx-orin", "NVIDIA Jetson AGX Orin", r"jetson agx orin"),
+    ("thor", "NVIDIA Jetson AGX Thor", r"jetson (agx )?thor"),
+    ("coral", "Coral Dev Board", r"(coral|phanbell|freescale i\.mx8mq)"),
+    ("coral-mini", "Coral Dev Board Mini", r"coral dev board mini"),
+    ("imx8mp", "NXP i.MX 8M Plus", r"i\.mx ?8m ?plus"),
+    ("imx93", "NXP i.MX 93", r"i\.mx ?93"),
+    ("rock5", "Radxa ROCK 5", r"rock 5"),
+    ("rock5a", "Radxa ROCK 5A", r"rock 5 ?a"),
+    ("rock5b", "Radxa ROCK 5B", r"rock 5 ?b"),
+    ("orangepi5", "Orange Pi 5", r"orange ?pi 5"),
+    ("odroid-n2", "Hardkernel ODROID-N2", r"odroid-n2"),
+    ("beagle", "any BeagleBoard.org board", r"beagle"),
+    ("beagleplay", "BeaglePlay", r"beagleplay"),
+    ("visionfive2", "StarFive VisionFive 2", r"visionfive (2|v2)"),
 )
-"""Short names of boards and what each finds in a model's name, as device trees have it."""
+"""Short names of boards, what each means, and how it is found in a model's name, as device trees have it."""
 
 _ARCHITECTURES = {
     "arm64": "aarch64",
@@ -63,7 +63,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 _Test = Callable[[collector_pb2.Device, str], bool]
 _TERM = re.compile(r"\s*([A-Za-z0-9_][A-Za-z0-9_./-]*?)\s*(!?=)\s*(.*?)\s*", re.DOTALL)
 _MAX_TERMS = 64
-_PATTERNS = {name: re.compile(pattern) for name, pattern in BOARDS}
+_PATTERNS = {name: re.compile(pattern) for name, _, pattern in BOARDS}
 
 
 @dataclass(frozen=True)
@@ -210,5 +210,18 @@ _TESTS: dict[str, _Test] = {
     "up": lambda device, value: device.up is _TRUTH[value.lower()],
 }
 
-NAMES = tuple(sorted(_TESTS))
-"""What terms can be about beside labels."""
+MEANINGS = {
+    "accelerator": "its kind or words of its name (`tpu`, `coral`, `*usb*`); `none`: a board without any",
+    "agent_version": "the agent's version (`0.3.*`)",
+    "architecture": "as the kernel names it, or as Debian does (`aarch64`, `arm64`)",
+    "board": "a short name (`pi5`), words of the model that stand together, or a pattern for all of it",
+    "device_id": "the board's identity",
+    "hostname": "its host name",
+    "kernel": "release of its kernel (`6.6*`)",
+    "os": "words of its system's name, or a pattern (`debian`, `bookworm`, `ubuntu*`)",
+    "runtime": "an engine that can run on it now",
+    "sensor": "a kind of sensor that it has",
+    "soc": "its system on chip (`bcm2712`)",
+    "up": "`true` or `false`: whether its stream is open",
+}
+"""What terms can be about beside labels, and what of it the value is."""
