@@ -132,3 +132,36 @@ async def test_one_runtime_can_be_asked_for_without_the_others(
     assert status.available
     assert engines.interpreter("hailo") == python
     assert await engines.status("nosuch") is None
+
+
+async def test_one_from_elsewhere_that_hangs_is_waited_for_once(
+    tmp_path: Path, worker_program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("boardbench.agent.probe._FRESH_SECONDS", 0.0)
+    log, version = tmp_path / "asked", tmp_path / "version"
+    version.write_text("1.2")
+    body = f"""
+        if job["runtimes"] == ["hailo"]:
+            with open({str(log)!r}, "a") as file:
+                file.write("asked\\n")
+            time.sleep(1000)
+        offers = [{{"name": "hailo", "plugin": "boardbench-hailo " + open({str(version)!r}).read()}}]
+        answer = [{{"name": name, "available": True}} for name in job["runtimes"]]
+        say({{"event": "probe", "runtimes": answer, "offers": offers}})
+    """
+    python = worker_program(body)
+    config = AgentConfig(
+        data_dir=tmp_path,
+        deadlines=DeadlinesConfig(probe_seconds=5.0),
+        runtimes={"torch": RuntimeConfig(python)},
+    )
+    engines = Engines(config, tmp_path / "scratch")
+    for probe in (engines.statuses, engines.refresh):
+        status = {status.name: status for status in await probe()}["hailo"]
+        assert status.plugin == "boardbench-hailo 1.2"
+        assert "not over after 5 s" in status.reason and "started again" in status.reason
+    assert log.read_text() == "asked\n"
+    # Another version of it may be mended.
+    version.write_text("1.3")
+    await engines.refresh()
+    assert log.read_text() == "asked\n" * 2

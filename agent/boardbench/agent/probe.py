@@ -54,6 +54,8 @@ class Engines:
         self._homes: dict[str, str] = {}
         self._marks: dict[str, tuple[Mark, ...]] = {}
         self._more_devices: dict[str, str] = {}
+        # Those that were not over in time, with their distributions: waiting for them again helps nobody.
+        self._hung: dict[str, board_pb2.RuntimeStatus] = {}
         self._probed_at: float | None = None
         self._closing = asyncio.Event()
         # Held while a run is measured, so that no probe disturbs it, and while a probe runs.
@@ -151,7 +153,12 @@ class Engines:
         self._homes = self._homes_of(offers)
         self._marks = {name: marks for name, marks in self._marks.items() if name in self._homes}
         for name, python in self._homes.items():
-            found[name] = await self._ask_one(name, offers[python][name])
+            plugin = offers[python][name]
+            hung = self._hung.get(name)
+            if hung is not None and hung.plugin == plugin:
+                found[name] = hung
+            else:
+                found[name] = await self._ask_one(name, plugin)
         for name, python in self._pythons.items():
             if name not in found:
                 reason = broken.get(python) or self._nobody_offers(name, python, offers.get(python, {}))
@@ -215,6 +222,11 @@ class Engines:
             reason = f"{python} did not say whether it has it"
         except _NoAnswer as error:
             reason = f"{plugin}: {error}" if plugin else str(error)
+            if plugin and isinstance(error, _TooLate):
+                self._hung[name] = self._unavailable(
+                    name, f"{reason}; it is asked again when the agent is started again", plugin
+                )
+                return self._hung[name]
         return self._unavailable(name, reason, plugin)
 
     def _unavailable(self, name: str, reason: str, plugin: str = "") -> board_pb2.RuntimeStatus:
@@ -266,7 +278,7 @@ class Engines:
             end = await ended
         if not in_time:
             what = "importing it" if names else "asking it what there is"
-            raise _NoAnswer(
+            raise _TooLate(
                 f"{what} under {python} was not over after {seconds:g} s: mend that, or give it longer with "
                 f"deadlines.{'probe' if names else 'start'}_seconds"
             )
@@ -293,6 +305,10 @@ def mark_defaults(statuses: Statuses) -> None:
 
 class _NoAnswer(Exception):
     """A child said nothing usable; the message is a reason for a RuntimeStatus."""
+
+
+class _TooLate(_NoAnswer):
+    """It was not over in time."""
 
 
 def _not_started(python: str, error: OSError) -> str:

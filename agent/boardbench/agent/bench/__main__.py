@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import sys
 
+if sys.version_info < (3, 9):
+    # The agent asks for the version then, and says what to do.
+    sys.exit("the worker needs Python 3.9 or newer")
+
 if __package__ in (None, ""):
     # Started as a file: Python has put this folder first, where modules such as `inputs` or `memory`
     # would hide others of that name.
