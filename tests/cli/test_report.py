@@ -224,3 +224,12 @@ def test_settings_are_beside_the_engine(sample):
     spec.cpu_affinity.extend([2, 3])
     spec.compute_precision, spec.power_mode = "bfloat16", "MAXN"
     assert "on CPUs 2, 3 · bfloat16 · MAXN" in " ".join(text_of(result_page(result)).split())
+
+
+def test_the_precision_of_every_op_is_on_the_whole_page(sample):
+    result = sample("partly_placed")
+    assert "bfloat16" not in text_of(result_page(result, whole=True))
+    result.placement.ops[0].precision = "bfloat16"
+    (line,) = [line for line in text_of(result_page(result, whole=True)).splitlines() if "bfloat16" in line]
+    assert line.lstrip().startswith(("#0", "Placement"))
+    assert "bfloat16" not in text_of(result_page(result))

@@ -258,14 +258,17 @@ def _left_out(placement: placement_pb2.Placement, asked: str, more: str) -> Iter
 
 
 def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, whole: bool) -> RenderableType:
-    """A line an op; with ``whole``, its unit and all of its name, too."""
+    """A line an op; with ``whole``, its unit, its precision and all of its name, too."""
     ops = list(ops)
     timed = any(op.HasField("seconds") for op in ops)
+    precise = whole and any(op.precision for op in ops)
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True, style=QUIET)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold", style=QUIET)
     if whole:
+        table.add_column(no_wrap=True)
+    if precise:
         table.add_column(no_wrap=True)
     if timed:
         table.add_column(justify="right", no_wrap=True)
@@ -274,6 +277,8 @@ def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, whole: bool) -> Rende
         cells: list[RenderableType] = [f"#{op.index}", op.type, op.name if whole else short_name(op)]
         if whole:
             cells.append(Text(unit_of(op), DOUBTFUL if op.unit == placement_pb2.UNIT_UNSPECIFIED else ""))
+        if precise:
+            cells.append(op.precision or "–")
         if timed:
             cells.append(figures.seconds(op.seconds) if op.HasField("seconds") else "–")
         table.add_row(*cells, _reason(op))

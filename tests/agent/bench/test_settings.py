@@ -137,6 +137,39 @@ def test_threads_are_told(load: Callable[..., LoadedModel]) -> None:
     model.close()
 
 
+def told_by_openvino(model: Any) -> object:
+    return model._compiled.get_property("INFERENCE_NUM_THREADS")
+
+
+def told_by_onnx_runtime(model: Any) -> object:
+    return model._session.get_session_options().intra_op_num_threads
+
+
+def told_by_torch(model: Any) -> object:
+    return model._torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("subject", "told"),
+    [
+        pytest.param(next(each for each in SUBJECTS if each.name == name), told, id=name)
+        for name, told in (
+            ("openvino", told_by_openvino),
+            ("onnxruntime", told_by_onnx_runtime),
+            ("torch", told_by_torch),
+        )
+    ],
+    indirect=["subject"],
+)
+def test_an_engine_that_tells_its_threads_has_those(
+    load: Callable[..., LoadedModel], told: Callable[[Any], object]
+) -> None:
+    for threads in (1, 2):
+        model = load(threads=threads)
+        assert told(model) == threads
+        model.close()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "subject", [each for each in ENGINES if COMPUTE_PRECISION in TAKES[each.values[0].name]], indirect=True
