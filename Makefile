@@ -1,6 +1,6 @@
 # The two commands a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help same-python demo test test-engines lint protos observe dashboards docs bench soak build clean
+.PHONY: help same-python demo test test-engines lint protos observe dashboards docs bench soak test-board build clean
 
 # The newest Python on the PATH that boardbench runs on; `make PYTHON=…` chooses another.
 PYTHON ?= $(shell deploy/find_python.sh)
@@ -40,7 +40,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.demo
 demo: $(VENV)/.demo  ## Run the main job here: collector, agent, two models, results, metrics
 	$(BIN)/boardbench demo $(DEMO_ARGS)
 
-test: lint $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.made  ## Install what the tests need and run them
+test: lint $(SYSTEM)/.prometheus $(SYSTEM)/.postgres $(SYSTEM)/.cloud-init .cache/engines/.made  ## Install what the tests need and run them
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m 'not soak' $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Style, types, import rules, the wire
@@ -54,7 +54,16 @@ lint: $(VENV)/.dev  ## Style, types, import rules, the wire
 
 $(SYSTEM)/.prometheus:
 	@mkdir -p $(SYSTEM)
-	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter victoria-metrics
+	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter prometheus-alertmanager victoria-metrics
+	@touch $@
+
+# cloud-init's own word on what `boardbench flash` writes for it; none of it is installed or started.
+$(SYSTEM)/.cloud-init:
+	@mkdir -p $(SYSTEM)
+	@tests/unpack_debian.sh $(SYSTEM) cloud-init python3-yaml python3-jsonschema python3-attr python3-pyrsistent \
+		python3-configobj python3-six python3-jinja2 python3-markupsafe python3-requests python3-urllib3 \
+		python3-chardet python3-idna python3-certifi python3-oauthlib python3-jsonpatch python3-json-pointer \
+		python3-netifaces
 	@touch $@
 
 $(SYSTEM)/.postgres:
@@ -108,6 +117,9 @@ bench: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres  ## Measure boardb
 
 soak: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.made  ## The long tests
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
+
+test-board: $(VENV)/.dev  ## Flash an emulated board, boot it, run a model on it (root; QEMU; a quarter of an hour)
+	$(BIN)/python -m pytest tests/board tests/deploy -m soak --timeout=7200 -rs $(PYTEST_ARGS)
 
 build: $(BIN)/python  ## Build the wheel and the source distribution into dist/
 	$(BIN)/python -m pip install -q build

@@ -25,8 +25,13 @@ def test_a_row_for_every_engine_and_a_file_with_everything(programs: Any, demo_t
     assert rows[0] == "| board | system | Python | engine | device | how | date |"
     assert any(" ai-edge-litert " in row and f" {demo_tflite.name}, " in row for row in rows[1:])
     evidence = json.loads(out.read_text())
-    ran = [run for run in evidence["runs"] if run["result"]]
-    assert {run["result"]["status"] for run in ran} == {"RUN_STATUS_SUCCEEDED"}
+    ran = {
+        (run["runtime"], run["device"]): run["result"]["status"] for run in evidence["runs"] if run["result"]
+    }
+    assert ran["tflite", "cpu"] == "RUN_STATUS_SUCCEEDED"
+    # OpenVINO refuses to spread a model over a single processor, which is told and breaks nothing.
+    refused = [row for row in rows if "| not run: " in row]
+    assert len(refused) == sum(status != "RUN_STATUS_SUCCEEDED" for status in ran.values())
     assert len(evidence["runs"]) == len(rows) - 1
     assert evidence["described"]["board"]["device_id"]
 

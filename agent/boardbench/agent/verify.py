@@ -17,8 +17,8 @@ from boardbench.agent.errors import AgentError, ConfigurationError
 from boardbench.v1 import agent_pb2, board_pb2, result_pb2
 
 _SECONDS = 2.0
-# The board lacks what the device names: an answer, and no failure of what was tried.
-_NOT_HERE = ("runtime_unavailable", "cpu_fallback")
+# The engine says beforehand that it does not do this, or the board lacks it: an answer, and no failure.
+_NOT_HERE = ("runtime_unavailable", "cpu_fallback", "model_rejected")
 
 
 async def verify(config: AgentConfig, models: Sequence[Path], out: Path | None) -> tuple[str, bool]:
