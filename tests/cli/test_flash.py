@@ -175,12 +175,19 @@ def test_cloud_init_takes_the_files(tmp_path: Path) -> None:
         "PYTHONPATH": str(places[0].parent),
         "PYTHONWARNINGS": "ignore",
     }
+    # Debian's modules are made for Debian's Python; another one may lack what they import.
+    python = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
+    check = [python, "-c", "import cloudinit.cmd.main"]
+    if (
+        told := subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
+    ).returncode:
+        pytest.skip(f"cloud-init does not run under {python}: {told.stderr.strip()[-200:]}")
 
     def schema(kind: str, data: bytes) -> subprocess.CompletedProcess[str]:
         file = tmp_path / kind
         file.write_bytes(data)
         return subprocess.run(
-            [sys.executable, "-m", "cloudinit.cmd.main", "schema", "--config-file", file],
+            [python, "-m", "cloudinit.cmd.main", "schema", "--config-file", file],
             env=environment,
             cwd=tmp_path,
             capture_output=True,
@@ -199,7 +206,7 @@ def test_cloud_init_takes_the_files(tmp_path: Path) -> None:
     both = planned(order, Format.CLOUD_INIT, TRIXIE | {"user-data": theirs})["user-data"]
     (tmp_path / "both").write_bytes(both)
     done = subprocess.run(
-        [sys.executable, "-c", _MERGE, tmp_path / "both"],
+        [python, "-c", _MERGE, tmp_path / "both"],
         env=environment,
         capture_output=True,
         text=True,
