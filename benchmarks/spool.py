@@ -46,8 +46,8 @@ def measure(arguments: argparse.Namespace) -> Report:
             checks.append(Check(f"written by the spool for {size:,} bytes", found[0], _LIMIT, "×"))
     return Report(
         "flash writes",
-        f"bytes written a result, as a multiple of it (/proc/self/io write_bytes: pages of the file system, "
-        f"without its own journal); {count} results each, synced one by one, acknowledged one by one",
+        f"bytes written a result, as a multiple of it (/proc/self/io: pages of the file system, without "
+        f"its own journal); {count} results each, synced one by one, acknowledged one by one",
         (
             "a result of",
             "spool",
@@ -70,7 +70,8 @@ def written(way: Callable[[Path, bytes, int], None], folder: Path, payload: byte
 
 def _write_bytes() -> int:
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["write_bytes"])
+    # Pages of files that were removed before they were written.
+    return int(lines["write_bytes"]) - int(lines["cancelled_write_bytes"])
 
 
 def spooled(folder: Path, payload: bytes, count: int) -> None:

@@ -170,6 +170,9 @@ class Spool:
         # Of what is acknowledged, and not longer than this.
         kept_bytes: int = 0,
         kept_seconds: float = 14 * 86400.0,
+        # Acknowledgements that are noted together: each note is a page of flash, written over the last one.
+        # After a kill as many results look as if they waited, until the collector says what it has.
+        unsaved_limit: int = 32,
         # For when the disk is full: as much again as the rest of the agent at most.
         memory_limit_bytes: int = 8 * 1024 * 1024,
         segment_bytes: int = SEGMENT_BYTES,
@@ -179,6 +182,7 @@ class Spool:
     ) -> None:
         self._kept_bytes = kept_bytes
         self._kept_seconds = kept_seconds
+        self._unsaved_limit = unsaved_limit
         self._clock = clock
         self._root = root
         self._limit_bytes = limit_bytes
@@ -466,8 +470,9 @@ class Spool:
         dead = self._too_old()
         if dead:
             self._unlink(dead)
-        if not self._waiting and self._entries and self._done_through() != self._saved_done_through:
-            # The active segment stays, so that its results are not sent again after a restart.
+        unsaved = self._done_through() - self._saved_done_through
+        if not self._waiting and self._entries and unsaved >= self._unsaved_limit:
+            # What is kept is not taken for waiting after a restart, but for the last few.
             self._save()
 
     def _done_segments(self) -> list[_Segment]:
