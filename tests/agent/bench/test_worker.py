@@ -455,7 +455,8 @@ def test_listing_the_engines_imports_none_of_them() -> None:
         "from boardbench.agent.bench import runtimes\n"
         "import os; os.environ['BOARDBENCH_FAKE_RUNTIME'] = '1'\n"
         "[runtimes.create(engine.name) for engine in runtimes.offered()]\n"
-        "print(sorted({'numpy', 'onnxruntime', 'ai_edge_litert', 'tflite_runtime', 'google.protobuf', 'grpc'}"
+        "print(sorted({'numpy', 'onnxruntime', 'ai_edge_litert', 'tflite_runtime', 'google.protobuf', 'grpc',"
+        " 'boardbench.agent.bench.plugins', 'boardbench.agent.bench.wheels'}"
         " & set(sys.modules)))"
     )
     done = subprocess.run(
