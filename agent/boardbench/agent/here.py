@@ -158,6 +158,9 @@ def description(described: agent_pb2.DescribeResponse) -> str:
         if status.available:
             lines.append(f"  runs          {', '.join(status.formats)} on {', '.join(status.devices)}")
             lines.append(f"  under         {status.interpreter.version}, {status.interpreter.path}")
+            if status.default_formats:
+                lines.append(f"  default for   {', '.join(status.default_formats)}")
+            lines.append(f"  settings      {', '.join(status.settings) or 'none'}")
         else:
             lines.append(f"  why           {status.reason}")
     return "\n".join(lines)

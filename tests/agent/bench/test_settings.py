@@ -292,6 +292,15 @@ def test_every_engine_runs_on_the_processors_that_were_asked_for(
 
 
 @AFFINITY
+def test_a_probe_tells_the_settings_of_the_engine_and_of_the_worker(worker: Any) -> None:
+    (event,) = worker.run({"kind": "probe"}).of("probe")
+    for status in event["runtimes"]:
+        assert status["settings"][-1] == "cpu_affinity", status["name"]
+        if status["name"] != "onnxruntime":  # its are those of the providers in its build
+            assert set(status["settings"]) == {*TAKES[status["name"]], "cpu_affinity"}
+
+
+@AFFINITY
 def test_a_processor_that_is_not_there_is_an_error_before_the_engine_is_imported(
     worker: Any, fake_job: Callable[..., dict[str, Any]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from boardbench.agent.bench.plugins import Offer
     from boardbench.agent.bench.runtime import Runtime
     from boardbench.agent.bench.runtimes import Engine
+
+
+# What this process does itself, whatever the engine.
+_OF_THE_WORKER = ("cpu_affinity",) if hasattr(os, "sched_setaffinity") else ()
 
 
 def interpreter() -> Interpreter:
@@ -72,7 +77,7 @@ def _status(name: str) -> RuntimeStatus:
         formats=runtime.formats,
         devices=devices,
         interpreter=interpreter(),
-        settings=runtime.settings,
+        settings=(*runtime.settings, *_OF_THE_WORKER),
         options=runtime.options,
     )
 
@@ -101,7 +106,7 @@ def _status_of_plugin(offer: Offer) -> Tuple[RuntimeStatus, Optional[Engine]]:
         formats=engine.formats if engine is not None else (),
         devices=devices,
         interpreter=interpreter(),
-        settings=runtime.settings if runtime is not None else (),
+        settings=(*runtime.settings, *_OF_THE_WORKER) if runtime is not None else (),
         options=runtime.options if runtime is not None else {},
         plugin=offer.distribution,
     )
