@@ -7,7 +7,12 @@ import json
 import pytest
 
 from boardbench.cli import engines
+from boardbench.cli.address import Address
+from boardbench.cli.progress import Unwatched
+from boardbench.cli.push import Order, push_all
+from boardbench.cli.source import Source
 from boardbench.cli.spec import Spec
+from boardbench.cli.terminal import Output
 from boardbench.v1 import board_pb2, result_pb2
 
 from .conftest import sample_result
@@ -275,3 +280,27 @@ def test_a_file_of_no_known_format_is_told(board, boardbench, tmp_path) -> None:
     done = boardbench("runtimes", path, "--to", f"127.0.0.1:{board.port}")
     assert done.code == 1
     assert "letter.txt is of no format that is known here" in done.err
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_the_default_is_said_in_a_line_where_there_is_a_choice(onnx_board, chosen) -> None:
+    board, path, _ = onnx_board
+    told: list[str] = []
+
+    class Listening(Unwatched):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    with Source(path) as source:
+        order = Order([source], None, Spec(), detach=False, no_run=False, retry_seconds=1.0, chosen=chosen)
+        outcomes = push_all(
+            order, [Address("127.0.0.1", board.port)], Listening(), Output(json=True, quiet=True)
+        )
+    assert [outcome.result.status for outcome in outcomes] == [result_pb2.RUN_STATUS_SUCCEEDED]
+    (run,) = board.runs.values()
+    assert run.request.spec.runtime == "", "the board chooses, and says in the result what it took"
+    expected = [
+        "model.onnx: onnxruntime, this board's default for it; openvino can run it, too "
+        "(--runtime NAME, or --runtime all)"
+    ]
+    assert told == (expected if chosen else [])
