@@ -10,13 +10,14 @@ import idle
 import inspecting
 import overhead
 import precision
+import scrape
 import sensors
 import spool
 import tools
 import upload
 from report import run
 
-ALL = (overhead, engines, tools, precision, sensors, upload, first_inference, idle, spool, inspecting)
+ALL = (overhead, engines, tools, precision, sensors, upload, first_inference, idle, spool, inspecting, scrape)
 
 if __name__ == "__main__":
     sys.exit(

@@ -8,9 +8,11 @@ import contextlib
 import gzip
 import http.server
 import json
+import os
 import shutil
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from typing import Any
 
 import grpc
 import programs
+import tools
 from report import Check, Report, note, run
 
 from boardbench.collector.expose import PROTOBUF, TEXT, Exposition
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--series", type=int, nargs="*", default=[30_000, 300_000], help="sizes (default 30000 300000)"
     )
     group.add_argument("--scrapes", type=int, default=8, help="scrapes by Prometheus of each (default 8)")
+    group.add_argument("--turns", type=int, default=8, help="runs with and without scrapes (default 8)")
     group.add_argument("--forwarded", type=int, default=4000, help="results that are sent on (default 4000)")
 
 
@@ -191,14 +195,17 @@ def measure(arguments: argparse.Namespace) -> Report:
         for size in arguments.series:
             rows += _of_size(root / str(size), size, arguments, checks, details)
         rows += _forwarded(root / "forward", arguments.forwarded, details)
+        rows += _beside_a_run(root / "run", arguments.turns, checks, details)
     return Report(
         "scrape and remote write",
         f"{_MODELS} models a board, each with four percentiles with bounds, memory by phase, placement and "
         "a histogram. Written: CPU time to make the text, of all series changed and of none (boardbench "
         "takes a result in when it comes; prometheus_client's gauges are set before). Scraped: by Prometheus "
         f"every {_INTERVAL_SECONDS:.0f} s, gzip, all changed in between (the others less often; of the "
-        "Pushgateway none), median of scrape_duration_seconds. Remote write: results in a store in memory to a receiver on this "
-        "machine; alone: the receiver given bodies that were made before",
+        "Pushgateway none), median of scrape_duration_seconds. Remote write: results in a store in memory to "
+        "a receiver on this machine; alone: the receiver given bodies that were made before. A run: median "
+        "latency on a board that is scraped five times a second while it measures, over that of one that is "
+        "not, in turns",
         (
             "",
             "series",
@@ -525,6 +532,66 @@ def _victoria_receiver(root: Path) -> Iterator[str | None]:
     with programs.running(command, root / "victoria.log"):
         _until(f"http://127.0.0.1:{port}/health")
         yield f"http://127.0.0.1:{port}/api/v1/write"
+
+
+# What a scrape does to a run.
+
+
+def _beside_a_run(root: Path, turns: int, checks: list[Check], details: dict[str, Any]) -> list[list[object]]:
+    root.mkdir()
+    model = tools.convolutions(root, 32, 64)
+    port = _free_port()
+    os.environ["BOARDBENCH_AGENT_METRICS_LISTEN"] = f"127.0.0.1:{port}"
+    found: dict[bool, list[float]] = {True: [], False: []}
+    with (
+        programs.collector(root) as (_, ports),
+        programs.agent(root, "--collector", f"127.0.0.1:{ports['grpc']}") as (_, agent),
+    ):
+        urls = (f"http://127.0.0.1:{port}/metrics", f"http://127.0.0.1:{ports['http']}/metrics")
+        for turn in range(2 * turns):
+            scraped = turn % 4 in {1, 2}
+            with _scraping(urls if scraped else ()):
+                found[scraped].append(_median_seconds(model, agent["grpc"]))
+    del os.environ["BOARDBENCH_AGENT_METRICS_LISTEN"]
+    ratio = statistics.median(found[True]) / statistics.median(found[False])
+    details["medians with and without scrapes"] = [found[True], found[False]]
+    checks.append(Check("median of a run while it is scraped, over that of one that is not", ratio, 1.02, ""))
+    note(f"scrape: a run beside scrapes: {ratio:.4f}")
+    return [[f"a run beside scrapes: {ratio:.4f} of one without", *[""] * 7]]
+
+
+@contextlib.contextmanager
+def _scraping(urls: Sequence[str]) -> Iterator[None]:
+    """Five scrapes a second of each, and nothing where there are none."""
+    stop = threading.Event()
+
+    def scrape() -> None:
+        while not stop.wait(0.2):
+            for url in urls:
+                with urllib.request.urlopen(url, timeout=30) as answer:
+                    answer.read()
+
+    thread = threading.Thread(target=scrape)
+    if urls:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if urls:
+            thread.join()
+
+
+def _median_seconds(model: Path, port: int) -> float:
+    command = [
+        *programs.program("boardbench"), "push", str(model), "--to", f"127.0.0.1:{port}", "--threads", "1",
+        "--duration", "2", "--format", "json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = json.loads(done.stdout)
+    return float(
+        next(each["seconds"] for each in result["latency"]["percentiles"] if each["percentile"] == 50)
+    )
 
 
 def _until(url: str) -> None:
