@@ -54,7 +54,8 @@ lint: $(VENV)/.dev  ## Style, types, import rules, the wire
 
 $(SYSTEM)/.prometheus:
 	@mkdir -p $(SYSTEM)
-	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter prometheus-alertmanager victoria-metrics
+	@tests/unpack_debian.sh $(SYSTEM) prometheus prometheus-node-exporter prometheus-alertmanager victoria-metrics \
+		prometheus-pushgateway
 	@touch $@
 
 # cloud-init's own word on what `boardbench flash` writes for it; none of it is installed or started.
