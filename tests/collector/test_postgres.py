@@ -427,6 +427,16 @@ async def test_a_store_of_a_newer_program_is_left_alone(postgres_url: str) -> No
         await PostgresResultStore.open(postgres_url)
 
 
+async def test_a_database_that_knows_only_bytes_is_refused(postgres_server: Any) -> None:
+    made = postgres_server.run(
+        *("createdb", "-h", str(postgres_server.folder), "-U", "tester", "-T", "template0"),
+        *("-E", "SQL_ASCII", "--locale", "C", "bytes"),
+    )
+    assert made.returncode == 0, made.stdout
+    with pytest.raises(StoreForeign, match=r"SQL_ASCII.*--encoding UTF8"):
+        await PostgresResultStore.open(postgres_server.url("bytes"))
+
+
 async def test_another_programs_database_is_left_alone(postgres_url: str) -> None:
     ask(postgres_url, "CREATE TABLE results (score INT)")
     with pytest.raises(StoreForeign, match=r"tables of another program \(results\)"):

@@ -485,7 +485,8 @@ class PostgresResultStore:
     def _lock_marks(self, db: Connection, batch: _Batch, spools: set[tuple[str, str]]) -> None:
         """Locks the spools' rows, in one order everywhere, and notes their marks."""
         wanted = sorted(spools)
-        while True:
+        # Somebody else may take a row away between its making and its locking, but not for ever.
+        for _ in range(_ATTEMPTS):
             columns = ([device for device, _ in wanted], [spool for _, spool in wanted])
             for device_id, spool_id, sequence in db.execute(_LOCK_MARKS, columns):
                 batch.marks[(device_id, spool_id)] = sequence
@@ -494,6 +495,7 @@ class PostgresResultStore:
                 return
             columns = ([device for device, _ in wanted], [spool for _, spool in wanted])
             db.execute(_MAKE_MARKS, columns)
+        raise StoreError(f"{self._name}: the marks of {len(wanted)} spools were made and are not there")
 
     def _compare(
         self,
@@ -1085,11 +1087,22 @@ def opened(url: str, clock: Callable[[], float]) -> Connection:
 def _connect_writer(url: str, name: str) -> Connection:
     db = _connect(url)
     try:
+        _check_encoding(db, name)
         _keep_promises(db, name)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _check_encoding(db: Connection, name: str) -> None:
+    """Returns when text comes back as it was stored; StoreForeign when the database knows only bytes."""
+    encoding = db.info.parameter_status("server_encoding")
+    if encoding not in {"UTF8", None}:
+        raise StoreForeign(
+            f"{name} keeps text as {encoding}, which can't hold every name of a model or board: create it"
+            " with createdb --encoding UTF8 --template template0"
+        )
 
 
 def _keep_promises(db: Connection, name: str) -> None:
