@@ -329,3 +329,24 @@ def test_it_is_found_in_an_interpreter_that_is_named_for_another_engine(
     (result,) = answer["results"]
     assert result["runtime"]["name"] == "affine", answer
     assert result["status"] == "RUN_STATUS_SUCCEEDED"
+
+
+def test_it_is_handed_out_by_a_collector_that_knows_nothing_of_it(
+    programs: Any,
+    configured: Callable[..., dict[str, str]],
+    interpreter: Path,
+    affine: Path,
+    eventually: Any,
+) -> None:
+    collector = programs.collector()
+    agent = programs.agent(environment=configured(affine=interpreter), collector=collector.address)
+    eventually(
+        "the board has reported",
+        lambda: collector.metric("boardbench_device_up", device=agent.device_id),
+        60.0,
+    )
+    answer = programs.client(
+        "push", affine, "--via", collector.address, "--on", "runtime=affine", "--format", "json", *QUICK
+    )
+    assert "(boardbench-affine 1.0.0)" in answer.out, answer
+    assert "RUN_STATUS_SUCCEEDED" in answer.out, answer
