@@ -40,7 +40,7 @@ class StoreConfig:
     free_floor_bytes: int = 512 * _MIB
     # What engines keep from one load to the next, where that is asked for, of all models together: a few
     # engines of TensorRT, or blobs of OpenVINO, each about as large as its model. Oldest go first.
-    cache_limit_bytes: int = _GIB
+    cache_limit_bytes: int = 1 * _GIB
 
 
 @dataclass(frozen=True)
