@@ -354,6 +354,10 @@ async def test_inputs_go_along(collector: Any, desk: Desk) -> None:
 async def test_a_board_that_takes_no_jobs_gets_none(collector: Any, desk: Desk) -> None:
     board = await join(collector, takes_jobs=False)
     (job,) = await desk.submit("board=pi5")
+    assert "takes no jobs" in job.reason
+    request = job_pb2.SubmitJobsRequest(model_sha256=SHA256, count=1)
+    code, message = await refusal(desk.stub.SubmitJobs(request))
+    assert (code, "1 take no jobs" in message) == (grpc.StatusCode.NOT_FOUND, True)
     other = await join(collector, "pi4")
     (second,) = await desk.submit("device_id=pi4")
     assert (await offer(other)).job_id == second.job_id
@@ -551,8 +555,9 @@ async def test_a_request_is_taken_once(collector: Any, desk: Desk) -> None:
 async def test_some_of_the_boards_are_the_free_ones(collector: Any, desk: Desk) -> None:
     for name in ("a", "b", "c", "d"):
         await (await join(collector, name)).leave()
-    up = [await join(collector, name, takes_jobs=False) for name in ("c", "d")]
+    up = [await join(collector, name) for name in ("c", "d")]
     await desk.submit("device_id=c")
+    await offer(up[0])
     assert [job.device_id for job in await desk.submit(count=1)] == ["d"]
     assert sorted(job.device_id for job in await desk.submit(count=2)) == ["c", "d"]
     await desk.stub.Reserve(job_pb2.ReserveRequest(on=["device_id=d"], holder="bob"))
@@ -561,9 +566,12 @@ async def test_some_of_the_boards_are_the_free_ones(collector: Any, desk: Desk) 
     request = job_pb2.SubmitJobsRequest(model_sha256=SHA256, count=4, holder="ann")
     code, message = await refusal(desk.stub.SubmitJobs(request))
     assert code is grpc.StatusCode.NOT_FOUND
-    assert "4 boards are asked for and 3 can be had: 4 meet the terms, and 1 of them is reserved" in message
+    assert "4 boards are asked for and 3 can be had: of 4 that meet the terms, 0 take no jobs" in message
+    assert message.endswith("and others have reserved 1")
     for board in up:
-        await board.leave()
+        # Past the offers that nobody has read.
+        await board.call.done_writing()
+        assert (await board.end())[0] is grpc.StatusCode.OK
 
 
 @pytest.mark.parametrize(

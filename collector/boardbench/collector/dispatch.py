@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,6 +73,8 @@ _LONGEST_SECONDS = 366 * 86400.0
 _RESERVED_SECONDS = 3600.0
 _FORGET_SECONDS = 600.0
 _FORGET_JOBS = 500
+
+_NO_TAKER = "the board's agent takes no jobs: it is older, or jobs.take = false"
 
 _DONE = job_pb2.JOB_STATE_DONE
 _DEAD = job_pb2.JOB_STATE_DEAD
@@ -488,10 +490,14 @@ class Dispatcher:
         model = await self._files.find(request.model_sha256)
         inputs = await self._files.find(request.spec.inputs_sha256) if request.spec.inputs_sha256 else None
         now = self._clock()
-        boards = await self._choose(request, terms)
+        takers = {view.device_id for view in await self._look.views() if view.hello.takes_jobs}
+        boards = await self._choose(request, terms, takers)
         records = [
             new_record(
-                self._job(request, batch_id, device_id, model), at=now, deadline=now + seconds, inputs=inputs
+                self._job(request, batch_id, device_id, model, "" if device_id in takers else _NO_TAKER),
+                at=now,
+                deadline=now + seconds,
+                inputs=inputs,
             )
             for device_id in boards
         ]
@@ -507,7 +513,12 @@ class Dispatcher:
         return submission.records
 
     def _job(
-        self, request: job_pb2.SubmitJobsRequest, batch_id: str, device_id: str, model: model_pb2.Model
+        self,
+        request: job_pb2.SubmitJobsRequest,
+        batch_id: str,
+        device_id: str,
+        model: model_pb2.Model,
+        reason: str,
     ) -> job_pb2.Job:
         return job_pb2.Job(
             job_id=new_job_id(self._random),
@@ -519,9 +530,12 @@ class Dispatcher:
             priority=request.priority,
             holder=request.holder,
             tags=request.tags,
+            reason=reason,
         )
 
-    async def _choose(self, request: job_pb2.SubmitJobsRequest, terms: Sequence[Term]) -> list[str]:
+    async def _choose(
+        self, request: job_pb2.SubmitJobsRequest, terms: Sequence[Term], takers: Set[str]
+    ) -> list[str]:
         """Returns the boards for a request; NotFound when there are none, or too few."""
         devices = await self._look.devices()
         met = chosen(devices, terms)
@@ -529,16 +543,13 @@ class Dispatcher:
             raise NotFound(complaint(devices, terms))
         if not request.count:
             return [device.board.device_id for device in met]
-        free = [
-            device
-            for device in met
-            if not device.HasField("reservation") or device.reservation.holder == request.holder
-        ]
+        able = [device for device in met if device.board.device_id in takers]
+        free = [device for device in able if _is_free_for(device, request.holder)]
         if len(free) < request.count:
-            reserved = len(met) - len(free)
             raise NotFound(
-                f"{request.count} boards are asked for and {len(free)} can be had: {len(met)} meet the terms,"
-                f" and {reserved} of them {'is' if reserved == 1 else 'are'} reserved by others"
+                f"{request.count} boards are asked for and {len(free)} can be had: of {len(met)} that meet"
+                f" the terms, {len(met) - len(able)} take no jobs, and others have reserved"
+                f" {len(able) - len(free)}"
             )
         free.sort(key=lambda device: (not device.up, device.open_jobs, device.board.device_id))
         return [device.board.device_id for device in free[: request.count]]
@@ -552,8 +563,6 @@ class Dispatcher:
             before = min(int(request.page_token), 2**63 - 1)
         limit = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
         query = await self._query(request.filter)
-        if query is None:
-            return job_pb2.ListJobsResponse()
         records = await self._jobs.jobs(query, limit=limit + 1, before=before)
         token = str(records[limit - 1].arrival) if len(records) > limit else ""
         return job_pb2.ListJobsResponse(
@@ -565,8 +574,7 @@ class Dispatcher:
 
         Changes that follow each other quickly may be seen as one.
         """
-        query = await self._query(filter)
-        records = await self._all(query) if query is not None else ()
+        records = await self._all(await self._query(filter))
         watcher = _Watcher({record.job_id: record.version for record in records if record.is_open})
         self._watchers.add(watcher)
         try:
@@ -621,14 +629,14 @@ class Dispatcher:
             raise InvalidRequest("say which jobs are meant: an empty filter would mean all of them")
         wanted = tuple(state for state in filter.states or states if state in states)
         query = await self._query(filter)
-        if query is None or not wanted:
+        if not wanted:
             return []
         named = await self._all(JobQuery(query.job_ids, query.batch_id, query.device_id, states=wanted))
         changed = await self._jobs.change({record.job_id: transition for record in named})
         return [record.job for record in sorted(changed, key=lambda record: record.arrival)]
 
-    async def _query(self, filter: job_pb2.JobFilter) -> JobQuery | None:
-        """Returns the filter with whole identities; None when nothing can meet it."""
+    async def _query(self, filter: job_pb2.JobFilter) -> JobQuery:
+        """Returns the filter with whole identities; NotFound or Ambiguous when one names not one job."""
         names = []
         for digits in filter.job_ids[: _MAX_PAGE + 1]:
             _check("job_id", digits)
@@ -675,11 +683,7 @@ class Dispatcher:
         if not met:
             raise NotFound(complaint(devices, terms))
         if request.count:
-            mine = [
-                device
-                for device in met
-                if not device.HasField("reservation") or device.reservation.holder == request.holder
-            ]
+            mine = [device for device in met if _is_free_for(device, request.holder)]
             if len(mine) < request.count:
                 raise Occupied(
                     f"{request.count} boards are asked for, {len(met)} meet the terms, and {len(mine)} of"
@@ -761,6 +765,11 @@ class Dispatcher:
     def _poke_for(self, device_ids: Iterable[str]) -> None:
         self._poked |= set(device_ids)
         self._poke.set()
+
+
+def _is_free_for(device: collector_pb2.Device, holder: str) -> bool:
+    """Whether nobody else has reserved the board."""
+    return not device.HasField("reservation") or device.reservation.holder == holder
 
 
 def reservation(booking: Booking) -> job_pb2.Reservation:
