@@ -136,6 +136,7 @@ def board(make_hello: MakeHello) -> Callable[..., DeviceView]:
             "up": True,
             "last_seen_at": NOW - 2,
             "first_seen_at": NOW - 1000,
+            "clock_offset_seconds": 0.25,
             "heartbeat": collector_pb2.Heartbeat(
                 spool_pending=3,
                 spool_dropped=2,
@@ -336,6 +337,36 @@ def test_openmetrics_is_what_prometheus_client_would_write(whole: Snapshot) -> N
     theirs = parsed(openmetrics_families(generate_openmetrics(reference(fleet)).decode()))
     assert len(mine) == len(METRICS)
     assert mine == theirs
+
+
+def test_hostile_text_is_what_prometheus_client_would_write(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    models = [
+        "100% %s %r %(x)s %%",
+        'q"\\\\n\\',
+        "\0\1\2\n",
+        "模型" * 90,
+        "{}",
+        "\N{LINE SEPARATOR}",
+        "a" * 500,
+    ]
+    results = [make_result(model=model) for model in models]
+    for result, text in zip(results, models, strict=True):
+        result.spec.options[text or "x"] = text
+        result.model.format = text
+    views = [board(), board('device "%d"\\')]
+    views[0].hello.board.hostname = "%s\0"
+    views[0].heartbeat.readings.add(quantity="temperature_celsius", source='%r"', value=1)
+    fleet = exposition()
+    take(fleet, snapshot(results, devices=views))
+    text = fleet.page(TEXT).decode()
+    assert len(series(text, "boardbench_model_info")) == len(models)
+    theirs = generate_latest(reference(fleet)).decode()
+    assert parsed(text_string_to_metric_families(text)) == parsed(text_string_to_metric_families(theirs))
+    openmetrics = fleet.page(OPENMETRICS).decode() + "# EOF\n"
+    theirs = generate_openmetrics(reference(fleet)).decode()
+    assert parsed(openmetrics_families(openmetrics)) == parsed(openmetrics_families(theirs))
 
 
 def test_after_any_change_the_page_is_as_if_it_were_new(

@@ -172,7 +172,7 @@ async def test_metrics_are_negotiated(filled: Any, http: aiohttp.ClientSession) 
     assert b'boardbench_latency_seconds{device="pi5",model="mobilenet.tflite"' in plain
     assert b'boardbench_runs_total{device="pi5",status="failed"} 1\n' in plain
     assert b'boardbench_device_up{device="pi5"} 1\n' in plain
-    assert b"boardbench_collector_results_stored_total 5.0\n" in plain
+    assert b"boardbench_collector_results_stored_total 5\n" in plain
     assert b"process_resident_memory_bytes " in plain
     assert b"run-" not in plain, "no run's identity is a label"
 

@@ -443,7 +443,7 @@ class Exposition:
             board.hello = view.hello
             board.state = None
             board.about_lost = (group.duplicates, group.cut)
-        state = (view.up, view.last_seen_at, runs, board.left_out)
+        state = (view.up, view.last_seen_at, view.clock_offset_seconds, runs, board.left_out)
         if board.state != state:
             duplicates, cut = board.about_lost
             left_out = board.left_out
@@ -559,16 +559,18 @@ class Scrapes:
         content_type = choose(accept)
         async with self._turn:
             began = self._monotonic()
-            snapshot = await self._read()
+            snapshot, position = await self._read()
             read = self._monotonic()
             # Not in the loop: while a large fleet is written down, results still come in.
             body = await asyncio.to_thread(self._write, snapshot, content_type, began, read)
+            # Only now: what failed before is read again by the next scrape.
+            self._position = position
         if zipped:
             body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL, mtime=0)
         return body, content_type
 
-    async def _read(self) -> Snapshot:
-        """Returns what is new, and takes the samples of new results."""
+    async def _read(self) -> tuple[Snapshot, int]:
+        """Returns what is new, up to where it was read, and takes the samples of new results."""
         exposition = self._exposition
         news = await self._look.news(self._position)
         views = await self._look.views()
@@ -583,9 +585,7 @@ class Scrapes:
             runs = missing[begin : begin + _SHAPES_AT_ONCE]
             samples = await asyncio.gather(*(self._look.samples(run_id) for run_id in runs))
             await asyncio.to_thread(exposition.shapes, dict(zip(runs, samples, strict=True)))
-        # Only now: what failed before is read again by the next scrape.
-        self._position = news.position
-        return snapshot
+        return snapshot, news.position
 
     def _write(self, snapshot: Snapshot, content_type: str, began: float, read: float) -> bytes:
         exposition = self._exposition

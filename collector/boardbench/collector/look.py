@@ -42,6 +42,8 @@ class DeviceView:
     last_seen_at: float
     first_seen_at: float
     heartbeat: collector_pb2.Heartbeat | None
+    clock_offset_seconds: float | None = None
+    """Its clock less the collector's, by its last message; None: not known."""
 
     @property
     def device_id(self) -> str:
@@ -153,7 +155,8 @@ class ReadModel:
                 record.elsewhere_at is not None
                 and self._clock() - record.elsewhere_at <= self._silence_seconds
             )
-            views.append(DeviceView(record.hello, up, last_seen_at, record.first_seen_at, heartbeat))
+            offset = self._fleet.clock_offset(record.device_id)
+            views.append(DeviceView(record.hello, up, last_seen_at, record.first_seen_at, heartbeat, offset))
         return tuple(views)
 
     async def devices(self, on: Sequence[str] = ()) -> tuple[collector_pb2.Device, ...]:

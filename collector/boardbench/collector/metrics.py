@@ -239,6 +239,12 @@ METRICS: tuple[Metric, ...] = (
         "When the board was last heard of, by the collector's clock.",
     ),
     Metric(
+        "boardbench_device_clock_offset_seconds",
+        "gauge",
+        ("device",),
+        "The board's clock less the collector's, the way of the message included; absent while it is gone.",
+    ),
+    Metric(
         "boardbench_device_running",
         "gauge",
         ("device",),

@@ -318,6 +318,8 @@ def state_group(view: DeviceView, runs: Iterable[tuple[int, int]], left_out: Lef
     def samples() -> Iterator[Sample]:
         yield "boardbench_device_up", (), int(view.up)
         yield "boardbench_device_last_seen_timestamp_seconds", (), view.last_seen_at
+        if view.clock_offset_seconds is not None:
+            yield "boardbench_device_clock_offset_seconds", (), view.clock_offset_seconds
         for status, total in runs:
             yield "boardbench_runs_total", (enum_label(result_pb2.RunStatus, status),), total
         if view.heartbeat is not None:

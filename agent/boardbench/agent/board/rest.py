@@ -39,6 +39,8 @@ _LIGHT = (
     "tegra_gpu",
     "cpufreq",
 )
+# Counters of which the collector keeps the history: how often the board was throttled since it booted.
+_EVENTS = frozenset({"throttle_events", "over_current_events"})
 # Its own library would be loaded to look for it.
 _NVIDIA = "nvidia"
 _NVIDIA_DRIVER = "proc/driver/nvidia/version"
@@ -146,7 +148,12 @@ class AtRest:
     def read(self) -> None:
         """Reads all of them. Blocks; one thread at a time."""
         begin = time.thread_time()
-        order = [reading for sensor in self._sensors for reading in _read(sensor) if not reading.cumulative]
+        order = [
+            reading
+            for sensor in self._sensors
+            for reading in _read(sensor)
+            if not reading.cumulative or reading.quantity in _EVENTS
+        ]
         self._readings = tuple(_fitting(order))
         spent = time.thread_time() - begin
         self._next = self._monotonic() + max(LEAST_SECONDS, spent / COST_SHARE)
