@@ -89,6 +89,7 @@ test-engines: $(VENV)/.dev .cache/engines/.made .cache/engines/.heavy  ## Every 
 	BOARDBENCH_TORCH_PYTHON="$(TORCH)" BOARDBENCH_EXECUTORCH_PYTHON="$(EXECUTORCH)" $(BIN)/python -m pytest \
 		tests/agent/bench/test_runtime_contract.py tests/agent/bench/test_foreign_engines.py \
 		tests/agent/bench/test_onnx_plugin.py $(PYTEST_ARGS)
+	BOARDBENCH_TORCH_PYTHON="$(TORCH)" $(BIN)/python -m pytest -m soak tests/agent/bench/test_real_models.py $(PYTEST_ARGS)
 	PYTHONPATH="$(CURDIR)/agent" "$(TORCH)" -m pytest -p no:cacheprovider -k torch tests/agent/bench/test_runtime_contract.py \
 		tests/agent/bench/test_torch.py tests/agent/bench/test_executorch.py $(PYTEST_ARGS)
 

@@ -96,6 +96,7 @@ def parts_of(
     """What runs as one, in the order in which it runs; operations are positions in ``ops``.
 
     ``inputs`` and ``outputs`` are the graph's. An operation on no known unit is in no part: nothing uses it.
+    Nor is one that leads to no output, as an assignment to a variable, where a delegate took it.
     """
     originals = originals_of(nodes)
     position = {at: op for op, at in enumerate(originals)}
@@ -106,8 +107,16 @@ def parts_of(
         if node.name == DELEGATE_NODE
     ]
     together = {op for group in groups for op in group}
-    groups += [[op] for op in range(len(ops)) if op not in together and ops[op].unit is not Unit.UNSPECIFIED]
     by_op = list(originals.values())
+    groups += [
+        [op]
+        for op in range(len(ops))
+        if op not in together
+        and ops[op].unit is not Unit.UNSPECIFIED
+        # In a delegate's part all the same, of which the tensors don't tell.
+        and not ops[op].delegate
+        and (by_op[op].inputs or by_op[op].outputs)
+    ]
     computed = set(producer) | set(inputs)
     parts = [
         part_of(group, by_op, accelerated=not placement.is_away(ops[group[0]], wanted), computed=computed)
