@@ -247,10 +247,12 @@ async def test_a_lease_goes_on_while_the_board_names_the_job(store: ResultStore)
     store.jobs.listen(seen.append)
     record = await change(store, 1, lambda record: renewed(record, "pi5", NOW + 100))
     assert record.lease_until == NOW + 100
-    await change(store, 1, lambda record: renewed(record, "pi5", NOW + 90))
     await change(store, 1, lambda record: renewed(record, "pi4", NOW + 900))
     assert (await get(store, 1)).lease_until == NOW + 100
     assert await store.jobs.due(at=NOW + 99, limit=10) == ()
+    # The clock may have been set back.
+    await change(store, 1, lambda record: renewed(record, "pi5", NOW + 90))
+    assert (await get(store, 1)).lease_until == NOW + 90
     # Nobody who watches would see a difference.
     assert seen == []
     assert await store.jobs.versions((job_id(1), job_id(2))) == {job_id(1): record.version}

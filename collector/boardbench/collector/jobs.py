@@ -298,7 +298,8 @@ def renewed(record: JobRecord, device_id: str, lease_until: float, progress: str
     if record.is_held:
         if progress is not None and progress != record.job.progress:
             record = _changed(record, progress=progress)
-        return replace(record, lease_until=max(lease_until, record.lease_until or 0.0))
+        # Also to an earlier time: the clock may have been set back.
+        return replace(record, lease_until=lease_until)
     if record.job.state == job_pb2.JOB_STATE_QUEUED and record.lapsed:
         adopted = _changed(
             record, state=job_pb2.JOB_STATE_LEASED, reason="", progress=progress or record.job.progress
