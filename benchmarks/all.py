@@ -6,6 +6,7 @@ import sys
 
 import engines
 import first_inference
+import fleet
 import idle
 import inspecting
 import overhead
@@ -17,7 +18,20 @@ import tools
 import upload
 from report import run
 
-ALL = (overhead, engines, tools, precision, sensors, upload, first_inference, idle, spool, inspecting, scrape)
+ALL = (
+    overhead,
+    engines,
+    tools,
+    precision,
+    sensors,
+    upload,
+    first_inference,
+    idle,
+    spool,
+    inspecting,
+    scrape,
+    fleet,
+)
 
 if __name__ == "__main__":
     sys.exit(
