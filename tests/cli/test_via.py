@@ -366,6 +366,8 @@ def test_boards_are_chosen_reserved_and_labelled(boardbench, collector, via) -> 
     done = boardbench("devices", "label", "rack=8", "old=", "--on", "device_id=*", *via)
     assert done.out.split() == collector.boards
     assert dict(collector.asked[-1].labels) == {"rack": "8", "old": ""}
+    done = boardbench("devices", "label", "rack=8", "--on", "device_id=*", *via, "--format", "json")
+    assert json.loads(done.out) == {"device_ids": collector.boards}
     for arguments in (("reserve",), ("release", "--force"), ("label", "a=b")):
         done = boardbench("devices", *arguments, *via)
         assert (done.code, "which boards?" in done.err) == (2, True)

@@ -174,21 +174,26 @@ def _show_reservations(found: list[job_pb2.Reservation], output: Output, none: s
 @click.argument("labels", metavar="NAME=VALUE...", nargs=-1, required=True, callback=pairs)
 @on_option("Which boards.")
 @via_option
-@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr; errors still.")
-def label(labels: dict[str, str], on: tuple[str, ...], collector: Address, quiet: bool) -> ExitCode:
+@output_options
+def label(labels: dict[str, str], on: tuple[str, ...], collector: Address, **values: Any) -> ExitCode:
     """Label boards, for --on of other commands; NAME= removes the label.
 
-    Your labels go before those that the boards' agents are configured with. Prints the boards, one a line.
+    Your labels go before those that the boards' agents are configured with. Prints the boards, one a line;
+    with --format json: a SetLabelsResponse.
     """
+    output = output_from(values)
     _need_terms(on)
     from boardbench.cli.client import JobsClient
+    from boardbench.v1 import job_pb2
 
     with JobsClient(collector) as client:
         found = client.label(on, labels)
+    if output.json:
+        output.show_json(job_pb2.SetLabelsResponse(device_ids=found))
+        return ExitCode.DONE
     for device_id in found:
         click.echo(device_id)
-    if not quiet:
-        click.echo(f"{len(found)} labelled", err=True)
+    output.note(f"{len(found)} labelled")
     return ExitCode.DONE
 
 
