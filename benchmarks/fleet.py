@@ -223,19 +223,13 @@ class _Collector:
     def start(self) -> None:
         ports = self._root / "ports"
         ports.unlink(missing_ok=True)
+        command = [
+            *(*programs.program("boardbench-collector"), "serve", "--data-dir", str(self._root / "data")),
+            *("--listen", self._listen[0], "--http", self._listen[1], "--port-file", str(ports)),
+            *("--heartbeat", str(BEAT_SECONDS / 0.8)),
+        ]
         with (self._root / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(*programs.program("boardbench-collector"), "serve", "--data-dir", str(self._root / "data")),
-                    *("--listen", self._listen[0], "--http", self._listen[1], "--port-file", str(ports)),
-                    *("--heartbeat", str(BEAT_SECONDS / 0.8)),
-                ], "--http", self._listen[1], "--port-file", str(ports),
-                    "--heartbeat", str(BEAT_SECONDS / 0.8),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + 60
         while not ports.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
