@@ -245,6 +245,13 @@ def test_every_key_has_a_variable() -> None:
     assert config.validity.thresholds == {"variation_ratio": 0.2, "clock_reads": 50.0}
 
 
+def test_as_many_jobs_as_a_heartbeat_can_name() -> None:
+    assert load(None, {"BOARDBENCH_AGENT_JOBS_OPEN_LIMIT": "32"}).jobs.open_limit == 32
+    for limit in ("0", "33"):
+        with pytest.raises(ConfigurationError, match="open_limit"):
+            load(None, {"BOARDBENCH_AGENT_JOBS_OPEN_LIMIT": limit})
+
+
 @pytest.mark.parametrize(
     ("environment", "folder"),
     [

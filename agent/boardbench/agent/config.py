@@ -64,8 +64,13 @@ class JobsConfig:
 
     # Whether the board takes them.
     take: bool = True
-    # That it has at most, waiting and running; beyond it they are given back.
+    # That it has at most, waiting and running; beyond it they are given back. Every heartbeat names them, so 32
+    # are the most.
     open_limit: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.open_limit <= 32:
+            raise ConfigurationError(f"jobs.open_limit: {self.open_limit} is not from 1 to 32")
 
 
 @dataclass(frozen=True)

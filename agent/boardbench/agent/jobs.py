@@ -60,6 +60,8 @@ _DAMAGED_TRIES = 3
 # The store made room for something else just when the run was to be queued.
 _EVICTED_TRIES = 3
 _SUFFIX = ".offer"
+# A person reads it in a line of a table.
+_REASON_LENGTH = 600
 
 # The board can never run it. All else may be different another time.
 _NEVER = (InvalidRequest, NotRunnable, RunExists, GroupClosed)
@@ -405,7 +407,10 @@ class Jobs:
         self, offer: job_pb2.JobOffer, phase: job_pb2.JobPhase.ValueType, reason: str, attempt: int = 0
     ) -> None:
         report = job_pb2.JobReport(
-            job_id=offer.job_id, attempt=attempt or offer.attempt, phase=phase, reason=reason
+            job_id=offer.job_id,
+            attempt=attempt or offer.attempt,
+            phase=phase,
+            reason=reason[:_REASON_LENGTH],
         )
         self._answers.append((report, False))
         self.speak()
