@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from boardbench.collector.errors import ShuttingDown, SilentAgent, StoreUnavailable, Superseded
-from boardbench.collector.fleet import Fleet
+from boardbench.collector.fleet import Durations, Fleet
 from boardbench.collector.look import ReadModel
 from boardbench.collector.store import Sighting
 from boardbench.collector.stores.memory import MemoryResultStore
@@ -140,3 +140,14 @@ async def test_closing_asks_everybody_and_takes_nobody(fleet: Fleet) -> None:
         fleet.join("pi4", "peer")
     fleet.leave(session)
     await fleet.close(60)
+
+
+def test_durations_are_counted_up_to_each_bound() -> None:
+    durations = Durations()
+    for seconds in (0.0005, 0.001, 0.0011, 11.0):
+        durations.add(seconds)
+    copy = durations.copy()
+    durations.add(0.0001)
+    assert copy.count == 4 and copy.total == pytest.approx(11.0026)
+    assert copy.cumulative() == (2, *(3,) * (len(Durations.bounds) - 1))
+    assert durations.cumulative()[0] == 3
