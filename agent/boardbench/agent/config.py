@@ -64,8 +64,8 @@ class JobsConfig:
 
     # Whether the board takes them.
     take: bool = True
-    # That it has at most, waiting and running; beyond it they are given back. Every heartbeat names them, so 32
-    # are the most.
+    # That it has at most, waiting and running; beyond it they are given back. Every heartbeat names them, so
+    # 32 are the most.
     open_limit: int = 8
 
     def __post_init__(self) -> None:
