@@ -27,6 +27,7 @@ from boardbench.agent.bench import (
     doubts,
     findings,
     inputs,
+    libraries,
     measure,
     probe,
     profiling,
@@ -172,6 +173,7 @@ def execute(job: Job, events: EventWriter, orders: Optional[Orders] = None) -> N
 
 def _load(job: Job, runtime: Runtime, engine: _Engine) -> _Loaded:
     """Every instance of the model that the scenario wants."""
+    libraries.refuse_pushed(job.options)
     if job.cache_by_default and CACHE not in getattr(runtime, "settings", ()):
         job = replace(job, cache=CacheUse.NONE)
     shapes = _shapes(job)
@@ -294,6 +296,7 @@ def _listed(processors: Sequence[int]) -> str:
 def profile(job: Job, events: EventWriter) -> None:
     """Profiles what the job ran: what the process of a profiling pass does. Raises NoProfile among others."""
     _pin(job.cpu_affinity)
+    libraries.refuse_pushed(job.options)
     runtime, version, _ = _imported(job)
     profiler = runtimes.profiler(runtime.name)
     if profiler is None:
