@@ -30,7 +30,8 @@ def refuse_pushed(options: Mapping[str, str]) -> None:
             if path is not None and _PUSHED.fullmatch(path.name) and _is_library(path):
                 raise OptionRejected(
                     f"option {name}: {part} is a library that was pushed as a model, and a program that "
-                    f"may do what the agent may: install it on the board, or set {NATIVE_MODELS}=1 in the agent's environment"
+                    f"may do what the agent may: install it on the board, or set {NATIVE_MODELS}=1 in the "
+                    "agent's environment"
                 )
 
 
