@@ -248,7 +248,7 @@ def test_every_key_has_a_variable() -> None:
 def test_as_many_jobs_as_a_heartbeat_can_name() -> None:
     assert load(None, {"BOARDBENCH_AGENT_JOBS_OPEN_LIMIT": "32"}).jobs.open_limit == 32
     for limit in ("0", "33"):
-        with pytest.raises(ConfigurationError, match="OPEN_LIMIT: .* is not from 1 to 32"):
+        with pytest.raises(ConfigurationError, match=r"OPEN_LIMIT: .* is not from 1 to 32"):
             load(None, {"BOARDBENCH_AGENT_JOBS_OPEN_LIMIT": limit})
 
 
