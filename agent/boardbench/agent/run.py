@@ -348,7 +348,8 @@ class Attempt:
                 self._doubt(
                     validity.warn(
                         "idle_not_measured",
-                        f"idle_seconds is {seconds:g}, and this board has no power rail or meter that can be read",
+                        f"idle_seconds is {seconds:g}, and this board has no power rail or meter that can be "
+                        "read",
                         validity.NOTE,
                     )
                 )
