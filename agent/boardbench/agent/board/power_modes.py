@@ -2,8 +2,8 @@
 
 ``nvpmodel -m ID`` sets one of the modes in ``/etc/nvpmodel.conf``, and notes it in
 ``/var/lib/nvpmodel/status``, from where it is set again at the next boot: so what a killed process left is
-put back after a boot, too. Some modes want a reboot; then nvpmodel asks, and with nobody to answer leaves all as
-it was, which its status tells.
+put back after a boot, too. Some modes want a reboot; then nvpmodel asks, and with nobody to answer leaves all
+as it was, which its status tells.
 
     power/lock            held while another mode is set
     power/journal.json    the mode that was there before
