@@ -45,6 +45,7 @@ def device(
             architecture="aarch64",
             os="Debian GNU/Linux 12 (bookworm)",
             kernel="6.6.31+rpt-rpi-2712",
+            memory_bytes=8_455_000_000,
             labels=labels or {},
         ),
         agent_version="0.3.1",
@@ -114,6 +115,10 @@ def test_families_have_short_names() -> None:
         "rack!=3",
         "sensor=hwmon",
         "agent_version=0.3.*",
+        "memory=8GB",
+        "memory=8",
+        "memory!=4 GiB",
+        "problem=none",
     ],
 )
 def test_what_a_board_meets(term: str) -> None:
@@ -143,6 +148,9 @@ def test_what_a_board_meets(term: str) -> None:
         "lab=zur",
         "lab!=zurich",
         "rack=*",
+        "memory=4GB",
+        "problem=*",
+        "problem!=none",
         "up!=true",
     ],
 )
@@ -177,6 +185,18 @@ def test_what_is_no_term(text: str) -> None:
 def test_up_is_true_or_false() -> None:
     with pytest.raises(InvalidRequest, match="up=true or up=false"):
         parse(["up=maybe"])
+
+
+def test_memory_is_a_size() -> None:
+    with pytest.raises(InvalidRequest, match="as memory=8GB"):
+        parse(["memory=much"])
+
+
+def test_boards_are_found_by_their_problems() -> None:
+    board = device()
+    board.problems.append("its clock is 60 min ahead: set it")
+    assert chosen([board], parse(["problem=clock", "problem!=none", "problem=*ahead*"]))
+    assert not chosen([board], parse(["problem=spool"]))
 
 
 def test_terms_are_bounded() -> None:

@@ -7,6 +7,7 @@ Capitals don't matter. ``*`` in the value stands for anything. A board's model i
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 _WORD = re.compile(r"[a-z0-9]+")
 _Test = Callable[[collector_pb2.Device, str], bool]
 _TERM = re.compile(r"\s*([A-Za-z0-9_][A-Za-z0-9_./-]*?)\s*(!?=)\s*(.*?)\s*", re.DOTALL)
+_MEMORY = re.compile(r"([0-9]{1,6}) *(?:g|gb|gib)?")
 _MAX_TERMS = 64
 _PATTERNS = {name: re.compile(pattern) for name, _, pattern in BOARDS}
 
@@ -99,6 +101,8 @@ def parse(texts: Sequence[str]) -> tuple[Term, ...]:
         name, value = match[1], match[3]
         if name.lower() in _TESTS:
             name = name.lower()
+        if name == "memory" and _gibibytes(value) is None:
+            raise InvalidRequest(f"{text!r}: write how much it is on the box, as memory=8GB")
         if name == "up" and value.lower() not in _TRUTH:
             raise InvalidRequest(f"{text!r}: a board is up or not; write up=true or up=false")
         terms.append(Term(name, value, match[2] == "!="))
@@ -170,6 +174,18 @@ def _board(device: collector_pb2.Device, value: str) -> bool:
     return _has_words(value, (model,))
 
 
+def _problem(device: collector_pb2.Device, value: str) -> bool:
+    if value.lower() == "none":
+        return not device.problems
+    return _like(value, device.problems) or ("*" not in value and _has_words(value, device.problems))
+
+
+def _gibibytes(value: str) -> int | None:
+    """Returns a memory's size as it is written on the box; None when it is none."""
+    match = _MEMORY.fullmatch(value.lower())
+    return int(match[1]) if match else None
+
+
 def _architecture(device: collector_pb2.Device, value: str) -> bool:
     return _like(_ARCHITECTURES.get(value.lower(), value), (device.board.architecture,))
 
@@ -201,7 +217,9 @@ _TESTS: dict[str, _Test] = {
     "device_id": lambda device, value: _like(value, (device.board.device_id,)),
     "hostname": lambda device, value: _like(value, (device.board.hostname,)),
     "kernel": _either(lambda device: (device.board.kernel,)),
+    "memory": lambda device, value: math.ceil(device.board.memory_bytes / 2**30) == _gibibytes(value),
     "os": _either(lambda device: (device.board.os,)),
+    "problem": _problem,
     "runtime": lambda device, value: _like(
         value, (runtime.name for runtime in device.runtimes if runtime.available)
     ),
@@ -218,7 +236,9 @@ MEANINGS = {
     "device_id": "the board's identity",
     "hostname": "its host name",
     "kernel": "release of its kernel (`6.6*`)",
+    "memory": "as it is on the box, in whole GiB (`8GB`): what the system has, rounded up",
     "os": "words of its system's name, or a pattern (`debian`, `bookworm`, `ubuntu*`)",
+    "problem": "words of what is wrong with it, or a pattern; `none`: boards with which nothing is",
     "runtime": "an engine that can run on it now",
     "sensor": "a kind of sensor that it has",
     "soc": "its system on chip (`bcm2712`)",
