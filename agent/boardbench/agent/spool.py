@@ -267,9 +267,9 @@ class Spool:
 
     def waits(self, run_id: str) -> bool:
         """Whether the run's result is here and the collector has not acknowledged it."""
-        with self._lock:
-            sequence = self._runs.get(run_id)
-            return sequence is not None and not self._entries[sequence].done
+        # Without the lock, as status().
+        entry = self._entries.get(self._runs.get(run_id, 0))
+        return entry is not None and not entry.done
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Calls the listener after each append, in the appending thread; returns what ends that."""
