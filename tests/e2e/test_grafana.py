@@ -1,7 +1,7 @@
 """The dashboards on a real Prometheus that is filled by real runs: every query answers, with its worth.
 
 The boards are this machine four times: as it is; with the files of a synthetic Jetson and of a synthetic
-Raspberry Pi for its sensors; and with a stand-in for the Edge TPU. Nothing here looks at how fast anything is.
+Raspberry Pi for its sensors; and with a stand-in for the Edge TPU. Nothing here looks at how fast it is.
 """
 
 from __future__ import annotations
