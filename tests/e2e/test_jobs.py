@@ -108,6 +108,21 @@ def test_a_model_goes_once_to_the_collector_and_once_to_each_board_behind_a_nat(
     assert listed.out.count("done") == 7
 
 
+def test_runs_that_are_pushed_and_jobs_share_one_queue(lab: Lab, demo_tflite: Path) -> None:
+    board = lab.programs.agent("open", collector=lab.collector.address)
+    lab.eventually("it is up", lambda: lab.devices("up=true"))
+    (job,) = lab.push(demo_tflite, "--all", *LONG, "--detach", "--format", "json").json
+    lab.until(job["job_id"], "RUNNING")
+    # The model is there already, under the same SHA-256, and the run waits for that of the job.
+    lab.cli("push", demo_tflite, "--to", board.address, *SHORT, "--detach")
+    states = {run["run_id"]: run["state"] for run in board.runs()}
+    job_run = lab.job(job["job_id"])["run_id"]
+    assert states.pop(job_run) == "RUN_STATE_RUNNING"
+    assert list(states.values()) == ["RUN_STATE_QUEUED"]
+    lab.until(job["job_id"], "DONE")
+    lab.eventually("both are stored", lambda: len(lab.results()) == 2)
+
+
 def test_nobody_meets_the_terms(lab: Lab, demo_tflite: Path) -> None:
     lab.board("a")
     answer = lab.push(demo_tflite, "--on", "lab=geneva", *SHORT, code=None)
