@@ -962,3 +962,29 @@ async def test_what_is_asked_of_one_collector_reaches_a_board_of_another(
     finally:
         for store in stores:
             await store.close()
+
+
+async def test_a_second_agent_is_refused_whichever_collector_it_asks(
+    collector_over: Any, local_config: CollectorConfig, postgres_url: str, tmp_path: Path
+) -> None:
+    configs = [replace(local_config, data_dir=tmp_path / name) for name in ("a", "b")]
+    stores = [await PostgresResultStore.open(postgres_url) for _ in configs]
+    try:
+        async with (
+            collector_over(stores[0], configs[0]) as near,
+            collector_over(stores[1], configs[1]) as far,
+        ):
+            board = await join(near, instance_id="one")
+            thief = far.board()
+            thief.hello.instance_id = "two"
+            await thief.call.write(collector_pb2.ReportRequest(hello=thief.hello))
+            code, message = await thief.end()
+            assert (code, "two agents have" in message) == (grpc.StatusCode.ALREADY_EXISTS, True)
+            assert any("two agents have" in problem for problem in (await Desk(far).device()).problems)
+            # The same agent may come by another way.
+            moved = await join(far, instance_id="one")
+            for each in (board, moved):
+                await each.leave()
+    finally:
+        for store in stores:
+            await store.close()

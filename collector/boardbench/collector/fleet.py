@@ -159,6 +159,18 @@ class Fleet:
         self._empty = asyncio.Event()
         self._empty.set()
 
+    async def check_elsewhere(self, peer: str, hello: collector_pb2.Hello) -> None:
+        """Returns when no other agent with this identity has a stream to another collector of the store.
+
+        IdentityTaken when one has: agents are told apart as by :meth:`join`.
+        """
+        device_id = hello.board.device_id
+        if not hello.instance_id or device_id in self._sessions:
+            return
+        there = await self._store.held_elsewhere(device_id, since=self._clock() - self._silence_seconds)
+        if there is not None and there.instance_id not in ("", hello.instance_id):
+            raise self._taken(device_id, f"one at {there.address or 'another collector'}", peer)
+
     def join(self, device_id: str, peer: str, hello: collector_pb2.Hello | None = None) -> Session:
         """Returns the session of a new stream; an older one of the same agent is asked to end.
 
@@ -202,15 +214,7 @@ class Fleet:
             and session.instance_id not in ("", older.instance_id)
             and not older.ended.done()
         ):
-            self.tally.identity_conflicts += 1
-            reason = (
-                f"two agents have the identity {device_id}: one at {older.peer} is connected, another at"
-                f" {session.peer} was refused; {mend}"
-            )
-            if device_id not in self._conflicts:
-                _log.warning("%s", reason)
-            self._conflicts[device_id] = Conflict(self._clock(), reason)
-            raise IdentityTaken(reason)
+            raise self._taken(device_id, f"one at {older.peer}", session.peer)
         if session.life_id and session.life_id == self._superseded_lives.get(device_id):
             # Whoever was replaced by another life is alive itself, so they are two.
             self.tally.identity_conflicts += 1
@@ -221,6 +225,17 @@ class Fleet:
             )
         if older.life_id != session.life_id:
             self._superseded_lives[device_id] = older.life_id
+
+    def _taken(self, device_id: str, connected: str, peer: str) -> IdentityTaken:
+        self.tally.identity_conflicts += 1
+        reason = (
+            f"two agents have the identity {device_id}: {connected} is connected, another at {peer} was"
+            " refused; give one of them another device_id"
+        )
+        if device_id not in self._conflicts:
+            _log.warning("%s", reason)
+        self._conflicts[device_id] = Conflict(self._clock(), reason)
+        return IdentityTaken(reason)
 
     def conflict(self, device_id: str) -> str:
         """Returns how two agents have lately had this identity; empty when they have not."""

@@ -124,6 +124,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         async with answering(context):
             hello = await self._hello(context)
             self.admit(hello.board.device_id, context)
+            await self._fleet.check_elsewhere(context.peer(), hello)
             session = self._fleet.join(hello.board.device_id, context.peer(), hello)
             wire = _Wire(context)
             desk = None

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import operator
 import struct
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
@@ -236,10 +235,10 @@ def places_of(result: result_pb2.RunResult) -> Places | None:
         or not (placement.units or placement.ops)
     ):
         return None
-    units: Counter[int] = Counter()
+    units: dict[int, int] = {}
     for count in placement.units:
         unit = count.unit & _LARGEST_UNIT
-        units[unit] = min(units[unit] + count.ops, _LARGEST_COUNT)
+        units[unit] = min(units.get(unit, 0) + count.ops, _LARGEST_COUNT)
     ops: dict[bytes, bytes] = {}
     seen: dict[tuple[str, str], int] = {}
     for op in placement.ops if len(placement.ops) <= _MAX_PLACED_OPS else ():
@@ -250,7 +249,7 @@ def places_of(result: result_pb2.RunResult) -> Places | None:
         foreign = op.delegate if unit == placement_pb2.UNIT_DELEGATE else ""
         digest = _op_digest if len(op.type) + len(op.name) <= _MAX_KEPT_TEXT else _op_digest.__wrapped__
         ops[digest(op.type, op.name, nth)] = _place(unit, foreign[:_MAX_KEPT_TEXT])
-    return Places(placement.verdict & 0xFF, dict(units), ops)
+    return Places(placement.verdict & 0xFF, units, ops)
 
 
 # Boards measure the same models again and again: their ops are told by their names once.
@@ -329,6 +328,12 @@ class ResultStore(Protocol):
 
     async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
         """Stores what a board says about itself."""
+
+    async def held_elsewhere(self, device_id: str, *, since: float) -> collector_pb2.Hello | None:
+        """Returns how the board described itself when another collector of this store holds its stream.
+
+        None when none does, or has not heard it since then.
+        """
 
     async def saw(self, sightings: Sequence[Sighting]) -> None:
         """Stores when boards were last heard of; boards that never said hello are passed over."""

@@ -153,6 +153,11 @@ class MemoryResultStore:
             else replace(known, hello=copy, last_seen_at=max(at, known.last_seen_at))
         )
 
+    async def held_elsewhere(self, device_id: str, *, since: float) -> collector_pb2.Hello | None:  # noqa: ARG002
+        """See ``ResultStore.held_elsewhere``."""
+        self._check_open()
+        return None
+
     async def saw(self, sightings: Sequence[Sighting]) -> None:
         """See ``ResultStore.saw``."""
         self._check_open()

@@ -294,6 +294,19 @@ class PostgresResultStore:
 
         await self.write(write)
 
+    async def held_elsewhere(self, device_id: str, *, since: float) -> collector_pb2.Hello | None:
+        """See ``ResultStore.held_elsewhere``."""
+
+        def read(db: Connection) -> collector_pb2.Hello | None:
+            found = db.execute(
+                "SELECT d.hello FROM streams s JOIN devices d ON d.device_id = s.device_id"
+                " WHERE s.device_id = %s AND s.collector <> %s AND s.heard >= %s LIMIT 1",
+                (device_id, self._identity, since),
+            ).fetchone()
+            return None if found is None else collector_pb2.Hello.FromString(bytes(found[0]))
+
+        return await self.read(read)
+
     async def saw(self, sightings: Sequence[Sighting]) -> None:
         """See ``ResultStore.saw``."""
         # One row a board, in one order everywhere: collectors that write the same ones wait, not deadlock.

@@ -76,6 +76,12 @@ _BATCH_ENTRIES = 4096
 _BUSY_SECONDS = 10.0
 """How long a write waits for another process (a backup, a shell) that holds the file."""
 
+_CACHE_KIB = 16 * 1024
+"""Memory for pages of the writer: where runs' identities go in an index is anywhere, and 2 MB hold little."""
+
+_CHECKPOINT_PAGES = 4000
+"""Pages of 4 KiB in the log before they are moved into the file: a page that changes often is moved once."""
+
 _REMEMBERED_SPOOLS = 100_000
 """Marks that the writer keeps in mind, of which it is the only one to move any: 20 MB."""
 
@@ -248,6 +254,11 @@ class SqliteResultStore:
             )
 
         await self.write(write)
+
+    async def held_elsewhere(self, device_id: str, *, since: float) -> collector_pb2.Hello | None:  # noqa: ARG002
+        """See ``ResultStore.held_elsewhere``."""
+        # The file is one collector's alone.
+        return None
 
     async def saw(self, sightings: Sequence[Sighting]) -> None:
         """See ``ResultStore.saw``."""
@@ -861,6 +872,8 @@ def _open_writer(path: Path, clock: Callable[[], float]) -> tuple[int, sqlite3.C
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
+                db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
                 migrate(db, now=clock())
             except BaseException:
                 db.close()
