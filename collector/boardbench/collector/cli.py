@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -346,6 +347,11 @@ def serve(
         ) from error
 
     from boardbench.collector.stores.opening import name_of
+
+    # What is loaded stays, and what comes in goes when nothing refers to it: looking for cycles as often as
+    # Python does by default takes 6 % of the time while results come in.
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
     def ready(listening: Listening) -> None:
         click.echo(f"gRPC: {listening.grpc}")
