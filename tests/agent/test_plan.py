@@ -272,6 +272,7 @@ def test_device_that_only_the_worker_can_judge_is_left_to_it() -> None:
     for asked in (
         spec(device="edgetpu", allow_fallback=True),
         spec(device="edgetpu", options={"delegate": "/x"}),
+        spec(device="edgetpu", options={"provider_library": "/x"}),
     ):
         assert plan(named("tflite"), asked, (TFLITE,), SpecConfig()).spec.device == "edgetpu"
 
