@@ -353,7 +353,9 @@ def _scraped(root: Path, name: str, kind: Fleet | Client, scrapes: int) -> list[
             self.send_header("Content-Encoding", "gzip")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            # A scraper that lost patience is seen in its own figures.
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(body)
             threading.Timer(0.5, self._change).start()
 
         def _change(self) -> None:
