@@ -8,6 +8,7 @@ import engines
 import first_inference
 import fleet
 import idle
+import ingest
 import inspecting
 import overhead
 import precision
@@ -29,6 +30,7 @@ ALL = (
     idle,
     spool,
     inspecting,
+    ingest,
     scrape,
     fleet,
 )

@@ -207,17 +207,22 @@ async def test_a_folder_that_cant_be_made_is_named(tmp_path: Path) -> None:
         await SqliteResultStore.open(tmp_path / "file" / "data" / "results.db")
 
 
+def _spoil(path: Path) -> None:
+    """Overwrites pages in the middle of the file."""
+    middle = path.stat().st_size // 4096 // 2
+    with path.open("r+b") as file:
+        for page in range(middle, middle + 12):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 4096)
+
+
 async def test_damage_is_found(path: Path, make_result: MakeResult) -> None:
     store = await SqliteResultStore.open(path)
     for n in range(1, 40):
         await store.append("pi5", "spool-1", n, make_result(f"run-{n}", samples=500))
     await store.check()
     await store.close()
-    middle = path.stat().st_size // 4096 // 2
-    with path.open("r+b") as file:
-        for page in range(middle, middle + 12):
-            file.seek(page * 4096)
-            file.write(b"\xff" * 4096)
+    _spoil(path)
     store = await SqliteResultStore.open(path)
     with pytest.raises(StoreDamaged, match=r"results\.db"):
         await store.check()
