@@ -268,6 +268,21 @@ async def test_a_receiver_that_is_busy_or_away_gets_everything_later(
     assert len(receiver.found("boardbench_latency_mean_seconds")) == 1
 
 
+async def test_what_nobody_expected_is_told_and_tried_again(
+    following: Following, receiver: Receiver, make_result: MakeResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    def judge(_request: Any) -> Answer:
+        receiver.judge = None
+        raise RuntimeError("a receiver of another world")
+
+    receiver.judge = judge
+    await following.add(make_result("run-1"))
+    await following.until_done()
+    assert len(receiver.found("boardbench_latency_mean_seconds")) == 1
+    assert following.forwarder.view().retries == 1
+    assert "a receiver of another world" in caplog.text
+
+
 def _of(limit: int) -> Callable[[Any], Answer]:
     """A receiver that takes nothing older than the limit, and says so as Prometheus does."""
 

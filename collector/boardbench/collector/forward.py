@@ -54,7 +54,7 @@ _SHARED = len(SERIES_LABELS)
 _REFUSED = (
     # What Prometheus, Mimir and VictoriaMetrics say of samples that they will never take.
     ("too_old", ("too old", "out of bounds", "outside retention", "timestamp-too-old")),
-    ("conflict", ("duplicate sample", "conflict", "different value")),
+    ("conflict", ("duplicate sample", "duplicate-timestamp", "conflict", "different value")),
     ("out_of_order", ("out of order", "out-of-order")),
 )
 _ANSWER_BYTES = 4096
@@ -163,6 +163,11 @@ class Forwarder:
             except StoreError as error:
                 _log.warning("nothing is sent on to %s: %s", self.receiver, error)
                 sent = False
+            except Exception:
+                # It would end for good, and unseen: the collector itself goes on.
+                _log.exception("sending on to %s failed, trying again", self.receiver)
+                self._up, self._retries, sent = False, self._retries + 1, False
+                await self._sleep(self._pace.longest_retry_seconds)
             if not sent:
                 await self._sleep(self._pace.poll_seconds)
 
