@@ -215,7 +215,9 @@ class Board:
     async def leave(self) -> None:
         """Ends the stream and returns when the collector has, too."""
         await self.call.done_writing()
-        assert await asyncio.wait_for(self.call.code(), DEADLINE_SECONDS) is grpc.StatusCode.OK
+        # gRPC tells how a stream ended only past everything that came on it.
+        await asyncio.wait_for(self._drain(), DEADLINE_SECONDS)
+        assert await self.call.code() is grpc.StatusCode.OK
 
     async def end(self) -> tuple[grpc.StatusCode, str]:
         """Returns (status, message) with which the collector ended the stream, skipping answers before it."""
