@@ -438,9 +438,7 @@ def _add_system_files(tree: Path) -> None:
     (tree / "usr/bin" / PACKAGE).symlink_to(f"/{PREFIX}/current/bin/{PACKAGE}")
 
 
-def _control(
-    tree: Path, target: Target, release: str
-) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+def _control(tree: Path, target: Target, release: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file() and not path.is_symlink())
     depends = (
         f"python{target.python}",

@@ -74,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="serve | probe | run | doctor | enroll | verify-board"
+    )
 
     serve = _command(commands.add_parser, "serve", _serve, "take models and runs over the network")
     serve.add_argument(

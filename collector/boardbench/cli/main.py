@@ -52,7 +52,11 @@ COMMANDS: dict[str, Command] = {
     "runs": Command("boardbench.cli.runs", "runs", "List the runs of a board."),
     "watch": Command("boardbench.cli.runs", "watch", "Follow a run on a board to its result."),
     "cancel": Command("boardbench.cli.runs", "cancel", "End a run on a board, waiting or running."),
-    "flash": Command("boardbench.cli.flash", "flash", "Put the agent onto a board, before its first boot."),
+    "flash": Command(
+        "boardbench.cli.flash",
+        "flash",
+        "Put the agent onto a board: on its card before the first boot, or over SSH.",
+    ),
     "demo": Command(
         "boardbench.cli.demo", "demo", "Try everything on this machine, with models built on the spot."
     ),
