@@ -78,6 +78,10 @@ _STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
 """What a caller is told, the first match counts. UNAVAILABLE and ABORTED mean: connect again and go on."""
 
 
+_GONE = "ExecuteBatchError"
+"""What gRPC raises, and exports no class for, when the connection broke while a message was written."""
+
+
 @contextlib.asynccontextmanager
 async def answering(context: Any) -> AsyncIterator[None]:
     """Turns the collector's errors into a status; the one place where that is done."""
@@ -88,7 +92,9 @@ async def answering(context: Any) -> AsyncIterator[None]:
         await context.abort(code, str(error))
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == _GONE:
+            return
         _log.exception("a call from %s failed", context.peer())
         await context.abort(grpc.StatusCode.INTERNAL, "the collector failed; its log says how")
 
