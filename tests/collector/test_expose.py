@@ -21,6 +21,7 @@ from boardbench.collector.expose import OPENMETRICS, PROTOBUF, TEXT, Exposition,
 from boardbench.collector.fleet import Tally
 from boardbench.collector.look import DeviceView, ForwardView, QueueView, RetentionView, Snapshot
 from boardbench.collector.metrics import LABELS, METRICS
+from boardbench.collector.samples import result_group
 from boardbench.collector.store import LatestResult, LatestResults, News, Outcomes
 from boardbench.v1 import board_pb2, collector_pb2, placement_pb2, result_pb2, scenario_pb2, telemetry_pb2
 
@@ -367,6 +368,26 @@ def test_hostile_text_is_what_prometheus_client_would_write(
     openmetrics = fleet.page(OPENMETRICS).decode() + "# EOF\n"
     theirs = generate_openmetrics(reference(fleet)).decode()
     assert parsed(openmetrics_families(openmetrics)) == parsed(openmetrics_families(theirs))
+
+
+def test_a_result_that_can_not_be_shown_hides_no_other(
+    make_result: MakeResult,
+    board: Callable[..., DeviceView],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(entry: LatestResult, shape: Any) -> Any:
+        if entry.result.run_id == "bad":
+            raise OverflowError("nobody has thought of this")
+        return result_group(entry, shape)
+
+    monkeypatch.setattr("boardbench.collector.expose.result_group", broken)
+    text = expose(snapshot([make_result("good"), make_result("bad", model="b")], devices=[board()]))
+    assert [labels["model"] for labels, _ in series(text, "boardbench_latency_samples")] == [
+        "mobilenet.tflite"
+    ]
+    assert [value for _, value in series(text, "boardbench_device_results_left_out")] == [1]
+    assert "device pi5, run bad: not shown" in caplog.text
 
 
 def test_after_any_change_the_page_is_as_if_it_were_new(

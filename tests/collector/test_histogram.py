@@ -78,6 +78,29 @@ def test_without_samples_and_histogram_nothing_is_known() -> None:
     assert distribution_of(latency_pb2.Latency(count=10, mean_seconds=1)) is None
 
 
+@pytest.mark.parametrize(
+    ("schema", "steps", "counts", "zero"),
+    [
+        (7, [1, 2], [3], 0),
+        (7, [2**31 - 1], [3], 0),
+        (7, [-(2**31)], [3], 0),
+        (7, [2**30, 2**30, 2**30, 2**30], [1, 1, 1, 1], 0),
+        (2**31 - 1, [1], [3], 0),
+        (-4, [1], [3], 0),
+        (7, [1], [3], 5),
+        (7, [], [], 0),
+    ],
+)
+def test_a_histogram_that_somebody_made_up_is_none(
+    schema: int, steps: list[int], counts: list[int], zero: int
+) -> None:
+    made_up = latency_pb2.Latency(count=3)
+    made_up.histogram.schema, made_up.histogram.zero_count = schema, zero
+    made_up.histogram.index_steps.extend(steps)
+    made_up.histogram.counts.extend(counts)
+    assert distribution_of(made_up) is None
+
+
 def test_a_stall_far_from_the_rest_costs_two_buckets() -> None:
     found = distribution([1_000_000] * 99 + [10**13])
     assert found is not None

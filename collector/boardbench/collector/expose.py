@@ -14,6 +14,7 @@ import asyncio
 import functools
 import gzip
 import itertools
+import logging
 import platform
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ from boardbench.collector.samples import (
     state_group,
 )
 from boardbench.collector.store import LatestResult, News
+
+_log = logging.getLogger(__name__)
 
 MIN_SERIES_PER_RESULT = 8
 """Series that every finished measurement has at least; bounds what is read from the store for one board."""
@@ -404,8 +407,14 @@ class Exposition:
             key: _Key = (run_id, (entry.drifts, shape is not None))
             found = board.known.get(key)
             if found is None:
-                group = result_group(entry, shape)
-                found = (_Block(group, self._layouts), group.duplicates, group.cut)
+                try:
+                    group = result_group(entry, shape)
+                    found = (_Block(group, self._layouts), group.duplicates, group.cut)
+                except Exception:
+                    # One board must not make all others vanish, whatever it has sent.
+                    _log.exception("device %s, run %s: not shown", entry.device_id, run_id)
+                    left_out += 1
+                    continue
             block = found[0]
             known[key] = found
             if block.labels in shown:

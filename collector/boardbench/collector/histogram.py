@@ -22,6 +22,9 @@ BOUNDS_SECONDS = (
 so few. Below 0.1 ms a call costs more than the model, and beyond 10 s nobody looks at a distribution."""
 
 _STEPS = 1 << SCHEMA
+_FINEST = 8
+"""Prometheus knows no finer schema."""
+_MOST_DOUBLINGS = 64
 _NANOSECONDS = 1e9
 
 
@@ -71,7 +74,12 @@ def distribution_of(latency: latency_pb2.Latency) -> Distribution | None:
     if latency.samples_nanoseconds:
         return distribution(latency.samples_nanoseconds)
     kept = latency.histogram
-    if kept.schema < SCHEMA or not kept.counts or kept.zero_count:
+    if not SCHEMA <= kept.schema <= _FINEST or not kept.counts or kept.zero_count:
+        return None
+    if len(kept.index_steps) != len(kept.counts) or max(map(abs, itertools.accumulate(kept.index_steps))) > (
+        _MOST_DOUBLINGS << kept.schema
+    ):
+        # Made by somebody else: no duration is longer than centuries, or shorter than a beat of light.
         return None
     finer = 1 << (kept.schema - SCHEMA)
     counts: dict[int, int] = {}
