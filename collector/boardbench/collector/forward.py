@@ -9,6 +9,7 @@ https://prometheus.io/docs/specs/prw/remote_write_spec/
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import bisect
 import contextlib
@@ -23,11 +24,11 @@ import random
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -90,6 +91,18 @@ class Answer:
     status: int
     text: str = ""
     retry_after_seconds: float | None = None
+    code: str = ""
+    """The name that gRPC has for it; empty: it came by HTTP, or was none."""
+    rejected: int = 0
+    """Samples that it did not take of what it took."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether the receiver has it now."""
+        return 200 <= self.status < 300
+
+    def __str__(self) -> str:
+        return f"{self.code or f'HTTP {self.status}'}: {' '.join(self.text.split())[:300]}"
 
 
 class Unreachable(Exception):
@@ -116,24 +129,39 @@ class _Measured:
         return len(self.group.samples)
 
 
-class Forwarder:
+class Item(Protocol):
+    """What is sent of one result."""
+
+    @property
+    def milliseconds(self) -> int:
+        """When it was measured, since 1970."""
+
+    @property
+    def samples(self) -> int:
+        """How many things a receiver counts in it."""
+
+
+_Item = TypeVar("_Item", bound=Item)
+
+
+class Follower(abc.ABC, Generic[_Item]):
     """Follows the store and keeps one receiver up to date. ``run()`` is the whole life of it."""
 
     def __init__(
         self,
-        url: str,
+        receiver: str,
         store: ResultStore,
-        folder: Path,
+        cursor: Path,
         post: Post,
         *,
         pace: Pace | None = None,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        """Keeps its cursor in ``folder``, which must be there."""
-        self.receiver = receiver_of(url)
+        """Keeps how far it is in the file ``cursor``, whose folder must be there."""
+        self.receiver = receiver
         self._store = store
-        self._cursor = folder / f"forward-{hashlib.sha256(url.encode()).hexdigest()[:12]}.json"
+        self._cursor = cursor
         self._post = post
         self._pace = pace or Pace()
         self._jitter = jitter
@@ -144,9 +172,6 @@ class Forwarder:
         self._dropped: Counter[str] = Counter()
         self._retries = 0
         self._up: bool | None = None
-        self._native = True
-        self._native_since = 0
-        """Native histograms go in order only: the latest that was taken, milliseconds."""
 
     def view(self) -> ForwardView:
         """Returns how it goes."""
@@ -184,7 +209,7 @@ class Forwarder:
         )
         if not arrivals:
             return False
-        measured = await asyncio.to_thread(_prepare, arrivals)
+        measured = await asyncio.to_thread(self._prepare, arrivals)
         begin = 0
         while begin < len(arrivals):
             end, samples = begin, 0
@@ -200,6 +225,77 @@ class Forwarder:
             self._behind = max(0, news.position - position)
             begin = end
         return True
+
+    @abc.abstractmethod
+    def _prepare(self, arrivals: Sequence[Arrival]) -> list[_Item | None]:
+        """Returns what to send of each result; None: nothing. It is called in a thread of its own."""
+
+    @abc.abstractmethod
+    async def _send(self, batch: Sequence[_Item]) -> None:
+        """Returns when each of these, which are in the order of time, was taken or refused for good."""
+
+    def _drop(self, batch: Sequence[_Item], answer: Answer) -> None:
+        self._count_dropped(sum(one.samples for one in batch), answer)
+
+    def _count_dropped(self, lost: int, answer: Answer) -> None:
+        reason = _reason(answer)
+        self._dropped[reason] += lost
+        _log.warning(
+            "%s refuses %d samples (%s): %s", self.receiver, lost, reason, " ".join(answer.text.split())[:300]
+        )
+
+    async def _exchange(self, body: bytes) -> Answer:
+        """Returns the answer that takes the body, or refuses it for good; tries again otherwise."""
+        failures = 0
+        while True:
+            wait: float | None = None
+            try:
+                answer = await self._post(body)
+            except Unreachable as error:
+                problem = str(error)
+            else:
+                if answer.taken or _is_final(answer):
+                    self._up = True
+                    return answer
+                problem = str(answer)
+                wait = answer.retry_after_seconds
+            if self._up is not False:
+                _log.warning("%s takes nothing now, trying again: %s", self.receiver, problem)
+            self._up = False
+            self._retries += 1
+            bound = min(self._pace.longest_retry_seconds, self._pace.first_retry_seconds * 2**failures)
+            failures = min(failures + 1, 32)
+            # At least as long as the receiver asks; many collectors at once are spread by the jitter.
+            await self._sleep((wait or 0.0) + bound * self._jitter())
+
+
+class Forwarder(Follower[_Measured]):
+    """Sends results on by remote write."""
+
+    def __init__(
+        self,
+        url: str,
+        store: ResultStore,
+        folder: Path,
+        post: Post,
+        *,
+        pace: Pace | None = None,
+        jitter: Callable[[], float] = random.random,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        """Keeps its cursor in ``folder``, which must be there."""
+        cursor = folder / f"forward-{digest_of(url)}.json"
+        super().__init__(receiver_of(url), store, cursor, post, pace=pace, jitter=jitter, sleep=sleep)
+        self._native = True
+        self._native_since = 0
+        """Native histograms go in order only: the latest that was taken, milliseconds."""
+
+    def _prepare(self, arrivals: Sequence[Arrival]) -> list[_Measured | None]:
+        """Returns what to send of each result; None: it measured nothing."""
+        return [
+            _measured(arrival) if arrival.result.status == result_pb2.RUN_STATUS_SUCCEEDED else None
+            for arrival in arrivals
+        ]
 
     async def _send(self, batch: Sequence[_Measured]) -> None:
         """Returns when each of these, which are in the order of time, was taken or refused for good."""
@@ -244,45 +340,22 @@ class Forwarder:
             middle = (old + young) // 2
         await self._send([one for at, one in enumerate(batch) if at >= old and at not in dealt_with])
 
-    def _drop(self, batch: Sequence[_Measured], answer: Answer) -> None:
-        reason = _reason(answer)
-        lost = sum(one.samples for one in batch)
-        self._dropped[reason] += lost
-        _log.warning(
-            "%s refuses %d samples (%s): %s", self.receiver, lost, reason, " ".join(answer.text.split())[:300]
-        )
-
     async def _deliver(self, batch: Sequence[_Measured], *, native: bool) -> Answer | None:
         """Returns None once the batch was taken, or the answer that refuses it; tries again otherwise."""
         since = self._native_since
         body = await asyncio.to_thread(write_request, batch, since if native else None)
-        failures = 0
-        while True:
-            wait: float | None = None
-            try:
-                answer = await self._post(body)
-            except Unreachable as error:
-                problem = str(error)
-            else:
-                if 200 <= answer.status < 300:
-                    self._up = True
-                    self._taken += sum(one.samples for one in batch)
-                    if native:
-                        self._native_since = max(since, batch[-1].milliseconds)
-                    return None
-                if _is_final(answer):
-                    self._up = True
-                    return answer
-                problem = f"HTTP {answer.status}: {' '.join(answer.text.split())[:300]}"
-                wait = answer.retry_after_seconds
-            if self._up is not False:
-                _log.warning("%s takes nothing now, trying again: %s", self.receiver, problem)
-            self._up = False
-            self._retries += 1
-            bound = min(self._pace.longest_retry_seconds, self._pace.first_retry_seconds * 2**failures)
-            failures = min(failures + 1, 32)
-            # At least as long as the receiver asks; many collectors at once are spread by the jitter.
-            await self._sleep((wait or 0.0) + bound * self._jitter())
+        answer = await self._exchange(body)
+        if not answer.taken:
+            return answer
+        self._taken += sum(one.samples for one in batch)
+        if native:
+            self._native_since = max(since, batch[-1].milliseconds)
+        return None
+
+
+def digest_of(url: str) -> str:
+    """Returns what tells the URL from others in the name of a file."""
+    return hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
 def receiver_of(url: str) -> str:
@@ -306,23 +379,21 @@ def _reason(answer: Answer) -> str:
     return next((reason for reason, some in _REFUSED if any(words in text_ for words in some)), "refused")
 
 
-def _prepare(arrivals: Iterable[Arrival]) -> list[_Measured | None]:
-    """Returns what to send of each result; None: it measured nothing."""
-    return [
-        _measured(arrival) if arrival.result.status == result_pb2.RUN_STATUS_SUCCEEDED else None
-        for arrival in arrivals
-    ]
-
-
 def _measured(arrival: Arrival) -> _Measured:
     result = arrival.result
     shape = distribution_of(result.latency)
     group = result_group(LatestResult(arrival.device_id, arrival.received_at, result), shape)
-    # A board whose clock is ahead must not write into the future: a receiver would then find everything
-    # else too old. The run had ended when its result arrived.
+    return _Measured((measured_microseconds(arrival) + 500) // 1000, group)
+
+
+def measured_microseconds(arrival: Arrival) -> int:
+    """Returns when the run ended, since 1970.
+
+    A board whose clock is ahead must not write into the future: a receiver would then find everything else
+    too old. The run had ended when its result arrived.
+    """
     received = int(arrival.received_at * 1e6)
-    finished = min(finished_microseconds(result, arrival.received_at), received)
-    return _Measured((finished + 500) // 1000, group)
+    return min(finished_microseconds(arrival.result, arrival.received_at), received)
 
 
 def write_request(batch: Sequence[_Measured], native_since: int | None) -> bytes:
@@ -479,7 +550,7 @@ async def posting(url: str, headers: Mapping[str, str], pace: Pace | None = None
             try:
                 async with session.post(url, data=body, allow_redirects=False) as answer:
                     said = (await answer.content.read(_ANSWER_BYTES)).decode("utf-8", "replace")
-                    return Answer(answer.status, said, _retry_after(answer.headers.get("Retry-After", "")))
+                    return Answer(answer.status, said, retry_after(answer.headers.get("Retry-After", "")))
             except asyncio.TimeoutError as error:
                 raise Unreachable(f"no answer within {seconds:.0f} s") from error
             except (aiohttp.ClientError, OSError) as error:
@@ -488,7 +559,7 @@ async def posting(url: str, headers: Mapping[str, str], pace: Pace | None = None
         yield post
 
 
-def _retry_after(header: str) -> float | None:
+def retry_after(header: str) -> float | None:
     """Returns the seconds that the header asks to wait, at most an hour; None when it asks for none."""
     if header.isascii() and header.isdigit():
         return min(float(header), _LONGEST_WAIT_SECONDS)
