@@ -109,6 +109,16 @@ async def test_version_1_is_brought_up_to_date(old_store: Path, make_result: Mak
     await store.close()
 
 
+async def test_version_5_knows_the_series_of_old_results(old_store: Path) -> None:
+    store = await SqliteResultStore.open(old_store)
+    removed = await store.remove(received_before=None, per_series=1, limit=100)
+    left = {result.run_id for result in (await store.results(ResultFilter(), limit=10)).results}
+    # On pi5 the third failed; the second is the last that succeeded.
+    assert (removed.results, left) == (1, {"run-2", "run-3", "run-4"})
+    await store.check()
+    await store.close()
+
+
 async def test_version_3_knows_where_ops_were_before(old_store: Path, make_result: MakeResult) -> None:
     store = await SqliteResultStore.open(old_store)
     assert [entry.drifts for entry in (await store.latest(received_since=0, per_device=9)).results] == [0, 0]
