@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -47,6 +48,17 @@ def edgetpu_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build.build(tmp_path_factory.mktemp("standin"))
     except build.NoCompiler as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def release_packages() -> ModuleType:
+    """Makes and signs small packages of releases (release_packages.py)."""
+    name = "boardbench_tests_release_packages"
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tests" / "release_packages.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
