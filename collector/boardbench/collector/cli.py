@@ -72,6 +72,18 @@ def _urls(_context: click.Context, _parameter: click.Parameter, given: tuple[str
     return given
 
 
+def _otlp_urls(
+    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    for url in given:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https", "grpc", "grpcs"} or not parts.hostname:
+            raise click.BadParameter(
+                f"{url!r} can't be sent to; write http://HOST:4318 or grpc://HOST:4317 (https, grpcs: by TLS)"
+            )
+    return given
+
+
 def _headers(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
     headers = {}
     for text in given:
@@ -278,6 +290,22 @@ def main() -> None:
     help="Header of these requests, as X-Scope-OrgID=lab; may be repeated, in the environment line by line.",
 )
 @_option(
+    "--otlp",
+    multiple=True,
+    metavar="URL",
+    callback=_otlp_urls,
+    help="Send every run on to this address as a trace, and its results as metrics, by OpenTelemetry's"
+    " protocol: http://HOST:4318 or grpc://HOST:4317; may be repeated. Needs boardbench[otel].",
+)
+@_option(
+    "--otlp-header",
+    multiple=True,
+    type=_Line(),
+    metavar="NAME=VALUE",
+    callback=_headers,
+    help="Header of these requests; may be repeated, in the environment line by line.",
+)
+@_option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -300,6 +328,8 @@ def serve(
     series_per_device: int,
     remote_write: tuple[str, ...],
     remote_write_header: dict[str, str],
+    otlp: tuple[str, ...],
+    otlp_header: dict[str, str],
     require_enrolment: bool,
     lease: float,
     jobs_per_board: int,
@@ -325,6 +355,8 @@ def serve(
         series_per_device=series_per_device,
         remote_write=remote_write,
         remote_write_headers=remote_write_header,
+        otlp=otlp,
+        otlp_headers=otlp_header,
         require_enrolment=require_enrolment,
         lease_seconds=max(lease, CollectorConfig.missed_heartbeats * heartbeat),
         jobs_per_board=jobs_per_board,

@@ -124,6 +124,13 @@ class CollectorConfig:
     remote_write_headers: Mapping[str, str] = field(default_factory=dict)
     """Headers of every such request: an ``Authorization``, a tenant."""
 
+    otlp: tuple[str, ...] = ()
+    """URLs that runs are sent on to as traces, and what they measured as metrics, by OpenTelemetry's
+    protocol. None: it needs packages of its own, and few look at traces of boards."""
+
+    otlp_headers: Mapping[str, str] = field(default_factory=dict)
+    """Headers of every such request, by gRPC its metadata."""
+
     max_result_bytes: int = 16 * 1024 * 1024
     """A record that is larger is refused: five million samples fit in it."""
 

@@ -61,7 +61,7 @@ _REFUSED = (
 _ANSWER_BYTES = 4096
 """Of what a receiver says this much is read."""
 
-_LONGEST_WAIT_SECONDS = 3600.0
+LONGEST_WAIT_SECONDS = 3600.0
 """A receiver that asks for more is asked again after this."""
 
 _NATIVE_OFF = ("native histograms are disabled", "native histogram")
@@ -562,11 +562,11 @@ async def posting(url: str, headers: Mapping[str, str], pace: Pace | None = None
 def retry_after(header: str) -> float | None:
     """Returns the seconds that the header asks to wait, at most an hour; None when it asks for none."""
     if header.isascii() and header.isdigit():
-        return min(float(header), _LONGEST_WAIT_SECONDS)
+        return min(float(header), LONGEST_WAIT_SECONDS)
     try:
         then = parsedate_to_datetime(header)
     except ValueError:
         return None
     if then.tzinfo is None:
         return None
-    return min(max(0.0, then.timestamp() - time.time()), _LONGEST_WAIT_SECONDS)
+    return min(max(0.0, then.timestamp() - time.time()), LONGEST_WAIT_SECONDS)

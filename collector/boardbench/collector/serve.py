@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from aiohttp import web
@@ -37,7 +38,13 @@ from boardbench.collector.stores.opening import open_store
 from boardbench.collector.web.app import create_app
 from boardbench.v1 import collector_pb2_grpc, job_pb2_grpc
 
+if TYPE_CHECKING:
+    from boardbench.collector.otlp import OtlpForwarder
+
 _log = logging.getLogger(__name__)
+
+_OTEL = ("opentelemetry", "google")
+"""What ``boardbench[otel]`` brings, by the name that it is imported as."""
 
 _RECEIVE_FACTOR = 4
 """A record that is too large must still arrive to be refused, or it would block its spool for ever."""
@@ -87,7 +94,7 @@ async def running(
 ) -> AsyncIterator[Listening]:
     """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
     fleet = Fleet(store, silence_seconds=config.silence_seconds)
-    forwarders: list[Forwarder] = []
+    forwarders: list[Forwarder | OtlpForwarder] = []
     retention = Retention(
         store, Policy(config.keep_samples_days, config.keep_results_days, config.keep_per_series)
     )
@@ -127,6 +134,7 @@ async def running(
         grpc_address = await _start_grpc(config, store, fleet, look, dispatcher, files, enrolments, stack)
         http_address = await _start_http(config, look, _scrapes(config, look), dispatcher, stack)
         await _start_forwarders(config, store, forwarders, stack)
+        await _start_otlp(config, store, forwarders, stack)
         tasks = [asyncio.create_task(work) for work in (fleet.watch(), dispatcher.run(), retention.run())]
         try:
             yield Listening(grpc_address, http_address)
@@ -203,7 +211,7 @@ async def _start_grpc(
 async def _start_forwarders(
     config: CollectorConfig,
     store: ResultStore,
-    forwarders: list[Forwarder],
+    forwarders: list[Forwarder | OtlpForwarder],
     stack: contextlib.AsyncExitStack,
 ) -> None:
     if config.remote_write:
@@ -212,13 +220,42 @@ async def _start_forwarders(
         post = await stack.enter_async_context(posting(url, config.remote_write_headers))
         forwarder = Forwarder(url, store, config.data_dir, post)
         forwarders.append(forwarder)
-        task = asyncio.create_task(forwarder.run())
+        _run_within(forwarder.run(), stack)
 
-        async def stop(task: asyncio.Task[None] = task) -> None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
-        stack.push_async_callback(stop)
+async def _start_otlp(
+    config: CollectorConfig,
+    store: ResultStore,
+    forwarders: list[Forwarder | OtlpForwarder],
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    if not config.otlp:
+        return
+    try:
+        from boardbench.collector.otlp import OtlpForwarder, exporting, targets_of
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OTEL:
+            raise
+        raise StartError(
+            f"--otlp needs more of boardbench ({error.name} is missing): pip install 'boardbench[otel]'"
+        ) from error
+    config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for target in (target for url in config.otlp for target in targets_of(url)):
+        post = await stack.enter_async_context(exporting(target, config.otlp_headers))
+        forwarder = OtlpForwarder(target, store, config.data_dir, post, version=version())
+        forwarders.append(forwarder)
+        _run_within(forwarder.run(), stack)
+
+
+def _run_within(work: Coroutine[Any, Any, None], stack: contextlib.AsyncExitStack) -> None:
+    """Runs it as a task until the stack is closed."""
+    task = asyncio.create_task(work)
+
+    async def stop() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    stack.push_async_callback(stop)
 
 
 def _scrapes(config: CollectorConfig, look: ReadModel) -> Scrapes:
