@@ -183,7 +183,7 @@ def build(target: Target, out: Path, *, wheels: Path, version: str = "", preset:
         _add_sources(site, version)
         _add_environment(home, release, target, version)
         _compile(python, site, PurePosixPath("/") / site.relative_to(tree))
-        _add_system_files(tree)
+        _add_system_files(tree, target)
         content = _archive(_entries(tree), epoch)
         control = _archive(_control(tree, target, release), epoch)
     deb = out / f"{PACKAGE}_{version}_{target.architecture}_{target.tag}.deb"
@@ -422,9 +422,11 @@ def _compile(python: str, site: Path, place: PurePosixPath) -> None:
 # The package.
 
 
-def _add_system_files(tree: Path) -> None:
+def _add_system_files(tree: Path, target: Target) -> None:
     files = (
         ("systemd/boardbench-agent.service", "usr/lib/systemd/system/boardbench-agent.service"),
+        ("systemd/boardbench-update.service", "usr/lib/systemd/system/boardbench-update.service"),
+        ("systemd/boardbench-update.path", "usr/lib/systemd/system/boardbench-update.path"),
         ("udev/60-boardbench.rules", "usr/lib/udev/rules.d/60-boardbench.rules"),
         ("debian/agent.toml", "etc/boardbench/agent.toml"),
         ("debian/README.md", f"usr/share/doc/{PACKAGE}/README.md"),
@@ -433,9 +435,39 @@ def _add_system_files(tree: Path) -> None:
     for source, place in files:
         (tree / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(DEPLOY / source, tree / place)
+    _add_updater(tree, target)
     (tree / "etc/boardbench/agent.d").mkdir()
     (tree / "usr/bin").mkdir()
     (tree / "usr/bin" / PACKAGE).symlink_to(f"/{PREFIX}/current/bin/{PACKAGE}")
+
+
+# What brings releases into place as root: of the system and not of a release, so that none that is broken takes
+# it along. Needs nothing but Python.
+_UPDATER = (
+    "agent/__init__.py",
+    "agent/update/__init__.py",
+    "agent/update/layout.py",
+    "agent/update/switch.py",
+    "inspect/__init__.py",
+    "inspect/ed25519.py",
+    "inspect/errors.py",
+    "inspect/release.py",
+)
+
+
+def _add_updater(tree: Path, target: Target) -> None:
+    home = tree / "usr/lib/boardbench"
+    for name in _UPDATER:
+        (home / "boardbench" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPOSITORY / "agent/boardbench" / name, home / "boardbench" / name)
+    (home / "bin").mkdir()
+    (home / "bin" / "python").symlink_to(f"/usr/bin/python{target.python}")
+    (home / "bin" / "boardbench-update").write_text(
+        "import sys\n\n"
+        'sys.path.insert(0, "/usr/lib/boardbench")\n'
+        "from boardbench.agent.update.switch import main\n\n"
+        "sys.exit(main())\n"
+    )
 
 
 def _control(tree: Path, target: Target, release: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:

@@ -144,7 +144,7 @@ def test_versions_are_compared_by_their_numbers() -> None:
         "0.10.1",
         "1.0",
     ]
-    assert sorted(rising[::-1], key=release.order) == rising
+    assert sorted(set(rising), key=release.order) == rising
     assert release.order("1.0") == release.order("1.0.0")
     for text in ("", "x", "1..2", "1.0-2", "1.0+local"):
         with pytest.raises(ValueError):

@@ -74,6 +74,16 @@ class JobsConfig:
 
 
 @dataclass(frozen=True)
+class UpdateConfig:
+    """Releases of the agent that the collector offers."""
+
+    # Whether the board takes those that are signed with a key in /etc/boardbench/update.pub.
+    take: bool = True
+    # Folder that holds opt/boardbench and etc/boardbench; another one in tests.
+    root: Path = Path("/")
+
+
+@dataclass(frozen=True)
 class RunsConfig:
     """Bounds of the queue."""
 
@@ -312,6 +322,7 @@ class AgentConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
     spool: SpoolConfig = field(default_factory=SpoolConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
     runs: RunsConfig = field(default_factory=RunsConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)

@@ -165,6 +165,9 @@ class Runs:
         self._news = asyncio.Event()
         self._admission = asyncio.Lock()
         self._finished = 0
+        # No further run begins meanwhile.
+        self._held = False
+        self._calm = asyncio.Event()
         # Why it stops; empty while it does not.
         self._stopping = ""
         # Of each group that is not complete, when it is no longer waited for.
@@ -290,7 +293,7 @@ class Runs:
     async def work(self) -> None:
         """Does one run or group after the other, until :meth:`stop`."""
         while not self._stopping:
-            due = self._in_order()[:1]
+            due = self._in_order()[:1] if not self._held else []
             if not due:
                 self._news.clear()
                 await self._news.wait()
@@ -305,7 +308,20 @@ class Runs:
                 await self._perform(self._running)
             finally:
                 self._running = []
+                self._calm.set()
             self._renumber()
+
+    async def hold(self) -> None:
+        """Begins no further run until :meth:`let_go`; returns when none is measured. What is queued waits."""
+        self._held = True
+        while self._running:
+            self._calm.clear()
+            await self._calm.wait()
+
+    def let_go(self) -> None:
+        """Goes on after :meth:`hold`."""
+        self._held = False
+        self._news.set()
 
     async def stop(self, reason: str) -> None:
         """Takes no more runs and ends what is measured, with that reason. The others stay queued."""

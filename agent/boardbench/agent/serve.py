@@ -35,7 +35,8 @@ from boardbench.agent.queue import Runs
 from boardbench.agent.receive import CHUNK_LIMIT_BYTES, ModelStore
 from boardbench.agent.service import SERVICE_NAME, AgentService
 from boardbench.agent.spool import Spool
-from boardbench.agent.stream import CollectorLink
+from boardbench.agent.stream import CollectorLink, open_channel
+from boardbench.agent.updates import Updates
 from boardbench.agent.version import version
 from boardbench.v1 import agent_pb2_grpc, board_pb2, collector_pb2
 
@@ -47,6 +48,8 @@ _FAREWELL_SECONDS = 2.0
 _PROBE_PATIENCE_SECONDS = 30.0
 # Long enough after the start for the collector's link to be up.
 _CALM_SECONDS = 5.0
+# For its own answer, on a board that is busy with its start.
+_HEALTH_SECONDS = 10.0
 _LOOKAHEAD_BYTES = 4 * 1024 * 1024
 _LOOPBACK = ("localhost", "[::1]")
 _EVERYWHERE = ("0.0.0.0", "[::]")
@@ -292,7 +295,18 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 credentials=credentials,
             )
             stack.push_async_callback(jobs.close)
-            kinds, parties = rest.kinds, (jobs, rest)
+            updates = Updates(
+                config.update,
+                data_dir,
+                collector=config.collector,
+                device_id=device_id,
+                runs=runs,
+                health=lambda: _health(link, _near(config.listen, port) if port else ""),
+                free_floor_bytes=config.store.free_floor_bytes,
+                credentials=credentials,
+            )
+            stack.push_async_callback(updates.close)
+            kinds, parties = rest.kinds, (jobs, updates, rest)
             link = CollectorLink(
                 config.collector,
                 spool,
@@ -313,8 +327,9 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 parties=parties,
                 credentials=credentials,
             )
-            jobs.speak = link.speak
+            jobs.speak = updates.speak = link.speak
             jobs.recover()
+            await updates.recover()
         agent = _Agent(config, port, health, store, runs, engines, link)
         stack.push_async_callback(agent.close)
         yield agent
@@ -359,6 +374,24 @@ async def _serve_metrics(
         ) from error
     stack.push_async_callback(server.close)
     return _reachable(listen, bound)
+
+
+async def _health(link: CollectorLink | None, address: str) -> str:
+    """Why this agent is not what a new release has to be; empty when it is."""
+    status = link.status() if link is not None else None
+    if status is not None and not status.connected:
+        return f"its collector {status.address} is not reached: {status.error}"
+    if not address:
+        return ""
+    try:
+        async with open_channel(address) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=_HEALTH_SECONDS
+            )
+    except grpc.aio.AioRpcError as error:
+        return f"it does not answer at {address}: {error.details()} ({error.code().name})"
+    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
+    return "" if serving else f"it answers at {address} that it does not serve"
 
 
 async def _known(engines: Engines) -> Statuses:
@@ -408,6 +441,12 @@ def _cannot_listen(listen: str) -> ConfigurationError:
         f"can't listen on {listen}; another program may have the port, or the address is not this "
         "machine's: choose another with --listen"
     )
+
+
+def _near(listen: str, port: int) -> str:
+    """Where this machine itself reaches it."""
+    host, _ = parse_address(listen, "listen")
+    return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"
 
 
 def _reachable(listen: str, port: int) -> str:
