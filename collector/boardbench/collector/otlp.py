@@ -1,8 +1,8 @@
 """Sends results on by OpenTelemetry's protocol (OTLP): runs as traces, what they measured as metrics.
 
 Each of the two is a follower of the store with a cursor of its own, so that a receiver that is away, or takes
-only one of them, holds up nothing else. The identities of traces and spans are made from the run's: what is sent
-twice is the same trace. Needs ``boardbench[otel]``; this module is imported only where it is used.
+only one of them, holds up nothing else. The identities of traces and spans are made from the run's: what is
+sent twice is the same trace. Needs ``boardbench[otel]``; this module is imported only where it is used.
 
 https://opentelemetry.io/docs/specs/otlp/
 """
