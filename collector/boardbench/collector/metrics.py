@@ -76,7 +76,7 @@ LABELS: Mapping[str, str] = {
     "source": "What a sensor reads: a thermal zone, a processor, a rail, ….",
     "cause": "What throttles: throttled, undervoltage, frequency_capped, power_capped, ….",
     "state": "Where a job is: queued, leased, running, done, cancelled, dead.",
-    "receiver": "Host and port that results are sent on to.",
+    "receiver": "Host and port that results are sent on to; by OTLP, and whether traces or metrics.",
 }
 """What each label means."""
 
@@ -446,13 +446,13 @@ METRICS: tuple[Metric, ...] = (
         "boardbench_collector_forwarded_samples_total",
         "counter",
         ("receiver",),
-        "Samples that a remote-write receiver took.",
+        "Samples, or by OTLP spans and data points, that a receiver took.",
     ),
     Metric(
         "boardbench_collector_forward_dropped_samples_total",
         "counter",
         ("receiver", "reason"),
-        "Samples that a receiver refused for good.",
+        "Samples, or by OTLP spans and data points, that a receiver refused for good.",
     ),
     Metric(
         "boardbench_collector_forward_retries_total",
