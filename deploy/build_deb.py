@@ -441,8 +441,8 @@ def _add_system_files(tree: Path, target: Target) -> None:
     (tree / "usr/bin" / PACKAGE).symlink_to(f"/{PREFIX}/current/bin/{PACKAGE}")
 
 
-# What brings releases into place as root: of the system and not of a release, so that none that is broken takes
-# it along. Needs nothing but Python.
+# What brings releases into place as root: of the system and not of a release, so that none that is broken
+# takes it along. Needs nothing but Python.
 _UPDATER = (
     "agent/__init__.py",
     "agent/update/__init__.py",

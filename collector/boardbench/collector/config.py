@@ -183,6 +183,11 @@ class CollectorConfig:
         return self.data_dir / "enrolments.db"
 
     @property
+    def updates_path(self) -> Path:
+        """The file of updates, whatever store the results are in."""
+        return self.data_dir / "updates.db"
+
+    @property
     def store_path(self) -> Path:
         """The file of the SQLite store."""
         return self.data_dir / "results.db"

@@ -23,13 +23,14 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from boardbench.collector.errors import InvalidRequest, NoRoom, NotFound, StoreUnavailable
 from boardbench.inspect import sniff
 from boardbench.inspect.errors import InspectError
 from boardbench.v1 import agent_pb2, model_pb2
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 CHUNK_LIMIT_BYTES = 2 * 1024 * 1024
@@ -197,6 +198,19 @@ class Files:
                 self.handed_out_bytes += len(chunk.data)
         finally:
             file.close()
+
+    async def look_into(self, sha256: str, reader: Callable[[BinaryIO], _T]) -> _T:
+        """What the ``reader``, in a thread, makes of a file; NotFound when it is not there."""
+        model = await self.find(sha256)
+
+        def look() -> _T:
+            with self._path(model.sha256).open("rb") as file:
+                return reader(file)
+
+        try:
+            return await asyncio.to_thread(look)
+        except OSError as error:
+            raise StoreUnavailable(f"{model.name} can't be read: {error}") from error
 
     @contextlib.asynccontextmanager
     async def receive(self, header: agent_pb2.PushHeader) -> AsyncIterator[Transfer]:

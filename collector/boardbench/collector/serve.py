@@ -35,8 +35,11 @@ from boardbench.collector.service import SERVICE_NAME, CollectorService
 from boardbench.collector.store import ResultStore
 from boardbench.collector.stores.enrolments import Enrolments
 from boardbench.collector.stores.opening import open_store
+from boardbench.collector.stores.updates import UpdateStore
+from boardbench.collector.update_service import UPDATE_SERVICE_NAME, UpdateService
+from boardbench.collector.updates import Updater
 from boardbench.collector.web.app import create_app
-from boardbench.v1 import collector_pb2_grpc, job_pb2_grpc
+from boardbench.v1 import collector_pb2_grpc, job_pb2_grpc, update_pb2_grpc
 
 if TYPE_CHECKING:
     from boardbench.collector.otlp import OtlpForwarder
@@ -78,8 +81,9 @@ async def serve(
         store = await open_store(config)
         try:
             enrolments = await asyncio.to_thread(Enrolments, config.enrolments_path)
-            with contextlib.closing(enrolments):
-                async with running(config, store, enrolments) as listening:
+            updates = await asyncio.to_thread(UpdateStore, config.updates_path)
+            with contextlib.closing(enrolments), contextlib.closing(updates):
+                async with running(config, store, enrolments, updates) as listening:
                     with _port_file(config.port_file, listening):
                         ready(listening)
                         await stop.wait()
@@ -90,7 +94,10 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def running(
-    config: CollectorConfig, store: ResultStore, enrolments: Enrolments | None = None
+    config: CollectorConfig,
+    store: ResultStore,
+    enrolments: Enrolments | None = None,
+    updates: UpdateStore | None = None,
 ) -> AsyncIterator[Listening]:
     """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
     fleet = Fleet(store, silence_seconds=config.silence_seconds)
@@ -108,13 +115,22 @@ async def running(
         retention=lambda: retention.view(),
         silence_seconds=config.silence_seconds,
     )
+
+    async def files_in_use() -> frozenset[str]:
+        packages = updater.files_in_use() if updater is not None else frozenset()
+        return packages | await store.jobs.files_in_use()
+
     files = Files(
         config.files_dir or config.data_dir,
         limit_bytes=config.files_limit_bytes,
         free_bytes=config.files_free_bytes,
-        in_use=store.jobs.files_in_use,
+        in_use=files_in_use,
     )
     await files.open()
+    updater = None
+    if updates is not None:
+        updater = Updater(updates, files, look)
+        await updater.load()
     dispatcher = Dispatcher(
         store.jobs,
         files,
@@ -131,11 +147,15 @@ async def running(
         if not address.is_loopback:
             _log.warning("%s is open to the network, and whoever reaches it may read and report", address)
     async with contextlib.AsyncExitStack() as stack:
-        grpc_address = await _start_grpc(config, store, fleet, look, dispatcher, files, enrolments, stack)
+        grpc_address = await _start_grpc(
+            config, store, fleet, look, dispatcher, files, enrolments, updater, stack
+        )
         http_address = await _start_http(config, look, _scrapes(config, look), dispatcher, stack)
         await _start_forwarders(config, store, forwarders, stack)
         await _start_otlp(config, store, forwarders, stack)
         tasks = [asyncio.create_task(work) for work in (fleet.watch(), dispatcher.run(), retention.run())]
+        if updater is not None:
+            tasks.append(asyncio.create_task(updater.run()))
         try:
             yield Listening(grpc_address, http_address)
         finally:
@@ -157,6 +177,7 @@ async def _start_grpc(
     dispatcher: Dispatcher,
     files: Files,
     enrolments: Enrolments | None,
+    updater: Updater | None,
     stack: contextlib.AsyncExitStack,
 ) -> Address:
     limit = config.max_result_bytes * _RECEIVE_FACTOR
@@ -172,17 +193,28 @@ async def _start_grpc(
         )
     )
     service = CollectorService(
-        config, store, fleet, look, version=version(), dispatcher=dispatcher, enrolments=enrolments
+        config,
+        store,
+        fleet,
+        look,
+        version=version(),
+        dispatcher=dispatcher,
+        enrolments=enrolments,
+        updater=updater,
     )
     collector_pb2_grpc.add_CollectorServiceServicer_to_server(service, server)
     job_service = JobService(config, dispatcher, files, admit=service.admit)
     job_pb2_grpc.add_JobServiceServicer_to_server(job_service, server)
+    update_service = UpdateService(updater) if updater is not None else None
+    if update_service is not None:
+        update_pb2_grpc.add_UpdateServiceServicer_to_server(update_service, server)
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
         (
             SERVICE_NAME,
             JOB_SERVICE_NAME,
+            UPDATE_SERVICE_NAME,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             reflection.SERVICE_NAME,
         ),
@@ -201,6 +233,8 @@ async def _start_grpc(
     async def stop() -> None:
         await health.enter_graceful_shutdown()
         job_service.close()
+        if update_service is not None:
+            update_service.close()
         await fleet.close(config.drain_seconds)
         await server.stop(config.drain_seconds)
 

@@ -42,6 +42,7 @@ from boardbench.collector.fleet import Fleet, Session
 from boardbench.collector.look import ReadModel
 from boardbench.collector.store import MAX_SEQUENCE, ResultStore, check_identity
 from boardbench.collector.stores.enrolments import Enrolments
+from boardbench.collector.updates import UpdateDesk, Updater
 from boardbench.v1 import collector_pb2, collector_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -112,8 +113,10 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         version: str,
         dispatcher: Dispatcher,
         enrolments: Enrolments | None = None,
+        updater: Updater | None = None,
     ) -> None:
         """Without ``enrolments`` no board can be enrolled, and every board may report."""
+        self._updater = updater
         self._enrolments = enrolments
         self._dispatcher = dispatcher
         self._config = config
@@ -134,6 +137,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
             session = self._fleet.join(hello.board.device_id, context.peer(), hello)
             wire = _Wire(context)
             desk = None
+            updates = None
             try:
                 await self._store.greet(hello, session.last_seen_at)
                 welcome = collector_pb2.Welcome(
@@ -145,10 +149,14 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
                 )
                 await wire.send(collector_pb2.ReportResponse(welcome=welcome))
                 desk = self._dispatcher.attach(hello, wire.send)
+                if self._updater is not None:
+                    updates = self._updater.attach(session.device_id, wire.send)
                 await _Conversation(
-                    self._config, self._store, self._fleet, session, context, wire, desk
+                    self._config, self._store, self._fleet, session, context, wire, desk, updates
                 ).run()
             finally:
+                if updates is not None:
+                    await updates.close()
                 if desk is not None:
                     await desk.close()
                 self._fleet.leave(session)
@@ -260,7 +268,9 @@ class _Conversation:
         context: _Context,
         wire: _Wire,
         desk: Desk,
+        updates: UpdateDesk | None,
     ) -> None:
+        self._updates = updates
         self._wire = wire
         self._desk = desk
         self._copied: set[str] = set()
@@ -325,6 +335,15 @@ class _Conversation:
                     )
                 self._fleet.heard(self._session)
                 self._desk.report(request.job)
+            elif kind == "update":
+                if request.update.ByteSize() > _MAX_REPORT_BYTES:
+                    raise InvalidRequest(
+                        f"what a board says of an update has {request.update.ByteSize():,} bytes;"
+                        f" at most {_MAX_REPORT_BYTES:,} are taken"
+                    )
+                self._fleet.heard(self._session)
+                if self._updates is not None:
+                    self._updates.report(request.update)
             elif kind == "hello":
                 raise InvalidRequest("a report has one hello, at its beginning")
             # Anything else is from a newer agent: what it means can't be known, that it lives can.
