@@ -30,6 +30,8 @@ from boardbench.v1 import (
     job_pb2,
     job_pb2_grpc,
     result_pb2,
+    update_pb2,
+    update_pb2_grpc,
 )
 
 CONNECT_SECONDS = 10  # a board on a busy Wi-Fi answers in 1 or 2 s; gRPC's own 20 s look like a hang
@@ -467,6 +469,58 @@ class JobsClient(LongClient):
                 return ask()
             except Unreachable as error:
                 retry.after(error)
+
+
+class UpdatesClient(JobsClient):
+    """The collector's updates of agents, and its files."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+        notice: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Connects nothing yet; see :class:`LongClient`."""
+        super().__init__(address, retry_seconds=retry_seconds, notice=notice)
+        self._updates: update_pb2_grpc.UpdateServiceStub = update_pb2_grpc.UpdateServiceStub(self._channel)
+
+    def start(self, request: update_pb2.StartUpdateRequest) -> update_pb2.Update:
+        """Begins one. Needs ``request.request_id``, and asks again with it."""
+        assert request.request_id, "without an id a repeat would begin it twice"
+        ask = self._updates.StartUpdate
+        return self._again("beginning the update", lambda: self._ask(ask, request)).update
+
+    def updates(self) -> list[update_pb2.Update]:
+        """The latest first."""
+        return list(self._ask(self._updates.ListUpdates, update_pb2.ListUpdatesRequest()).updates)
+
+    def stop_update(self, update_id: str) -> update_pb2.Update:
+        """Boards that have not begun are left as they are."""
+        request = update_pb2.StopUpdateRequest(update_id=update_id)
+        return self._ask(self._updates.StopUpdate, request).update
+
+    def watch_update(self, update_id: str) -> Generator[update_pb2.Update, None, None]:
+        """The update as it is now, then each change, until every board has ended it."""
+        retry = _Retry(self, "following the update")
+        request = update_pb2.WatchUpdateRequest(update_id=update_id)
+        open_boards = True
+        while True:
+            try:
+                with self._started(self._updates.WatchUpdate(request)) as call:
+                    for response in call:
+                        self._heard()
+                        retry.progressed()
+                        open_boards = any(
+                            board.state < update_pb2.UPDATE_STATE_DONE for board in response.update.boards
+                        )
+                        yield response.update
+                if not open_boards:
+                    return
+                told: CliError = Unreachable(f"{self.address} ended the call before the update had ended")
+            except grpc.RpcError as error:
+                told = self._broken_or_raise(error)
+            retry.after(told)
 
 
 ENDED_STATES = (job_pb2.JOB_STATE_DONE, job_pb2.JOB_STATE_CANCELLED, job_pb2.JOB_STATE_DEAD)

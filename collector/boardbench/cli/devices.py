@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boardbench.cli import updates
 from boardbench.cli.address import AGENT_PORT, Address, AddressType
 from boardbench.cli.collected import holder_option, on_option, pairs, via_option
 from boardbench.cli.errors import CliError, ExitCode, worst
@@ -37,7 +38,7 @@ def devices(
     collector: Address,
     **values: Any,
 ) -> ExitCode | None:
-    """List boards and what they can run; reserve and label them.
+    """List boards and what they can run; reserve, label and update them.
 
     Without --to: every board that ever reported to the collector. With --to: what a board says about
     itself, with every runtime and, for those that can't run, why not and what to do.
@@ -195,6 +196,10 @@ def label(labels: dict[str, str], on: tuple[str, ...], collector: Address, **val
         click.echo(device_id)
     output.note(f"{len(found)} labelled")
     return ExitCode.DONE
+
+
+for _command in (updates.update, updates.updates, updates.stop_update):
+    devices.add_command(_command)
 
 
 def _need_terms(on: tuple[str, ...]) -> None:

@@ -42,7 +42,9 @@ COMMANDS: dict[str, Command] = {
         "Run many models on many boards: at once, by the clock, as files come.",
     ),
     "devices": Command(
-        "boardbench.cli.devices", "devices", "List boards and what they can run; reserve and label them."
+        "boardbench.cli.devices",
+        "devices",
+        "List boards and what they can run; reserve, label and update them.",
     ),
     "runtimes": Command(
         "boardbench.cli.runtimes", "runtimes", "List the engines of a board, or those that take a model."
@@ -56,6 +58,9 @@ COMMANDS: dict[str, Command] = {
         "boardbench.cli.flash",
         "flash",
         "Put the agent onto a board: on its card before the first boot, or over SSH.",
+    ),
+    "release": Command(
+        "boardbench.cli.release", "release", "Make keys, and sign releases of the agent for boards."
     ),
     "demo": Command(
         "boardbench.cli.demo", "demo", "Try everything on this machine, with models built on the spot."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Group, RenderableType  # noqa: TID253 - this file owns the tables
@@ -26,6 +26,7 @@ from boardbench.v1 import (
     latency_pb2,
     placement_pb2,
     result_pb2,
+    update_pb2,
 )
 
 _FIGURES = ("p50", "p90", "memory")
@@ -414,6 +415,27 @@ def reservations_table(reservations: Iterable[job_pb2.Reservation]) -> Renderabl
     for reservation in map(cleaned, reservations):
         ends = reservation.ends_at if reservation.HasField("ends_at") else None
         table.add_row(reservation.device_id, reservation.holder, _time(ends), reservation.reason)
+    return table
+
+
+def update_table(update: update_pb2.Update, words: Callable[[update_pb2.BoardUpdate], str]) -> RenderableType:
+    """A line a board."""
+    table = _table("board", "from", "to", "first", "state")
+    for board in map(cleaned, update.boards):
+        first = "yes" if board.canary else ""
+        table.add_row(board.device_id, board.from_version, update.version, first, words(board))
+    return table
+
+
+def updates_table(updates: Iterable[update_pb2.Update]) -> RenderableType:
+    """A line an update."""
+    table = _table("update", "begun", "release", "boards", "done", "state")
+    for update in map(cleaned, updates):
+        done = sum(1 for board in update.boards if board.state == update_pb2.UPDATE_STATE_DONE)
+        is_open = any(board.state < update_pb2.UPDATE_STATE_DONE for board in update.boards)
+        state = f"halted: {update.halted}" if update.halted else "going on" if is_open else "ended"
+        begun = _time(update.created_at)
+        table.add_row(update.update_id[:12], begun, update.version, str(len(update.boards)), str(done), state)
     return table
 
 
