@@ -72,12 +72,16 @@ def arrival(result: result_pb2.RunResult, received: float | None = None) -> Arri
 
 
 def spans_of(result: result_pb2.RunResult, received: float | None = None) -> dict[str, trace_pb2.Span]:
-    """The spans of the run's trace by name, having looked at what all traces must have."""
+    """The spans of the run's trace by name and process, having looked at what all traces must have."""
     piece = trace_of(arrival(result, received), "1.2.3")
     request = trace_service_pb2.ExportTraceServiceRequest.FromString(piece.content)
     ((scope,),) = (board.scope_spans for board in request.resource_spans)
     assert (scope.scope.name, scope.scope.version) == ("boardbench.collector", "1.2.3")
-    spans = {span.name: span for span in scope.spans}
+    spans = {}
+    for span in scope.spans:
+        process = told(span.attributes).get("boardbench.process")
+        name = f"process {process} {span.name}".removesuffix(" process") if process else span.name
+        spans[name] = span
     assert len(spans) == len(scope.spans) == piece.samples
     identities = {span.span_id for span in scope.spans}
     assert len(identities) == len(spans) and all(len(each) == 8 for each in identities)

@@ -262,11 +262,14 @@ class _Stage:
     """A part of a run of which the duration is known, or its begin."""
 
     name: str
+    key: str
+    """What tells it from all others of the run."""
     begin: int
     """Nanoseconds since 1970."""
     seconds: float
     attributes: Mapping[str, _Value | None]
     parent: str = ""
+    """Key of the span that it is in; empty: the run's."""
 
 
 def trace_of(arrival: Arrival, version: str) -> Piece:
@@ -277,7 +280,7 @@ def trace_of(arrival: Arrival, version: str) -> Piece:
     spans += [
         trace_pb2.Span(
             trace_id=spans[0].trace_id,
-            span_id=_span_id_of(result.run_id, stage.name),
+            span_id=_span_id_of(result.run_id, stage.key),
             parent_span_id=_span_id_of(result.run_id, stage.parent),
             name=stage.name,
             kind=trace_pb2.Span.SPAN_KIND_INTERNAL,
@@ -443,6 +446,7 @@ def _stages(result: result_pb2.RunResult, times: _Times) -> Iterator[_Stage]:
     if times.created is not None and times.started is not None and times.created <= times.started:
         yield _Stage(
             "wait",
+            "wait",
             times.created,
             (times.started - times.created) / 1e9,
             {"boardbench.stage": "in the queue, cooling down and idling included", **_measured()},
@@ -453,7 +457,7 @@ def _stages(result: result_pb2.RunResult, times: _Times) -> Iterator[_Stage]:
         yield from _processes(result, times)
         return
     known = list(_durations(result))
-    yield from _laid(known, times.started, times.finished, "")
+    yield from _laid(known, times.started, times.finished)
 
 
 def _measured() -> dict[str, _Value | None]:
@@ -483,7 +487,7 @@ def _durations(result: result_pb2.RunResult) -> Iterator[tuple[str, float, dict[
 
 
 def _laid(
-    known: Sequence[tuple[str, float, dict[str, _Value | None]]], begin: int, end: int, parent: str
+    known: Sequence[tuple[str, float, dict[str, _Value | None]]], begin: int, end: int, process: int = 0
 ) -> Iterator[_Stage]:
     """Returns the stages one behind the other, from the begin on: the earliest that each can have begun.
 
@@ -492,8 +496,10 @@ def _laid(
     """
     known = [each for each in known if math.isfinite(each[1]) and 0 <= each[1] < 1e9]
     slack = (end - begin) / 1e9 - sum(seconds for _, seconds, _ in known)
+    parent = f"process {process}" if process else ""
     for name, seconds, told in known:
         yield _Stage(
+            name,
             f"{parent} {name}".lstrip(),
             begin,
             seconds,
@@ -502,6 +508,7 @@ def _laid(
                 "boardbench.time.start_uncertainty_seconds": max(0.0, slack),
                 "boardbench.time.clock_stepped": slack < 0 or None,
                 "boardbench.time.duration": "measured",
+                "boardbench.process": process or None,
                 **told,
             },
             parent,
@@ -520,15 +527,16 @@ def _processes(result: result_pb2.RunResult, times: _Times) -> Iterator[_Stage]:
         end = times.finished
         if following is not None and following.HasField("started_at"):
             end = _nanoseconds(following.started_at) + times.shift
-        name = f"process {position}"
         yield _Stage(
-            name,
+            "process",
+            f"process {position}",
             begin,
             max(0, end - begin) / 1e9,
             {
                 "boardbench.time.start": "measured",
                 "boardbench.time.duration": "derived: until the next began, or the run ended",
                 "boardbench.time.clock_stepped": end < begin or None,
+                "boardbench.process": position,
                 "boardbench.inferences": process.count,
                 "boardbench.latency.p50_seconds": process.median_seconds,
                 "boardbench.pooled": process.pooled,
@@ -539,7 +547,7 @@ def _processes(result: result_pb2.RunResult, times: _Times) -> Iterator[_Stage]:
             for stage in ("create", "first_inference")
             if _field(process, f"{stage}_seconds") is not None
         ]
-        yield from _laid(known, begin, end, name)
+        yield from _laid(known, begin, end, position)
 
 
 # Metrics.
