@@ -184,13 +184,13 @@ class Switch:
             place = coming / inside
             if place.parent.resolve() != coming.resolve() / Path(inside).parent:
                 raise Refused(f"the package holds {path!r} behind a link")
+            place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             if entry.isdir():
                 place.mkdir(mode=0o755, exist_ok=True)
             elif entry.issym():
                 place.symlink_to(entry.linkname)
             elif data is not None:
                 found = True
-                place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
                 with place.open("xb") as copy:
                     while block := data.read(_BLOCK_BYTES):
                         copy.write(block)
