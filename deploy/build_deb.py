@@ -463,8 +463,8 @@ def _add_updater(tree: Path, target: Target) -> None:
     (home / "bin").mkdir()
     (home / "bin" / "python").symlink_to(f"/usr/bin/python{target.python}")
     (home / "bin" / "boardbench-update").write_text(
-        "import sys\n\n"
-        'sys.path.insert(0, "/usr/lib/boardbench")\n'
+        "import os, sys\n\n"
+        "sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))\n"
         "from boardbench.agent.update.switch import main\n\n"
         "sys.exit(main())\n"
     )

@@ -226,6 +226,7 @@ def test_every_key_has_a_variable() -> None:
         ("sensors", "without"): "nvidia, rapl",
         ("metrics", "listen"): "127.0.0.1:7344",
         ("spec", "cache"): "keep",
+        ("update", "root"): "/7",
         ("validity", "severity"): "high_load=note",
         ("validity", "thresholds"): "variation_ratio=0.2, clock_reads=50",
     }

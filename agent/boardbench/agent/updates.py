@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -426,6 +425,9 @@ def _append(path: Path, data: bytes) -> None:
 
 def _settle(part: Path, package: Path, offer: update_pb2.UpdateOffer) -> bool:
     """Whether it is the package, which then has its name for good; else it is gone."""
+    # Only then: a board that waits has no use for it.
+    import hashlib
+
     digest = hashlib.sha256()
     with part.open("rb") as file:
         while block := file.read(1 << 20):

@@ -6,7 +6,6 @@ the disk; the library that does it in microseconds has 4 MB, and no wheel for 32
 
 from __future__ import annotations
 
-import hashlib
 from typing import Optional, Tuple
 
 KEY_BYTES = 32
@@ -30,6 +29,8 @@ def is_valid(public_key: bytes, message: bytes, signature: bytes) -> bool:
     scalar = int.from_bytes(signature[32:], "little")
     if key is None or commitment is None or scalar >= _L:
         return False
+    import hashlib
+
     digest = hashlib.sha512(signature[:32] + public_key + message).digest()
     challenge = int.from_bytes(digest, "little") % _L
     return _same(_times(scalar, _BASE), _plus(commitment, _times(challenge, key)))

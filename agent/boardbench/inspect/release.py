@@ -8,21 +8,18 @@ installs like the one that was not. The manifest is JSON, too, kept as the text 
 version and the SHA-256 of all that lies before the member. The signature is Ed25519 over a line that says
 what it is about, and the manifest.
 
-Also on a board as root, by a program of the system's own Python: standard library only.
+Also on a board as root, by a program of the system's own Python: standard library only. What is heavy of that
+is loaded when a package is read, because the agent of a board that waits has this module in its memory.
 """
 
 from __future__ import annotations
 
-import base64
 import binascii
-import hashlib
 import io
 import json
-import lzma
 import re
-import tarfile
 from dataclasses import asdict, dataclass, fields
-from typing import BinaryIO, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, BinaryIO, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from boardbench.inspect import ed25519
 from boardbench.inspect.errors import Malformed, UnknownFormat
@@ -30,6 +27,9 @@ from boardbench.inspect.errors import Malformed, UnknownFormat
 MEMBER = "_boardbench"
 KEY_WORD = "boardbench-ed25519"
 """What a line with a public key begins with."""
+
+if TYPE_CHECKING:
+    import tarfile
 
 _MAGIC = b"!<arch>\n"
 _HEADER_BYTES = 60
@@ -80,7 +80,9 @@ def signed_bytes(text: str) -> bytes:
 
 def seal(text: str, signature: bytes) -> bytes:
     """The member that is put behind a package, header and padding included."""
-    content = json.dumps({"manifest": text, "signature": base64.b64encode(signature).decode()}).encode()
+    content = json.dumps(
+        {"manifest": text, "signature": binascii.b2a_base64(signature, newline=False).decode()}
+    ).encode()
     content += b"\n" * (len(content) % 2)
     return f"{MEMBER:<16}{0:<12}{0:<6}{0:<6}{0o100644:<8o}{len(content):<10}`\n".encode() + content
 
@@ -147,7 +149,7 @@ def read_keys(text: str) -> Tuple[bytes, ...]:
         try:
             if words[0] != KEY_WORD or len(words) < 2:
                 raise ValueError
-            key = base64.b64decode(words[1], validate=True)
+            key = _bytes(words[1])
             if len(key) != ed25519.KEY_BYTES:
                 raise ValueError
         except (ValueError, binascii.Error):
@@ -169,6 +171,9 @@ def order(version: str) -> Tuple[Tuple[int, ...], int, int]:
 
 def content(file: BinaryIO) -> Iterator[Tuple[tarfile.TarInfo, Optional[BinaryIO]]]:
     """What the package installs, in its order, each to be read before the next. Raises Malformed."""
+    import lzma
+    import tarfile
+
     for name, start, length in _members(file):
         if name.startswith("data.tar"):
             try:
@@ -191,7 +196,7 @@ def _read(file: BinaryIO) -> Tuple[Manifest, str, bytes, int]:
     file.seek(start)
     try:
         told = json.loads(file.read(length))
-        text, signature = told["manifest"], base64.b64decode(told["signature"], validate=True)
+        text, signature = told["manifest"], _bytes(told["signature"])
         values = json.loads(text)
         known = {field.name for field in fields(Manifest)}
         manifest = Manifest(**{name: value for name, value in values.items() if name in known})
@@ -236,7 +241,17 @@ def _members(file: BinaryIO) -> Iterator[Tuple[str, int, int]]:
         at += length + length % 2
 
 
+def _bytes(text: str) -> bytes:
+    """What base64 stands for. Raises ValueError for what is none."""
+    if not re.fullmatch(r"[0-9A-Za-z+/]*={0,2}", text):
+        raise ValueError("it is no base64")
+    return binascii.a2b_base64(text)
+
+
 def _control(archive: bytes) -> Dict[str, str]:
+    import lzma
+    import tarfile
+
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:*") as opened:
             found = opened.extractfile("./control")
@@ -248,6 +263,8 @@ def _control(archive: bytes) -> Dict[str, str]:
 
 
 def _sha256(file: BinaryIO, length: int) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     file.seek(0)
     while length:

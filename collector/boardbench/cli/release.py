@@ -19,7 +19,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def release() -> None:
-    """Make keys, and sign releases of the agent for `boardbench devices update`."""
+    """Make keys, and sign releases of the agent for boards."""
 
 
 @release.command()
