@@ -347,8 +347,10 @@ class Programs:
         http: str = "127.0.0.1:0",
         data_dir: Path | None = None,
         options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        wait: bool = True,
     ) -> Collector:
-        """A collector with the store of that name, ready."""
+        """A collector with the store of that name, ready; without ``wait``, on its way to that address."""
         port_file = self.folder / f"{name}.ports"
         port_file.unlink(missing_ok=True)
         program = self.start(
@@ -357,7 +359,10 @@ class Programs:
                 *installed("boardbench-collector"), "serve", "--listen", listen, "--http", http,
                 "--data-dir", str(data_dir or self.folder / name), "--port-file", str(port_file), *options,
             ],
+            environment,
         )  # fmt: skip
+        if not wait:
+            return Collector(program, listen, http)
         ports = self._ports(program, port_file)
         return Collector(program, f"127.0.0.1:{ports['grpc']}", f"127.0.0.1:{ports['http']}")
 
@@ -370,8 +375,14 @@ class Programs:
         data_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         device_id: str = "",
+        within: Sequence[str] = (),
+        wait: bool = True,
     ) -> Agent:
-        """An agent with the data of that name, ready; settings beyond these by their variables."""
+        """An agent with the data of that name, ready; settings beyond these by their variables.
+
+        ``within`` is a command that starts it somewhere else (in a network namespace); without ``wait``,
+        it is on its way.
+        """
         port_file = self.folder / f"{name}.ports"
         port_file.unlink(missing_ok=True)
         data_dir = data_dir or self.folder / name
@@ -383,8 +394,8 @@ class Programs:
         if collector:
             arguments += ["--collector", collector]
         settings = {"BOARDBENCH_AGENT_STORE_FREE_FLOOR_BYTES": str(1 << 20)} | dict(environment or {})
-        program = self.start(name, arguments, settings)
-        ports = self._ports(program, port_file)
+        program = self.start(name, [*within, *arguments], settings)
+        ports = self._ports(program, port_file) if wait else {}
         # One that listens nowhere has no port.
         return Agent(program, f"127.0.0.1:{ports.get('grpc', 0)}", data_dir, device_id)
 
