@@ -35,7 +35,10 @@ WIDTHS = (("50", 0.01), ("99", 0.05))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision")
-    group.add_argument("--precision-rounds", type=int, default=3, help="rounds (default 3)")
+    group.add_argument("--precision-rounds", type=int, default=2, help="rounds (default 2)")
+    group.add_argument(
+        "--precision-models", type=int, nargs="+", default=[1, 3], help="which of the four (default 1 3)"
+    )
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -50,7 +53,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> Report:
     order = random.Random(4)
     longest = 0.0
     for engine in ENGINES:
-        for subject in subjects_of(engine, folder, 1.5):
+        every = subjects_of(engine, folder, 1.5)
+        for subject in (every[number] for number in arguments.precision_models):
             name = f"{engine}, {subject.model.stem}"
             found: dict[str, list[dict[str, float]]] = {}
             for number in range(arguments.precision_rounds):
