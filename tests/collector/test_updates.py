@@ -1,0 +1,296 @@
+"""Releases go to a few boards first, then to the others, and to none after one has failed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from boardbench.collector.errors import InvalidRequest, NotFound, Occupied, StoreUnavailable
+from boardbench.collector.files import Files
+from boardbench.collector.stores.updates import UpdateStore
+from boardbench.collector.updates import UpdateDesk, Updater
+from boardbench.v1 import agent_pb2, collector_pb2, update_pb2
+
+WAITING = update_pb2.UPDATE_STATE_WAITING
+FETCHING = update_pb2.UPDATE_STATE_FETCHING
+SWITCHED = update_pb2.UPDATE_STATE_SWITCHED
+DONE = update_pb2.UPDATE_STATE_DONE
+ROLLED_BACK = update_pb2.UPDATE_STATE_ROLLED_BACK
+FAILED = update_pb2.UPDATE_STATE_FAILED
+STOPPED = update_pb2.UPDATE_STATE_STOPPED
+
+
+class Boards:
+    """Boards that are known, without streams and results."""
+
+    def __init__(self) -> None:
+        self.known: list[collector_pb2.Device] = []
+
+    async def devices(self, on: Any) -> tuple[collector_pb2.Device, ...]:
+        names = {term.partition("=")[2] for term in on}
+        return tuple(device for device in self.known if "*" in names or device.board.device_id in names)
+
+    def add(self, *names: str, architecture: str = "aarch64", up: bool = True) -> None:
+        for name in names:
+            device = collector_pb2.Device(agent_version="0.1.0", up=up)
+            device.board.device_id, device.board.architecture = name, architecture
+            self.known.append(device)
+
+
+@dataclass
+class Stage:
+    """An updater with boards whose ends of the streams are here."""
+
+    folder: Path
+    files: Files
+    boards: Boards
+    store: UpdateStore
+    updater: Updater
+    sha256: str
+    heard: dict[str, list[update_pb2.UpdateOffer]] = field(default_factory=dict)
+    desks: dict[str, UpdateDesk] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+
+    def connect(self, *names: str) -> None:
+        for name in names:
+
+            async def send(response: collector_pb2.ReportResponse, name: str = name) -> None:
+                self.heard.setdefault(name, []).append(response.update)
+
+            self.desks[name] = self.updater.attach(name, send)
+
+    async def start(self, *on: str, canary: int = 0, request_id: str = "u1") -> update_pb2.Update:
+        request = update_pb2.StartUpdateRequest(
+            on=on or ("device_id=*",), canary=canary, package_sha256=self.sha256, request_id=request_id
+        )
+        return await self.updater.start(request)
+
+    def say(self, name: str, state: int, reason: str = "", update_id: str = "u1") -> None:
+        report = update_pb2.UpdateReport(update_id=update_id, state=state, reason=reason)  # type: ignore[arg-type]
+        self.desks[name].report(report)
+
+    def states(self, update_id: str = "u1") -> dict[str, int]:
+        return {board.device_id: board.state for board in self.updater.find(update_id).boards}
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail(f"not within 10 s: {self.states()}, {self.heard}")
+
+    async def settle(self) -> None:
+        """Everything that was said has been taken in, and what follows from it was told."""
+        await self.until(lambda: not self.updater._poke.is_set() and not self.updater._reports)
+        await asyncio.sleep(0.1)
+
+    async def restart(self) -> None:
+        """The collector ends and comes back; no stream is there any more."""
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.desks.clear()
+        self.heard.clear()
+        self.updater = Updater(self.store, self.files, self.boards)  # type: ignore[arg-type]
+        await self.updater.load()
+        self.task = asyncio.create_task(self.updater.run())
+
+
+@pytest.fixture
+async def stage(tmp_path: Path, release_packages: Any) -> AsyncIterator[Stage]:
+    async def nothing() -> frozenset[str]:
+        return frozenset()
+
+    files = Files(tmp_path, limit_bytes=1 << 30, free_bytes=0, in_use=nothing)
+    await files.open()
+    package = release_packages.Signer().sign(
+        release_packages.build(tmp_path, "0.2.0", {"release.json": "{}"})
+    )
+    sha256 = await keep(files, package)
+    boards, store = Boards(), UpdateStore(tmp_path / "updates.db")
+    updater = Updater(store, files, boards)  # type: ignore[arg-type]
+    made = Stage(tmp_path, files, boards, store, updater, sha256)
+    made.task = asyncio.create_task(updater.run())
+    yield made
+    made.task.cancel()
+    await asyncio.gather(made.task, return_exceptions=True)
+    with contextlib.suppress(StoreUnavailable):
+        store.close()
+
+
+async def keep(files: Files, path: Path) -> str:
+    import hashlib
+    import zlib
+
+    data = await asyncio.to_thread(path.read_bytes)
+    header = agent_pb2.PushHeader(
+        sha256=hashlib.sha256(data).hexdigest(),
+        name=path.name,
+        size_bytes=len(data),
+        kind=agent_pb2.FILE_KIND_MODEL,
+    )
+    async with files.receive(header) as transfer:
+        await transfer.write(agent_pb2.PushChunk(offset_bytes=0, data=data, crc32=zlib.crc32(data)))
+        await transfer.finish()
+    return str(header.sha256)
+
+
+async def test_the_others_begin_when_those_that_go_first_are_done(stage: Stage) -> None:
+    stage.boards.add("off", up=False)
+    stage.boards.add("a", "b", "c")
+    stage.connect("a", "b", "c")
+    begun = await stage.start(canary=2)
+    # Of a board that is off nothing can be learnt.
+    assert [board.device_id for board in begun.boards if board.canary] == ["a", "b"]
+    await stage.until(lambda: set(stage.heard) == {"a", "b"})
+    offer = stage.heard["a"][0]
+    assert (offer.version, offer.package_sha256) == ("0.2.0", stage.sha256)
+    assert offer.package_bytes > 0
+    stage.say("a", FETCHING)
+    stage.say("a", DONE)
+    await stage.settle()
+    assert set(stage.heard) == {"a", "b"}
+    stage.say("b", DONE)
+    await stage.until(lambda: set(stage.heard) == {"a", "b", "c"})
+    stage.say("c", DONE)
+    stage.connect("off")
+    await stage.until(lambda: "off" in stage.heard)
+    stage.say("off", DONE)
+    await stage.until(lambda: set(stage.states().values()) == {DONE})
+    assert all(len(offers) == 1 for offers in stage.heard.values())
+    assert stage.updater.files_in_use() == frozenset()
+
+
+@pytest.mark.parametrize(("state", "word"), [(ROLLED_BACK, "was rolled back"), (FAILED, "failed")])
+async def test_nobody_begins_after_one_has_failed(stage: Stage, state: int, word: str) -> None:
+    stage.boards.add("a", "b", "c")
+    stage.connect("a", "b", "c")
+    await stage.start("device_id=*", canary=1)
+    await stage.until(lambda: "a" in stage.heard)
+    stage.say("a", state, "it died")
+    await stage.until(lambda: stage.states() == {"a": state, "b": STOPPED, "c": STOPPED})
+    await stage.settle()
+    assert set(stage.heard) == {"a"}
+    assert stage.updater.find("u1").halted == f"a {word}: it died"
+    # What it says later changes nothing.
+    stage.say("a", DONE)
+    await stage.settle()
+    assert stage.states()["a"] == state
+
+
+async def test_boards_that_have_begun_go_on_when_it_is_stopped(stage: Stage) -> None:
+    stage.boards.add("a", "b")
+    stage.connect("a", "b")
+    await stage.start(canary=1)
+    await stage.until(lambda: "a" in stage.heard)
+    stage.say("a", FETCHING)
+    await stage.until(lambda: stage.states()["a"] == FETCHING)
+    stopped = await stage.updater.stop("u")
+    assert stopped.halted == "it was stopped"
+    assert stage.states() == {"a": FETCHING, "b": STOPPED}
+    stage.say("a", DONE)
+    await stage.until(lambda: stage.states()["a"] == DONE)
+    with pytest.raises(NotFound):
+        await stage.updater.stop("x")
+
+
+async def test_it_goes_on_after_the_collector_was_down(stage: Stage) -> None:
+    stage.boards.add("a", "b")
+    stage.connect("a", "b")
+    await stage.start(canary=1)
+    await stage.until(lambda: "a" in stage.heard)
+    stage.say("a", SWITCHED)
+    await stage.until(lambda: stage.states()["a"] == SWITCHED)
+    await stage.restart()
+    assert stage.states() == {"a": SWITCHED, "b": WAITING}
+    assert stage.updater.files_in_use() == {stage.sha256}
+    stage.connect("a", "b")
+    # A board that does not know of it any more is told again.
+    await stage.until(lambda: "a" in stage.heard)
+    stage.say("a", DONE)
+    await stage.until(lambda: "b" in stage.heard)
+    await stage.restart()
+    assert stage.states() == {"a": DONE, "b": WAITING}
+
+
+async def test_a_watcher_sees_it_to_its_end(stage: Stage) -> None:
+    stage.boards.add("a")
+    stage.connect("a")
+    await stage.start()
+    seen = []
+
+    async def watch() -> None:
+        async for update in stage.updater.watch("u1"):
+            seen.append(update.boards[0].state)  # noqa: PERF401 - looked at while it grows
+
+    watching = asyncio.create_task(watch())
+    await stage.until(lambda: seen == [WAITING])
+    for state in (FETCHING, SWITCHED, DONE):
+        stage.say("a", state)
+        await stage.until(lambda state=state: seen[-1] == state)
+    await asyncio.wait_for(watching, 10)
+    assert seen == [WAITING, FETCHING, SWITCHED, DONE]
+
+
+async def test_what_can_not_be_done_is_not_begun(stage: Stage, release_packages: Any) -> None:
+    stage.boards.add("a")
+    stage.boards.add("laptop", architecture="x86_64")
+    with pytest.raises(
+        InvalidRequest, match=r"laptop \(x86_64\); choose the others, with architecture=aarch64"
+    ):
+        await stage.start()
+    with pytest.raises(InvalidRequest, match="no board meets"):
+        await stage.start("device_id=b")
+    with pytest.raises(InvalidRequest, match="which boards"):
+        await stage.updater.start(update_pb2.StartUpdateRequest(package_sha256=stage.sha256))
+    with pytest.raises(NotFound):
+        await stage.updater.start(update_pb2.StartUpdateRequest(on=["device_id=a"], package_sha256="0" * 64))
+    unsigned = await keep(stage.files, release_packages.build(stage.folder, "0.3.0", {"x": ""}))
+    with pytest.raises(InvalidRequest, match="not signed"):
+        await stage.updater.start(update_pb2.StartUpdateRequest(on=["device_id=a"], package_sha256=unsigned))
+    begun = await stage.start("device_id=a")
+    # The same request again is the same update; another one has to wait.
+    assert await stage.start("device_id=a") == begun
+    with pytest.raises(Occupied, match="a is in update u1"):
+        await stage.start("device_id=a", request_id="u2")
+    assert [update.update_id for update in stage.updater.updates()] == ["u1"]
+
+
+async def test_a_store_that_fails_loses_nothing(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.boards.add("a")
+    stage.connect("a")
+    await stage.start()
+    await stage.until(lambda: "a" in stage.heard)
+    put, failures = stage.store.put, []
+
+    def failing(update: update_pb2.Update) -> None:
+        if not failures:
+            failures.append(update)
+            raise StoreUnavailable("the disk is full")
+        put(update)
+
+    monkeypatch.setattr(stage.store, "put", failing)
+    stage.say("a", DONE)
+    await stage.until(lambda: stage.states()["a"] == DONE)
+    assert failures
+    await stage.restart()
+    assert stage.states()["a"] == DONE
+
+
+def test_old_updates_make_room(tmp_path: Path) -> None:
+    store = UpdateStore(tmp_path / "updates.db")
+    with contextlib.closing(store):
+        for number in range(130):
+            update = update_pb2.Update(update_id=f"u{number}")
+            update.created_at.FromNanoseconds(number * 10**9)
+            store.put(update)
+            store.put(update)
+        kept = [update.update_id for update in store.all()]
+    assert kept == [f"u{number}" for number in range(129, 29, -1)]
+    assert (tmp_path / "updates.db").stat().st_mode & 0o777 == 0o600
