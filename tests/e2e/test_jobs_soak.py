@@ -431,7 +431,7 @@ class Lab:
 
 
 class Submitter(threading.Thread):
-    """Queues jobs for all boards at any of the collectors, each request as often as it takes, and once more."""
+    """Queues jobs for all boards at any collector, each request as often as it takes, and once more."""
 
     def __init__(self, addresses: list[str], model: Path, chance: random.Random) -> None:
         super().__init__(daemon=True)
