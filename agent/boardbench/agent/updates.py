@@ -51,6 +51,8 @@ _TAKEN_UP_SECONDS = 120.0
 _GIVE_UP_SECONDS = 1800.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OFFER = "offer"
+# Of what the collector takes as a report, a quarter: characters may have four bytes.
+_MAX_REASON = 900
 
 _FINAL = {
     places.DONE: update_pb2.UPDATE_STATE_DONE,
@@ -181,7 +183,7 @@ class Updates:
             update_id = self._offer.update_id
         before = self._report
         report = update_pb2.UpdateReport(
-            update_id=update_id, state=state, reason=reason[:1000], fraction=fraction
+            update_id=update_id, state=state, reason=reason[:_MAX_REASON], fraction=fraction
         )
         if report == before:
             return
@@ -207,15 +209,16 @@ class Updates:
         try:
             await self._see_through(offer)
         except (Refused, InspectError) as error:
-            self._say(update_pb2.UPDATE_STATE_FAILED, str(error))
+            await self._end(update_pb2.UPDATE_STATE_FAILED, str(error))
         except OSError as error:
-            self._say(update_pb2.UPDATE_STATE_FAILED, f"{self._layout.inbox}: {error.strerror or error}")
+            reason = f"{self._layout.inbox}: {error.strerror or error}"
+            await self._end(update_pb2.UPDATE_STATE_FAILED, reason)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # a fault here must not end the agent, nor hold its runs
             _log.exception("update %s", offer.update_id)
             reason = f"the agent failed ({type(error).__name__}: {error}): please report this"
-            self._say(update_pb2.UPDATE_STATE_FAILED, reason)
+            await self._end(update_pb2.UPDATE_STATE_FAILED, reason)
         finally:
             self._asked = False
             self._runs.let_go()
@@ -232,7 +235,7 @@ class Updates:
             manifest = await asyncio.to_thread(_verify, package, keys)
             places.check(manifest, running)
             if manifest.release == running.get("release"):
-                self._say(update_pb2.UPDATE_STATE_DONE, f"release {manifest.release} runs already")
+                await self._end(update_pb2.UPDATE_STATE_DONE, f"release {manifest.release} runs already")
                 return
             self._say(update_pb2.UPDATE_STATE_READY, "it waits until no run is measured")
             await self._runs.hold()
@@ -243,6 +246,11 @@ class Updates:
         entry = await self._follow(offer)
         self._say(_FINAL[entry.state], entry.reason)
         await asyncio.to_thread(self._clean)
+
+    async def _end(self, state: update_pb2.UpdateState.ValueType, reason: str) -> None:
+        """It has ended before root began: nothing of it is taken up by the next life of the agent."""
+        self._say(state, reason)
+        await asyncio.to_thread(self._clean, _OFFER)
 
     async def _follow(self, offer: update_pb2.UpdateOffer) -> Entry:
         """How it ended. Raises Refused when nobody does it."""
@@ -314,11 +322,11 @@ class Updates:
         request = {"update_id": offer.update_id, "sha256": offer.package_sha256}
         folder.replace(self._layout.inbox / "request.json", json.dumps(request).encode())
 
-    def _clean(self) -> None:
+    def _clean(self, *more: str) -> None:
         for path in (*self._layout.inbox.glob("*.deb"), *self._layout.inbox.glob("*.part")):
             with contextlib.suppress(OSError):
                 path.unlink()
-        for name in ("request.json", "healthy.json"):
+        for name in ("request.json", "healthy.json", *more):
             with contextlib.suppress(OSError):
                 (self._layout.inbox / name).unlink(missing_ok=True)
 
