@@ -28,12 +28,13 @@ def fill(path: Path, leave_bytes: int) -> None:
     """Takes all of the file system but so much, while others write to it, too."""
     found = os.statvfs(path.parent)
     with path.open("wb", buffering=0) as file:
-        most = found.f_bavail * found.f_frsize - max(leave_bytes, 2 << 20)
+        most = found.f_bavail * found.f_frsize - max(leave_bytes, 64 << 20)
         os.posix_fallocate(file.fileno(), 0, most)
         file.seek(most)
-        with contextlib.suppress(OSError):
-            while not leave_bytes and file.write(bytes(4096)):
-                pass
+        for block in (1 << 20, 4096):
+            with contextlib.suppress(OSError):
+                while not leave_bytes and file.write(bytes(block)):
+                    pass
 
 
 def test_a_collector_without_room_for_files_refuses_them_and_goes_on(
