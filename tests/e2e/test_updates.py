@@ -92,6 +92,8 @@ class Board:
     stop: threading.Event = field(default_factory=threading.Event)
     switches: list[subprocess.Popen[bytes]] = field(default_factory=list)
     paused: bool = False
+    # As on a board, where a loaded machine may make it minutes.
+    health_seconds: float = 120.0
 
     @property
     def layout(self) -> Layout:
@@ -114,7 +116,14 @@ class Board:
             started = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "boardbench.agent.update.switch", "--root", self.root),
-                    *("--data-dir", self.layout.data_dir, "--restart", command, "--health-seconds", "15"),
+                    *(
+                        "--data-dir",
+                        self.layout.data_dir,
+                        "--restart",
+                        command,
+                        "--health-seconds",
+                        str(self.health_seconds),
+                    ),
                 ],
                 env=self.environment,
                 stdout=log,
@@ -255,6 +264,8 @@ def test_a_release_goes_to_one_board_first_and_then_to_the_others(fleet: Fleet) 
 @pytest.mark.parametrize("how", ["broken", "lonely"])
 def test_a_release_that_does_not_work_is_left_again_and_reaches_nobody_else(fleet: Fleet, how: str) -> None:
     a, b = fleet.board("a"), fleet.board("b")
+    # For one that does not start it does not matter; the other one has time to say what it lacks.
+    a.health_seconds = 8.0
     boards = fleet.update(fleet.package("0.2.0", **{how: True}), "--canary", "1", code=1)
     assert boards["a"]["state"] == "UPDATE_STATE_ROLLED_BACK"
     assert ("ended with 1" if how == "broken" else "is not reached") in boards["a"]["reason"]
