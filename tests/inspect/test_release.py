@@ -124,10 +124,15 @@ def test_what_is_behind_or_before_a_signature_is_not_taken(signer: Any, package:
         release.verify(io.BytesIO(package.read_bytes() + extra + seal), keys(signer))
 
 
-def test_what_is_no_release_is_not_signed(tmp_path: Path, signer: Any, package: Path) -> None:
+def test_what_is_no_release_is_not_signed(
+    tmp_path: Path, signer: Any, package: Path, release_packages: Any
+) -> None:
     with pytest.raises(UnknownFormat):
         release.manifest_of(io.BytesIO(b"no package"))
     with signer.sign(package).open("rb") as file, pytest.raises(Malformed, match="signed already"):
+        release.manifest_of(file)
+    odd = release_packages.build(tmp_path / "odd", "1.0-2", {"release.json": "{}"})
+    with odd.open("rb") as file, pytest.raises(Malformed, match="'1[.]0-2' is no version"):
         release.manifest_of(file)
 
 

@@ -112,9 +112,9 @@ def manifest_of(file: BinaryIO, *, downgrade: bool = False) -> Manifest:
             installed_bytes=int(told.get("Installed-Size", "0")) * 1024,
             downgrade=downgrade,
         )
+        _check(manifest)
     except (KeyError, ValueError) as error:
-        raise Malformed(f"the package's control file lacks something: {error}") from error
-    _check(manifest)
+        raise Malformed(f"the package's control file can't be used: {error}") from error
     return manifest
 
 
