@@ -412,7 +412,7 @@ async def test_what_could_not_be_set_or_put_back_is_noted(harness: Harness, stea
     told = [warning for warning in result.warnings if warning.code == "not_tuned"]
     assert [warning.severity for warning in told] == [result_pb2.SEVERITY_NOTE] * 2
     assert "cpu0 governor: permission denied" in told[0].message
-    assert told[1].message == "turbo: not put back, permission denied"
+    assert told[1].message.startswith("turbo: not put back, permission denied")
     assert tuner.held == []
 
 

@@ -226,14 +226,14 @@ class Stage:
         path = [sysconfig.get_path("scripts"), *map(str, reversed(postgres)), str(SYSTEM / "bin")]
         libraries = ":".join(map(str, SYSTEM.glob("lib/*-linux-*")))
         return {
-            "PATH": ":".join([*path, os.environ["PATH"]]),
+            "PATH": ":".join([*path, os.environ["PATH"], "/usr/sbin", "/sbin"]),
             "LD_LIBRARY_PATH": libraries,
             "HOME": "/root",
             "LC_ALL": "C",
         } | {key: str(value) for key, value in service.get("environment", {}).items()}
 
     def _chroot(self, command: list[str], user: str) -> list[str]:
-        return ["chroot", f"--userspec={user}", str(self.root), *command]
+        return ["/usr/sbin/chroot", f"--userspec={user}", str(self.root), *command]
 
     def _inside(self, *command: str, user: str = "root") -> None:
         done = subprocess.run(
@@ -284,6 +284,8 @@ def run(*command: object) -> None:
 
 
 if __name__ == "__main__":
+    # An ordinary user's path has no programs of the administrator.
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
     stage = Stage(Path(sys.argv[1]))
     stage.prepare()
     try:

@@ -19,7 +19,7 @@ import grpc
 
 from boardbench.agent import folder
 from boardbench.agent.config import AgentConfig, parse_address
-from boardbench.agent.errors import AgentError, ConfigurationError, StorageError
+from boardbench.agent.errors import ConfigurationError, EnrolmentRefused, StorageError
 from boardbench.v1 import board_pb2, collector_pb2, collector_pb2_grpc
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ _FINAL = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.INVALID_ARGUMENT,
 )
-
-
-class EnrolmentRefused(AgentError):
-    """The collector does not take the token; the message holds its words."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@
     │   └── DigestMismatch      the whole file and its SHA-256 disagree
     ├── Superseded              another client took the transfer over, or ended it; push again
     ├── Unavailable             not now: the agent is stopping
+    ├── EnrolmentRefused        the collector does not take the token
     └── StorageError            the disk fails in a way that is nobody's quota (EIO, read-only)
 
 Each carries a message for a person (what happened, to which file or run, what to do) and knows
@@ -131,3 +132,7 @@ class Unavailable(AgentError):
 
 class StorageError(AgentError):
     """The disk fails in a way that is nobody's quota: an I/O error, read-only, no permission."""
+
+
+class EnrolmentRefused(AgentError):
+    """The collector does not take the token; the message holds its words."""

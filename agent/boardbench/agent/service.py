@@ -17,6 +17,7 @@ from boardbench.agent.errors import (
     ConfigurationError,
     Conflict,
     DataLoss,
+    EnrolmentRefused,
     InvalidRequest,
     InvalidTransfer,
     NoRoom,
@@ -59,6 +60,7 @@ _STATUS: tuple[tuple[type[AgentError], grpc.StatusCode], ...] = (
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (StorageError, grpc.StatusCode.INTERNAL),
     (ConfigurationError, grpc.StatusCode.INTERNAL),
+    (EnrolmentRefused, grpc.StatusCode.INTERNAL),
 )
 
 

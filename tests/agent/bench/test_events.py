@@ -47,7 +47,11 @@ def message_of(noun: type) -> Any:
     return ALIASES[noun] if noun in ALIASES else found[0]
 
 
-NOUNS = [value for value in vars(domain).values() if dataclasses.is_dataclass(value)]
+# What a probe tells the agent, and nobody else: it goes over no wire.
+OF_THE_PROBE = (domain.FormatMark, domain.PluginOffer, domain.Probed)
+NOUNS = [
+    value for value in vars(domain).values() if dataclasses.is_dataclass(value) and value not in OF_THE_PROBE
+]
 
 ENUMS = {
     domain.Unit: placement_pb2.Unit,

@@ -41,7 +41,8 @@ class Command:
             said, in_time = _output(process.stdout.fileno(), deadline)
         code = self._end(process, deadline if in_time else 0.0)
         text = said.decode("utf-8", "replace")
-        if code is None:
+        # One that still talked may have died of nobody listening before it was killed.
+        if code is None or not in_time:
             raise OSError(errno.ETIMEDOUT, f"not over after {self._timeout_seconds:g} s", str(self.program))
         if code:
             last = " ".join(text.split())[-200:]

@@ -17,12 +17,15 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from boardbench.agent import folder
 from boardbench.agent.board import sysfs
-from boardbench.agent.board.sensors.power_mode import modes, power_mode
 from boardbench.agent.board.tune import CommandFailed, Run, run_command
 from boardbench.agent.errors import AgentError, NotRunnable
+
+if TYPE_CHECKING:
+    from boardbench.agent.board.sensors.power_mode import PowerMode
 
 _PROGRAM = "usr/sbin/nvpmodel"
 
@@ -46,7 +49,7 @@ class PowerModes:
 
     def index_of(self, name: str) -> int:
         """The number of a mode, by its name or, where two have one, its number. Raises NoPowerMode."""
-        known = modes(self._root)
+        known = _modes(self._root)
         if not known or not sysfs.exists(self._root / _PROGRAM):
             raise NoPowerMode(
                 f"power_mode is {name!r}, and this board has no modes that boardbench can set (it knows "
@@ -102,7 +105,7 @@ class PowerModes:
                 raise NoPowerMode(
                     f"power_mode is {name!r}, and the mode of before can't be noted first: {error}"
                 ) from error
-            known = modes(self._root)
+            known = _modes(self._root)
             return f"power mode: {known.get(now, now)} → {known.get(wanted, wanted)}"
 
     def put_back(self) -> list[str]:
@@ -160,7 +163,7 @@ class PowerModes:
 
     def _now(self) -> int | None:
         try:
-            mode = power_mode(self._root)
+            mode = _power_mode(self._root)
         except OSError as error:
             raise CommandFailed(f"its status can't be read: {error}") from error
         return None if mode is None else mode.index
@@ -176,3 +179,18 @@ class PowerModes:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+# An agent that waits has no sensors in memory, and few boards have modes.
+
+
+def _modes(root: Path) -> dict[int, str]:
+    from boardbench.agent.board.sensors.power_mode import modes
+
+    return modes(root)
+
+
+def _power_mode(root: Path) -> PowerMode | None:
+    from boardbench.agent.board.sensors.power_mode import power_mode
+
+    return power_mode(root)
