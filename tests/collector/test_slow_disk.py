@@ -1,9 +1,10 @@
-"""A disk that takes half a second for each sync: the real collector, whose fsync is made to wait."""
+"""A disk that takes its time for each sync: the real collector, whose fsync is made to wait."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -93,12 +94,12 @@ async def test_a_slow_disk_is_waited_for_in_order_and_in_bounded_memory(
         await sender
         call.cancel()
     assert marks == sorted(set(marks)), "acknowledged out of order, or twice"
-    # Some in each sync, or the disk was not slow.
+    # 64 results at most wait for the disk at a time, so that these need six syncs, one after the other.
     assert len(marks) > 3
-    assert took > SYNC_SECONDS * len(marks) * 0.9
+    assert took > 3 * SYNC_SECONDS
     sent = RESULTS * size
     grown = max(sizes) - before
     assert sent > 80 << 20
     # What may be on its way (32 MiB), copies of it, SQLite's pages: and far less than what was sent.
     assert grown < sent * 0.75, f"{grown:,} bytes more for {sent:,} bytes sent"
-    assert "400" in collector.get("/metrics")
+    assert re.search(rf"(?m)^boardbench_runs_total\{{[^}}]*\}} {RESULTS}(\.0)?$", collector.get("/metrics"))

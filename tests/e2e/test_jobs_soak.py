@@ -53,7 +53,8 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
 class Namespaces:
     """Each board in a network namespace, on a cable of its own to this machine: a pair of veth devices."""
 
-    kinds = ("pulled", "bad")
+    # The collector's addresses are one a cable.
+    listen = "0.0.0.0"
 
     def __init__(self) -> None:
         self._net = 0
@@ -159,6 +160,8 @@ class Namespaces:
 
 class Wires:
     """What there is without root: each connection goes through this process, and is cut here."""
+
+    listen = "127.0.0.1"
 
     def __init__(self, programs: Any, why: str) -> None:
         self._programs = programs
@@ -307,7 +310,7 @@ class Lab:
         self.gave_up: list[str] = []
         self.options = ("--heartbeat", "0.5", *store.options)
         self.collectors = [
-            programs.collector(f"collector-{number}", listen="0.0.0.0:0", options=self.options)
+            programs.collector(f"collector-{number}", listen=f"{network.listen}:0", options=self.options)
             for number in range(store.collectors)
         ]
         self.addresses = [collector.address for collector in self.collectors]
@@ -335,7 +338,7 @@ class Lab:
             self.store.forget()
         port = self.addresses[number].rpartition(":")[2]
         self.collectors[number] = self.programs.collector(
-            f"collector-{number}", listen=f"0.0.0.0:{port}", options=self.options, wait=False
+            f"collector-{number}", listen=f"{self.network.listen}:{port}", options=self.options, wait=False
         )
 
     def _put_board_back(self, number: int) -> None:
@@ -682,13 +685,19 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.soak
 @pytest.mark.timeout(SECONDS + 1200)
 def test_every_job_ends_once_whatever_is_killed(
-    programs: Any, network: Any, store: Any, model: Path, eventually: Callable[..., Any]
+    programs: Any,
+    network: Any,
+    store: Any,
+    model: Path,
+    eventually: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lab = Lab(programs, store, network, random.Random(SEED))
     evidence = live(lab, model, SECONDS, eventually)
     evidence.prove()
     assert lab.killed() >= SECONDS / KILLS_EACH_SECONDS, evidence.told
-    sys.stdout.write(f"{evidence.told}: each once\n")
+    with capsys.disabled():
+        sys.stdout.write(f"\n{evidence.told}: each once\n")
 
 
 @pytest.mark.soak
