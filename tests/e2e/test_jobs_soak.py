@@ -436,9 +436,9 @@ class Lab:
 class Submitter(threading.Thread):
     """Queues jobs for all boards at any collector, each request as often as it takes, and once more."""
 
-    def __init__(self, addresses: list[str], model: Path, chance: random.Random) -> None:
+    def __init__(self, addresses: list[str], models: Path, chance: random.Random) -> None:
         super().__init__(daemon=True)
-        self._addresses, self._model, self._chance = addresses, model, chance
+        self._addresses, self._models, self._chance = addresses, models, chance
         self.enough = threading.Event()
         self.jobs: set[str] = set()
         self.mortal: set[str] = set()
@@ -454,30 +454,44 @@ class Submitter(threading.Thread):
             duration_seconds=0.0, min_runs=3, warm_up_seconds=0.0, profile_runs=0, idle_seconds=0.0
         )
         rounds = 0
-        with Source(self._model) as source:
-            while not self.enough.wait(1.5):
-                try:
-                    if self._open_jobs() >= OPEN_LIMIT:
-                        continue
-                    if rounds % 8 == 0:
-                        # What can be read at one moment must be there ever after.
-                        self.seen |= {
-                            result.run_id for result in results_of(self._chance.choice(self._addresses))
-                        }
-                except CliError:
+        while not self.enough.wait(1.5):
+            try:
+                if self._open_jobs() >= OPEN_LIMIT:
                     continue
-                rounds += 1
-                request = job_pb2.SubmitJobsRequest(
-                    request_id=uuid.uuid4().hex,
-                    on=["device_id=*"],
-                    spec=spec,
-                    max_attempts=1 if rounds % 3 == 0 else ATTEMPTS,
-                    timeout_seconds=7200,
-                )
+                if rounds % 8 == 0:
+                    # What can be read at one moment must be there ever after.
+                    self.seen |= {
+                        result.run_id for result in results_of(self._chance.choice(self._addresses))
+                    }
+            except CliError:
+                continue
+            rounds += 1
+            request = job_pb2.SubmitJobsRequest(
+                request_id=uuid.uuid4().hex,
+                on=["device_id=*"],
+                spec=spec,
+                max_attempts=1 if rounds % 3 == 0 else ATTEMPTS,
+                timeout_seconds=7200,
+            )
+            with Source(self._model(rounds // 5)) as source:
                 self._submit(source, request)
 
+    def _model(self, number: int) -> Path:
+        """A file that was not pushed before this number was asked for, so that transfers are hit, too."""
+        path = self._models / f"m{number}.fake"
+        if not path.exists():
+            head = 'boardbench-fake/1\n{"create": [{"sleep_seconds": 0.3}]}'
+            path.write_text(head + " " * (300_000 + number))
+        return path
+
     def _open_jobs(self) -> int:
-        return sum(job["state"] not in ENDED for job in jobs_of(self._chance.choice(self._addresses)))
+        from boardbench.cli.address import parse_address
+        from boardbench.cli.client import JobsClient
+        from boardbench.v1 import job_pb2
+
+        still = (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_LEASED, job_pb2.JOB_STATE_RUNNING)
+        with JobsClient(parse_address(self._chance.choice(self._addresses), 0)) as client:
+            return len(list(client.jobs(job_pb2.JobFilter(states=still))))
 
     def _submit(self, source: Any, request: Any) -> None:
         from boardbench.cli.address import parse_address
@@ -608,10 +622,10 @@ class Evidence:
                 assert succeeded[job_id] == 1, f"{told}: {succeeded[job_id]} times: {job}"
 
 
-def live(lab: Lab, model: Path, seconds: float, eventually: Callable[..., Any]) -> Evidence:
+def live(lab: Lab, models: Path, seconds: float, eventually: Callable[..., Any]) -> Evidence:
     """Kills for so long, lets everything come to rest, and returns what there is then."""
     eventually("all boards are there", lambda: len(up(lab.addresses[0])) == BOARDS, 60.0)
-    submitter = Submitter(lab.addresses, model, random.Random(lab.chance.random()))
+    submitter = Submitter(lab.addresses, models, random.Random(lab.chance.random()))
     submitter.start()
     began = time.monotonic()
     following = 0.0
@@ -676,9 +690,9 @@ def live(lab: Lab, model: Path, seconds: float, eventually: Callable[..., Any]) 
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "m.fake"
-    path.write_text('boardbench-fake/1\n{"create": [{"sleep_seconds": 0.3}]}' + " " * 300_000)
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "models"
+    path.mkdir()
     return path
 
 
@@ -688,12 +702,12 @@ def test_every_job_ends_once_whatever_is_killed(
     programs: Any,
     network: Any,
     store: Any,
-    model: Path,
+    models: Path,
     eventually: Callable[..., Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lab = Lab(programs, store, network, random.Random(SEED))
-    evidence = live(lab, model, SECONDS, eventually)
+    evidence = live(lab, models, SECONDS, eventually)
     evidence.prove()
     assert lab.killed() >= SECONDS / KILLS_EACH_SECONDS, evidence.told
     with capsys.disabled():
@@ -703,10 +717,10 @@ def test_every_job_ends_once_whatever_is_killed(
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_without_its_keys_the_same_proof_fails(
-    programs: Any, network: Any, store: Any, model: Path, eventually: Callable[..., Any]
+    programs: Any, network: Any, store: Any, models: Path, eventually: Callable[..., Any]
 ) -> None:
     """The negative control: the database forgets what it has, and takes a run again."""
     lab = Lab(programs, store, network, random.Random(SEED), keyed=False)
-    evidence = live(lab, model, CONTROL_SECONDS, eventually)
+    evidence = live(lab, models, CONTROL_SECONDS, eventually)
     with pytest.raises(AssertionError, match="stored twice, by number"):
         evidence.prove()
