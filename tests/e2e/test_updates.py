@@ -30,6 +30,8 @@ TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
+SHORT = ("--duration", "0.2", "--profile-runs", "0", "--idle", "0")
+
 # As `systemctl restart` does: fails when the service does not come up.
 RESTART = """
 import json, os, pathlib, signal, subprocess, sys, time
@@ -109,6 +111,19 @@ class Board:
 
     def restart(self) -> None:
         subprocess.run([sys.executable, "-c", RESTART, str(self.orders)], check=True, timeout=60)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{json.loads((self.root / 'ports').read_text())['grpc']}"
+
+    def runs(self) -> list[str]:
+        """States of its runs."""
+        from boardbench.cli.address import parse_address
+        from boardbench.cli.client import AgentClient
+        from boardbench.v1 import agent_pb2
+
+        with AgentClient(parse_address(self.address, 0)) as client:
+            return [agent_pb2.RunState.Name(run.state) for run in client.list_runs()]
 
     def begin_switch(self) -> subprocess.Popen[bytes]:
         command = f"{sys.executable} {self.root / 'restart.py'} {self.orders}"
@@ -313,13 +328,16 @@ def test_a_run_that_is_measured_is_not_disturbed(fleet: Fleet, demo_tflite: Path
     assert result["started_at"] < begun["created_at"] < result["finished_at"] < boards["a"]["changed_at"]
 
 
-def test_collector_and_switch_are_killed_in_the_middle_and_go_on(fleet: Fleet) -> None:
+def test_collector_and_switch_are_killed_in_the_middle_and_go_on(fleet: Fleet, demo_tflite: Path) -> None:
     board = fleet.board("a")
     board.paused = True
     client = fleet.programs.client.begin(
         "devices", "update", fleet.package("0.2.0"), "--on", "lab=zurich", "--via", fleet.collector.address
     )
     fleet.eventually("it is asked for", lambda: (board.layout.inbox / "request.json").exists(), 60.0)
+    # What is asked for meanwhile is queued, and not begun.
+    fleet.programs.client("push", demo_tflite, "--to", board.address, "--detach", *SHORT)
+    assert board.runs() == ["RUN_STATE_QUEUED"]
     fleet.collector.program.kill()
     switch = board.begin_switch()
     fleet.eventually(
@@ -340,3 +358,6 @@ def test_collector_and_switch_are_killed_in_the_middle_and_go_on(fleet: Fleet) -
         time.sleep(0.05)
     entry = places.read_entry(board.layout)
     assert entry is not None and entry.state == places.DONE
+    # The new release has begun it when it was kept.
+    (result,) = fleet.eventually("its result is stored", fleet.collector.results)
+    assert result["status"] == "RUN_STATUS_SUCCEEDED"

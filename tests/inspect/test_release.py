@@ -132,7 +132,7 @@ def test_what_is_no_release_is_not_signed(
     with signer.sign(package).open("rb") as file, pytest.raises(Malformed, match="signed already"):
         release.manifest_of(file)
     odd = release_packages.build(tmp_path / "odd", "1.0-2", {"release.json": "{}"})
-    with odd.open("rb") as file, pytest.raises(Malformed, match="'1[.]0-2' is no version"):
+    with odd.open("rb") as file, pytest.raises(Malformed, match=r"'1[.]0-2' is no version"):
         release.manifest_of(file)
 
 
