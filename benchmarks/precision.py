@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision-models", type=int, nargs="+", default=[1, 3], help="which of the four (default 1 3)"
     )
+    group.add_argument(
+        "--precision-seconds", type=float, default=60.0, help="give up after this time (default 60)"
+    )
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -58,7 +61,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> Report:
             name = f"{engine}, {subject.model.stem}"
             found: dict[str, list[dict[str, float]]] = {}
             for number in range(arguments.precision_rounds):
-                ours = _boardbench(subject)
+                ours = _boardbench(subject, arguments.precision_seconds)
                 found.setdefault("boardbench", []).append(ours)
                 told = replace(subject, runs=int(ours["inferences"]))
                 others = {"bare loop, told how many": raw_loop}
@@ -106,11 +109,11 @@ def _medians(rounds: list[dict[str, float]]) -> list[object]:
     return [*shown, f"{statistics.mean(each['precise'] for each in rounds):.0%}"]
 
 
-def _boardbench(subject: Subject) -> dict[str, float]:
+def _boardbench(subject: Subject, most_seconds: float) -> dict[str, float]:
     answer = output([
         *program("boardbench"), "run", str(subject.model), "--runtime", subject.engine, "--format", "json",
         "--threads", "1", "--no-profile", "--warm-up", str(WARM_UP_SECONDS), "--precision", PRECISION,
-        "--duration", "0",
+        "--duration", "0", "--max-duration", str(most_seconds),
     ])  # fmt: skip
     return _told([int(each) for each in json.loads(answer)["latency"]["samples_nanoseconds"]])
 
