@@ -40,16 +40,23 @@ _MODELS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ingest")
-    group.add_argument("--pushes", type=int, default=20_000, help="results without samples (default 20000)")
-    group.add_argument("--backlog", type=int, default=2_000, help="results of 1,000 samples (default 2000)")
-    group.add_argument("--connections", type=int, default=2_000, help="held open at once (default 2000)")
-    group.add_argument(
-        "--rate", type=int, default=2_000, help="pushes a second over all of them (default 2000)"
-    )
-    group.add_argument("--seconds", type=float, default=10.0, help="of that rate (default 10)")
+    for name, default, what in (
+        ("pushes", 20_000, "results without samples"),
+        ("backlog", 2_000, "results of 1,000 samples"),
+        ("connections", 2_000, "held open at once"),
+        ("rate", 2_000, "pushes a second over all of them"),
+    ):
+        group.add_argument(f"--ingest-{name}", type=int, default=default, help=f"{what} (default {default})")
+    group.add_argument("--ingest-seconds", type=float, default=10.0, help="of that rate (default 10)")
 
 
-def measure(arguments: argparse.Namespace) -> Report:
+def measure(given: argparse.Namespace) -> Report:
+    # Other benchmarks have options of these names, too.
+    own = {name: value for name, value in vars(given).items() if name.startswith("ingest_")}
+    return _measure(argparse.Namespace(**{name.removeprefix("ingest_"): own[name] for name in own}))
+
+
+def _measure(arguments: argparse.Namespace) -> Report:
     rows: list[Sequence[Any]] = []
     checks: list[Check] = []
     _allow_files(3 * arguments.connections + 1000)
@@ -70,7 +77,11 @@ def measure(arguments: argparse.Namespace) -> Report:
         with programs.collector(root / "paced") as (pid, ports):
             note("ingest: acknowledgements at a steady rate")
             paced = _paced(
-                f"127.0.0.1:{ports['grpc']}", pid, arguments.connections, arguments.rate, arguments.seconds
+                f"127.0.0.1:{ports['grpc']}",
+                pid,
+                arguments.connections,
+                arguments.rate,
+                arguments.seconds,
             )
         rows.append(_row("boardbench, SQLite, fsynced: pushes", pushes, series))
         rows.append(_row("boardbench, SQLite, fsynced: backlog of 1,000 samples", backlog, 1000))

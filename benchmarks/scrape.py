@@ -29,7 +29,7 @@ from report import Check, Report, note, run
 
 from boardbench.collector.expose import PROTOBUF, TEXT, Exposition
 from boardbench.collector.fleet import Tally
-from boardbench.collector.forward import Forwarder, Pace, _prepare, posting, write_request
+from boardbench.collector.forward import Forwarder, Pace, posting, write_request
 from boardbench.collector.look import DeviceView, Snapshot
 from boardbench.collector.metrics import METRICS
 from boardbench.collector.store import LatestResult, LatestResults
@@ -485,9 +485,11 @@ def _forwarded(root: Path, results: int, details: dict[str, Any]) -> list[list[o
                 note(f"remote write: {view}")
             return seconds, view.samples
 
-    async def alone(url: str) -> tuple[float, int]:
+    async def alone(url: str, folder: Path) -> tuple[float, int]:
         arrivals = await store.arrivals(0, limit=results, max_bytes=1 << 40)
-        measured = [one for one in _prepare(arrivals) if one is not None]
+        async with posting(url, {}) as post:
+            forwarder = Forwarder(url, store, folder, post)
+            measured = [one for one in forwarder._prepare(arrivals) if one is not None]
         step = max(1, Pace().batch_samples // measured[0].samples)
         bodies = [
             write_request(measured[begin : begin + step], None) for begin in range(0, len(measured), step)
@@ -507,7 +509,7 @@ def _forwarded(root: Path, results: int, details: dict[str, Any]) -> list[list[o
                 if url is None:
                     note(f"remote write: {name} is not installed, so it does not stand here")
                     break
-                work = send(url, folder) if how == "boardbench" else alone(url)
+                work = send(url, folder) if how == "boardbench" else alone(url, folder)
                 seconds, samples = asyncio.run(work)
             who = f"remote write to {name}" + (" alone" if how == "alone" else "")
             rows.append([who, samples, "", "", "", "", "", samples / seconds])
