@@ -140,3 +140,21 @@ def test_settings_of_a_real_agent_and_collector_are_not_touched(boardbench, noth
     )  # fmt: skip
     assert done.code == 0, done.err
     assert not (tmp_path / "real").exists()
+
+
+@pytest.mark.parametrize("number", demo.ENDING_SIGNALS)
+def test_a_signal_waits_until_something_is_waited_for(number):
+    before = signal.getsignal(number)
+    with demo._Signals() as signals:
+        signal.raise_signal(number)  # as between the opening of a log and the start of the process
+        with pytest.raises(KeyboardInterrupt):
+            signals.sleep(0)
+        reached = []
+        with pytest.raises(KeyboardInterrupt), signals.let_through():
+            reached.append("the block")
+        assert reached == [], "what came before interrupts before anything is begun"
+    with demo._Signals() as signals, pytest.raises(KeyboardInterrupt), signals.let_through():
+        signal.raise_signal(number)
+        reached.append("after the signal")
+    assert reached == []
+    assert signal.getsignal(number) is before

@@ -80,18 +80,17 @@ def demo(stay: bool, duration: float, full: bool) -> ExitCode:
         raise CliError(f"the demo needs more of boardbench ({lacking}): pip install 'boardbench[demo]'")
     with _Signals() as signals, _Stage(signals) as stage:
         try:
-            _load(signals)
+            _load()
             return _play(stage, duration=duration, stay=stay, full=full)
         except CliError:
             stage.fail()
             raise
 
 
-def _load(signals: _Signals) -> None:
-    """Imports what the play needs; Ctrl-C in the middle of an import would leave its file open."""
-    with signals.held():
-        for name in ("demo_models", "tflite_build", "progress", "push", "source", "client", "answer"):
-            importlib.import_module(f"boardbench.cli.{name}")
+def _load() -> None:
+    """Imports what the play needs, so that none of it is left for the push, which signals may interrupt."""
+    for name in ("demo_models", "tflite_build", "progress", "push", "source", "client", "answer"):
+        importlib.import_module(f"boardbench.cli.{name}")
 
 
 def _play(stage: _Stage, *, duration: float, stay: bool, full: bool) -> ExitCode:
@@ -126,7 +125,7 @@ def _play(stage: _Stage, *, duration: float, stay: bool, full: bool) -> ExitCode
         return code
 
     _say("What Prometheus would scrape of this:\n")
-    for line in _metrics(results, grpc_address, web):
+    for line in _metrics(results, grpc_address, web, stage.signals):
         _say(f"  {line}")
     _say("")
     if stay:
@@ -165,23 +164,24 @@ def _push(
 
     output = Output(json=False, quiet=False, full=full)
     with contextlib.ExitStack() as stack:
-        with signals.held():
-            sources = [stack.enter_context(Source(path)) for path in models]
+        sources = [stack.enter_context(Source(path)) for path in models]
         order = Order(sources, None, Spec(duration=duration), detach=False, no_run=False, retry_seconds=5.0)
-        with progress_for(output) as progress:
+        with progress_for(output) as progress, signals.let_through():
             outcomes = push_all(order, [board], progress, output)
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
     return results, worst([exit_code_of(outcome) for outcome in outcomes])
 
 
-def _metrics(results: list[result_pb2.RunResult], collector: Address, web: str) -> Iterator[str]:
+def _metrics(
+    results: list[result_pb2.RunResult], collector: Address, web: str, signals: _Signals
+) -> Iterator[str]:
     """The lines about ``results`` in the collector's own ``/metrics``, once it has them all."""
     from boardbench.cli.client import CollectorClient
 
     with CollectorClient(collector) as client:
         for result in results:
             there = functools.partial(_has, client, result.run_id)
-            _until(there, _ARRIVE_SECONDS, f"run {result.run_id} to arrive at the collector")
+            _until(there, _ARRIVE_SECONDS, f"run {result.run_id} to arrive at the collector", signals)
     url = f"{web}/metrics"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -260,34 +260,43 @@ def _say(text: str) -> None:
     click.echo(text)
 
 
-def _until(condition: Callable[[], _T], seconds: float, what: str) -> _T:
+def _until(condition: Callable[[], _T], seconds: float, what: str, signals: _Signals) -> _T:
     """The first true value of ``condition``. Raises CliError when there is none in this time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise CliError(f"waited {seconds:.0f} s for {what}, in vain")
-        time.sleep(_POLL_SECONDS)
+        signals.sleep(_POLL_SECONDS)
     return value
 
 
 class _Signals:
-    """While it is entered, SIGTERM and SIGHUP interrupt like Ctrl-C, so that what was started is ended."""
+    """While it is entered, SIGTERM and SIGHUP interrupt like Ctrl-C, so that what was started is ended.
+
+    They do so only where something is waited for: anywhere else they could come between the opening of a file
+    or the start of a process and its being noted, and leave it behind.
+    """
 
     def __init__(self) -> None:
         self._before: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
-        self._held = False
+        self._through = False
         self._pending = False
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Lets a signal wait until the end of the block, in which something is begun and noted."""
-        self._held = True
+    def let_through(self) -> Iterator[None]:
+        """In this block a signal interrupts at once, and one from before does so as it begins."""
+        self._through = True
         try:
+            if self._pending:
+                raise KeyboardInterrupt
             yield
         finally:
-            self._held = False
-        if self._pending:
-            raise KeyboardInterrupt
+            self._through = False
+
+    def sleep(self, seconds: float) -> None:
+        """Waits so long, or until a signal. Raises KeyboardInterrupt."""
+        with self.let_through():
+            time.sleep(seconds)
 
     def ignore(self) -> None:
         """From now on, no signal interrupts the end."""
@@ -295,9 +304,9 @@ class _Signals:
             signal.signal(number, signal.SIG_IGN)
 
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._held:
-            raise KeyboardInterrupt
         self._pending = True
+        if self._through:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> _Signals:
         """Takes the signals."""
@@ -324,7 +333,7 @@ class _Stage:
     def start(self, name: str, *module_and_arguments: str) -> dict[str, int]:
         """Starts a program of ours; returns its ports once it answers. Raises CliError."""
         ports = self.folder / f"{name}.ports.json"
-        with self._log(name).open("wb") as log, self.signals.held():
+        with self._log(name).open("wb") as log:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", *module_and_arguments),
@@ -344,7 +353,7 @@ class _Stage:
                 raise CliError(f"the {name} ended at once, with exit code {process.returncode}")
             return ports.exists()
 
-        _until(answered, _START_SECONDS, f"the {name} to start")
+        _until(answered, _START_SECONDS, f"the {name} to start", self.signals)
         found: dict[str, int] = json.loads(ports.read_text("utf-8"))
         return found
 
@@ -355,7 +364,7 @@ class _Stage:
                 for name, process in self._processes:
                     if process.poll() is not None:
                         raise CliError(f"the {name} ended, with exit code {process.returncode}")
-                time.sleep(0.5)
+                self.signals.sleep(0.5)
 
     def fail(self) -> None:
         """Lets the end show what the programs said."""
