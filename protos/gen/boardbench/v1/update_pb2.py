@@ -25,39 +25,39 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62oardbench/v1/update.proto\x12\rboardbench.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd5\x01\n\x0b\x42oardUpdate\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.boardbench.v1.UpdateState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0c\x66rom_version\x18\x04 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x05 \x01(\x08\x12.\n\nchanged_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08\x66raction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_fraction\"\xc6\x01\n\x06Update\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0epackage_sha256\x18\x03 \x01(\t\x12\x14\n\x0cpackage_name\x18\x04 \x01(\t\x12*\n\x06\x62oards\x18\x05 \x03(\x0b\x32\x1a.boardbench.v1.BoardUpdate\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06halted\x18\x07 \x01(\t\"\\\n\x12StartUpdateRequest\x12\n\n\x02on\x18\x01 \x03(\t\x12\x0e\n\x06\x63\x61nary\x18\x02 \x01(\r\x12\x16\n\x0epackage_sha256\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"<\n\x13StartUpdateResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x15.boardbench.v1.Update\"\x14\n\x12ListUpdatesRequest\"=\n\x13ListUpdatesResponse\x12&\n\x07updates\x18\x01 \x03(\x0b\x32\x15.boardbench.v1.Update\"\'\n\x12WatchUpdateRequest\x12\x11\n\tupdate_id\x18\x01 \x01(\t\"<\n\x13WatchUpdateResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x15.boardbench.v1.Update\"&\n\x11StopUpdateRequest\x12\x11\n\tupdate_id\x18\x01 \x01(\t\";\n\x12StopUpdateResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x15.boardbench.v1.Update\"v\n\x0bUpdateOffer\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0epackage_sha256\x18\x03 \x01(\t\x12\x15\n\rpackage_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cpackage_name\x18\x05 \x01(\t\"\x80\x01\n\x0cUpdateReport\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.boardbench.v1.UpdateState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\x08\x66raction\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_fraction*\xfb\x01\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_STATE_WAITING\x10\x01\x12\x19\n\x15UPDATE_STATE_FETCHING\x10\x02\x12\x16\n\x12UPDATE_STATE_READY\x10\x03\x12\x19\n\x15UPDATE_STATE_SWITCHED\x10\x04\x12\x15\n\x11UPDATE_STATE_DONE\x10\x05\x12\x1c\n\x18UPDATE_STATE_ROLLED_BACK\x10\x06\x12\x17\n\x13UPDATE_STATE_FAILED\x10\x07\x12\x18\n\x14UPDATE_STATE_STOPPED\x10\x08\x32\xe6\x02\n\rUpdateService\x12T\n\x0bStartUpdate\x12!.boardbench.v1.StartUpdateRequest\x1a\".boardbench.v1.StartUpdateResponse\x12T\n\x0bListUpdates\x12!.boardbench.v1.ListUpdatesRequest\x1a\".boardbench.v1.ListUpdatesResponse\x12V\n\x0bWatchUpdate\x12!.boardbench.v1.WatchUpdateRequest\x1a\".boardbench.v1.WatchUpdateResponse0\x01\x12Q\n\nStopUpdate\x12 .boardbench.v1.StopUpdateRequest\x1a!.boardbench.v1.StopUpdateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62oardbench/v1/update.proto\x12\rboardbench.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x85\x02\n\x0b\x42oardUpdate\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.boardbench.v1.UpdateState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0c\x66rom_version\x18\x04 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x05 \x01(\x08\x12.\n\nchanged_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08\x66raction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12.\n\noffered_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0b\n\t_fraction\"\xc6\x01\n\x06Update\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0epackage_sha256\x18\x03 \x01(\t\x12\x14\n\x0cpackage_name\x18\x04 \x01(\t\x12*\n\x06\x62oards\x18\x05 \x03(\x0b\x32\x1a.boardbench.v1.BoardUpdate\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06halted\x18\x07 \x01(\t\"\\\n\x12StartUpdateRequest\x12\n\n\x02on\x18\x01 \x03(\t\x12\x0e\n\x06\x63\x61nary\x18\x02 \x01(\r\x12\x16\n\x0epackage_sha256\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"<\n\x13StartUpdateResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x15.boardbench.v1.Update\"\x14\n\x12ListUpdatesRequest\"=\n\x13ListUpdatesResponse\x12&\n\x07updates\x18\x01 \x03(\x0b\x32\x15.boardbench.v1.Update\"\'\n\x12WatchUpdateRequest\x12\x11\n\tupdate_id\x18\x01 \x01(\t\"<\n\x13WatchUpdateResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x15.boardbench.v1.Update\"&\n\x11StopUpdateRequest\x12\x11\n\tupdate_id\x18\x01 \x01(\t\";\n\x12StopUpdateResponse\x12%\n\x06update\x18\x01 \x01(\x0b\x32\x15.boardbench.v1.Update\"v\n\x0bUpdateOffer\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0epackage_sha256\x18\x03 \x01(\t\x12\x15\n\rpackage_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cpackage_name\x18\x05 \x01(\t\"\x80\x01\n\x0cUpdateReport\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.boardbench.v1.UpdateState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\x08\x66raction\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_fraction*\xfb\x01\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_STATE_WAITING\x10\x01\x12\x19\n\x15UPDATE_STATE_FETCHING\x10\x02\x12\x16\n\x12UPDATE_STATE_READY\x10\x03\x12\x19\n\x15UPDATE_STATE_SWITCHED\x10\x04\x12\x15\n\x11UPDATE_STATE_DONE\x10\x05\x12\x1c\n\x18UPDATE_STATE_ROLLED_BACK\x10\x06\x12\x17\n\x13UPDATE_STATE_FAILED\x10\x07\x12\x18\n\x14UPDATE_STATE_STOPPED\x10\x08\x32\xe6\x02\n\rUpdateService\x12T\n\x0bStartUpdate\x12!.boardbench.v1.StartUpdateRequest\x1a\".boardbench.v1.StartUpdateResponse\x12T\n\x0bListUpdates\x12!.boardbench.v1.ListUpdatesRequest\x1a\".boardbench.v1.ListUpdatesResponse\x12V\n\x0bWatchUpdate\x12!.boardbench.v1.WatchUpdateRequest\x1a\".boardbench.v1.WatchUpdateResponse0\x01\x12Q\n\nStopUpdate\x12 .boardbench.v1.StopUpdateRequest\x1a!.boardbench.v1.StopUpdateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'boardbench.v1.update_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATESTATE']._serialized_start=1192
-  _globals['_UPDATESTATE']._serialized_end=1443
+  _globals['_UPDATESTATE']._serialized_start=1240
+  _globals['_UPDATESTATE']._serialized_end=1491
   _globals['_BOARDUPDATE']._serialized_start=79
-  _globals['_BOARDUPDATE']._serialized_end=292
-  _globals['_UPDATE']._serialized_start=295
-  _globals['_UPDATE']._serialized_end=493
-  _globals['_STARTUPDATEREQUEST']._serialized_start=495
-  _globals['_STARTUPDATEREQUEST']._serialized_end=587
-  _globals['_STARTUPDATERESPONSE']._serialized_start=589
-  _globals['_STARTUPDATERESPONSE']._serialized_end=649
-  _globals['_LISTUPDATESREQUEST']._serialized_start=651
-  _globals['_LISTUPDATESREQUEST']._serialized_end=671
-  _globals['_LISTUPDATESRESPONSE']._serialized_start=673
-  _globals['_LISTUPDATESRESPONSE']._serialized_end=734
-  _globals['_WATCHUPDATEREQUEST']._serialized_start=736
-  _globals['_WATCHUPDATEREQUEST']._serialized_end=775
-  _globals['_WATCHUPDATERESPONSE']._serialized_start=777
-  _globals['_WATCHUPDATERESPONSE']._serialized_end=837
-  _globals['_STOPUPDATEREQUEST']._serialized_start=839
-  _globals['_STOPUPDATEREQUEST']._serialized_end=877
-  _globals['_STOPUPDATERESPONSE']._serialized_start=879
-  _globals['_STOPUPDATERESPONSE']._serialized_end=938
-  _globals['_UPDATEOFFER']._serialized_start=940
-  _globals['_UPDATEOFFER']._serialized_end=1058
-  _globals['_UPDATEREPORT']._serialized_start=1061
-  _globals['_UPDATEREPORT']._serialized_end=1189
-  _globals['_UPDATESERVICE']._serialized_start=1446
-  _globals['_UPDATESERVICE']._serialized_end=1804
+  _globals['_BOARDUPDATE']._serialized_end=340
+  _globals['_UPDATE']._serialized_start=343
+  _globals['_UPDATE']._serialized_end=541
+  _globals['_STARTUPDATEREQUEST']._serialized_start=543
+  _globals['_STARTUPDATEREQUEST']._serialized_end=635
+  _globals['_STARTUPDATERESPONSE']._serialized_start=637
+  _globals['_STARTUPDATERESPONSE']._serialized_end=697
+  _globals['_LISTUPDATESREQUEST']._serialized_start=699
+  _globals['_LISTUPDATESREQUEST']._serialized_end=719
+  _globals['_LISTUPDATESRESPONSE']._serialized_start=721
+  _globals['_LISTUPDATESRESPONSE']._serialized_end=782
+  _globals['_WATCHUPDATEREQUEST']._serialized_start=784
+  _globals['_WATCHUPDATEREQUEST']._serialized_end=823
+  _globals['_WATCHUPDATERESPONSE']._serialized_start=825
+  _globals['_WATCHUPDATERESPONSE']._serialized_end=885
+  _globals['_STOPUPDATEREQUEST']._serialized_start=887
+  _globals['_STOPUPDATEREQUEST']._serialized_end=925
+  _globals['_STOPUPDATERESPONSE']._serialized_start=927
+  _globals['_STOPUPDATERESPONSE']._serialized_end=986
+  _globals['_UPDATEOFFER']._serialized_start=988
+  _globals['_UPDATEOFFER']._serialized_end=1106
+  _globals['_UPDATEREPORT']._serialized_start=1109
+  _globals['_UPDATEREPORT']._serialized_end=1237
+  _globals['_UPDATESERVICE']._serialized_start=1494
+  _globals['_UPDATESERVICE']._serialized_end=1852
 # @@protoc_insertion_point(module_scope)

@@ -81,6 +81,7 @@ class BoardUpdate(google.protobuf.message.Message):
     CANARY_FIELD_NUMBER: builtins.int
     CHANGED_AT_FIELD_NUMBER: builtins.int
     FRACTION_FIELD_NUMBER: builtins.int
+    OFFERED_AT_FIELD_NUMBER: builtins.int
     device_id: builtins.str
     """The board."""
     state: Global___UpdateState.ValueType
@@ -97,6 +98,12 @@ class BoardUpdate(google.protobuf.message.Message):
     def changed_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it came to this state."""
 
+    @property
+    def offered_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was last asked to take the release; absent when it was not. One that waits, and was asked just now,
+        counts as one that has begun, whichever collector asked it.
+        """
+
     def __init__(
         self,
         *,
@@ -107,9 +114,10 @@ class BoardUpdate(google.protobuf.message.Message):
         canary: builtins.bool = ...,
         changed_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         fraction: builtins.float | None = ...,
+        offered_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_fraction", b"_fraction", "changed_at", b"changed_at", "fraction", b"fraction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_fraction", b"_fraction", "canary", b"canary", "changed_at", b"changed_at", "device_id", b"device_id", "fraction", b"fraction", "from_version", b"from_version", "reason", b"reason", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_fraction", b"_fraction", "changed_at", b"changed_at", "fraction", b"fraction", "offered_at", b"offered_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_fraction", b"_fraction", "canary", b"canary", "changed_at", b"changed_at", "device_id", b"device_id", "fraction", b"fraction", "from_version", b"from_version", "offered_at", b"offered_at", "reason", b"reason", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_fraction", b"_fraction"]) -> typing.Literal["fraction"] | None: ...
 
 Global___BoardUpdate: typing_extensions.TypeAlias = BoardUpdate
