@@ -163,7 +163,10 @@ def push(
     together = _together(interleave, concurrent, len(paths) + every_engine, no_run=no_run)
     if interleave and spec.processes is None:
         spec = replace(spec, processes=INTERLEAVED_PROCESSES)
-    choice = _choice(via, boards, on, count, every, priority, attempts, give_up_after, tags, holder)
+    from boardbench.cli.via import Choice
+
+    asked = Choice(on, count or 0, priority, holder, attempts or 0, give_up_after, tags)
+    choice = _checked(asked, via, boards, every=every)
     if choice is not None and together:
         raise click.UsageError("--interleave and --concurrent need one board: give it with --to")
     if choice is not None and every_engine:
@@ -194,30 +197,19 @@ def push(
     return _conclude(outcomes, order, addresses, output, require)
 
 
-def _choice(
-    via: Address | None,
-    boards: tuple[Address, ...],
-    on: tuple[str, ...],
-    count: int | None,
-    every: bool,
-    priority: int,
-    attempts: int | None,
-    give_up_after: float | None,
-    tags: dict[str, str],
-    holder: str,
+def _checked(
+    choice: Choice, via: Address | None, boards: tuple[Address, ...], *, every: bool
 ) -> Choice | None:
-    """The boards that a collector is to choose; None when boards are asked themselves."""
-    from boardbench.cli.via import Choice
-
+    """The choice when a collector is to make it; None when boards are asked themselves."""
     if via is None:
         given = {
-            "--on": on,
-            "--count": count,
+            "--on": choice.on,
+            "--count": choice.count,
             "--all": every,
-            "--priority": priority,
-            "--attempts": attempts,
-            "--give-up-after": give_up_after,
-            "--tag": tags,
+            "--priority": choice.priority,
+            "--attempts": choice.attempts,
+            "--give-up-after": choice.seconds,
+            "--tag": choice.tags,
         }
         if wrong := [flag for flag, value in given.items() if value]:
             raise click.UsageError(f"{wrong[0]} is about boards of a collector: give --via, too")
@@ -228,11 +220,11 @@ def _choice(
     source = click.get_current_context().get_parameter_source("boards")
     if boards and source == click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--to asks boards themselves and --via a collector: leave one of them out")
-    if every and (on or count):
+    if every and (choice.on or choice.count):
         raise click.UsageError("--all means every board: leave --on and --count out, or --all")
-    if not (on or count or every):
+    if not (choice.on or choice.count or every):
         raise click.UsageError("which boards? Give --on TERMS, --count NUMBER or --all")
-    return Choice(on, count or 0, priority, holder, attempts or 0, give_up_after, tags)
+    return choice
 
 
 def _push_via(
