@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -26,7 +27,11 @@ ONNX = board_pb2.RuntimeStatus(
     devices=["cpu"],
     default_formats=["onnx"],
     settings=SETTINGS,
-    options={"arena": "whether memory is kept", "provider.": "an option of the provider"},
+    options={
+        "arena": "whether memory is kept",
+        "provider.": "an option of the provider",
+        "provider_library": "path of a library with an execution provider",
+    },
 )
 OPENVINO = board_pb2.RuntimeStatus(
     name="openvino",
@@ -74,6 +79,9 @@ def test_what_an_engine_would_refuse_is_known_before() -> None:
     }
     assert refusals(Spec(options={"arena": "off", "provider.x": "1"}))["onnxruntime"] == ""
     assert refusals(Spec(options={"hint": "none"}))["onnxruntime"] == "it has no option hint"
+    brought = Spec(device="ggml", options={"provider_library": "/opt/libggml.so"})
+    assert refusals(brought)["onnxruntime"] == "", "the device comes with the library"
+    assert refusals(replace(brought, options={}))["onnxruntime"] == "it has no device ggml here; it has cpu"
 
 
 def measured(board, run) -> None:

@@ -63,7 +63,8 @@ def _refusal(status: board_pb2.RuntimeStatus, spec: Spec) -> str:
     if missed:
         return f"it takes no {' and no '.join(missed)}"
     # One that is given as a library brings its device along.
-    if spec.device and spec.device not in status.devices and "delegate" not in spec.options:
+    brings_one = "delegate" in spec.options or "provider_library" in spec.options
+    if spec.device and spec.device not in status.devices and not brings_one:
         return f"it has no device {spec.device} here; it has {', '.join(status.devices)}"
     known = [name for name in status.options if not name.endswith(".")]
     prefixes = tuple(name for name in status.options if name.endswith("."))
