@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from boardbench.v1 import latency_pb2
 
 SCHEMA = 5
-"""Each bucket is 2^(1/32) = 2.2 % wider than the one before: a percentile is right to 1.1 %."""
+"""Each bucket is 2^(1/32) = 2.2 % wider than the one before: a percentile is right to that."""
 
 BOUNDS_SECONDS = (
     *(float(f"{digit}e{exponent}") for exponent in range(-4, 1) for digit in (1, 2, 5)),
