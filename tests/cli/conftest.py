@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -496,3 +497,47 @@ def module_environment() -> dict[str, str]:
 def module_wait_until() -> Callable[..., None]:
     """Waits for a condition, with a deadline."""
     return wait_until
+
+
+@pytest.fixture
+def card_image(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes an image with a table of partitions of that kind, whose second one is that of a Raspberry Pi's
+    system from which it boots; by other people's programs.
+    """
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    sfdisk, mkfs = (shutil.which(name, path=path) for name in ("sfdisk", "mkfs.vfat"))
+    if sfdisk is None or mkfs is None:
+        pytest.skip("sfdisk or mkfs.vfat is not here (Debian: fdisk, dosfstools)")
+
+    def make(label: str) -> Path:
+        from boardbench.cli.fat import FatVolume
+
+        image = tmp_path / f"{label}.img"
+        start, size = 16384, 40 * 2048
+        with image.open("wb") as file:
+            file.truncate((start + size) * 512)
+        kinds = ("83", "c") if label == "dos" else ("L", "EBD0A0A2-B9E5-4433-87C0-68B6B72699C7")
+        # GPT keeps its copy behind the last one.
+        last = size - 2048 if label == "gpt" else size
+        table = f"label: {label}\nstart=2048, size=8192, type={kinds[0]}\n"
+        table += f"start={start}, size={last}, type={kinds[1]}\n"
+        subprocess.run([sfdisk, "--quiet", image], input=table.encode(), check=True, capture_output=True)
+        subprocess.run(
+            [mkfs, "-F", "32", "-s", "1", "--offset", str(start), image, str(last // 2)],
+            check=True,
+            capture_output=True,
+        )
+        with image.open("r+b") as file:
+            volume = FatVolume(file, start * 512)
+            volume.write("cmdline.txt", b"console=tty1 root=PARTUUID=4e639091-02 rootwait\n")
+            volume.write("config.txt", b"arm_64bit=1\n")
+            volume.write("issue.txt", b"Raspberry Pi reference 2025-05-13\n")
+        return image
+
+    return make
+
+
+@pytest.fixture
+def small_card(card_image: Callable[[str], Path]) -> Path:
+    """An image of Bookworm's layout, with nothing but a boot partition in it."""
+    return card_image("dos")

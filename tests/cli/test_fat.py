@@ -229,37 +229,9 @@ def test_damage_never_hangs_nor_raises_anything_else(image: tuple[Path, int]) ->
             pass
 
 
-@pytest.fixture
-def card(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes an image with a table of partitions of that kind, the second one a boot partition."""
-
-    def make(label: str) -> Path:
-        path = tmp_path / f"{label}.img"
-        with path.open("wb") as file:
-            file.truncate(160 << 20)
-        kinds = ("83", "c") if label == "dos" else ("L", "EBD0A0A2-B9E5-4433-87C0-68B6B72699C7")
-        table = f"label: {label}\nstart=2048, size=8192, type={kinds[0]}\n"
-        table += f"start=16384, size=262144, type={kinds[1]}\n"
-        subprocess.run(
-            [tool("sfdisk"), "--quiet", path], input=table.encode(), check=True, capture_output=True
-        )
-        subprocess.run(
-            [tool("mkfs.vfat"), "-F", "32", "-s", "1", "--offset", "16384", path, "131072"],
-            check=True,
-            capture_output=True,
-        )
-        with path.open("r+b") as file:
-            volume = FatVolume(file, 16384 * 512)
-            volume.write("cmdline.txt", b"root=/dev/sda2\n")
-            volume.write("config.txt", b"arm_64bit=1\n")
-        return path
-
-    return make
-
-
 @pytest.mark.parametrize("label", ["dos", "gpt"])
-def test_the_boot_partition_is_found(card: Callable[[str], Path], label: str) -> None:
-    path = card(label)
+def test_the_boot_partition_is_found(card_image: Callable[[str], Path], label: str) -> None:
+    path = card_image(label)
     with path.open("rb") as file:
         assert list(fat_offsets(file)) == [16384 * 512]
     with opened(path, writable=True) as volume:
@@ -285,8 +257,8 @@ def test_what_is_no_image_is_told(tmp_path: Path, content: bytes, words: str) ->
     assert path.read_bytes() == content
 
 
-def test_an_image_that_is_cut_off_is_told(card: Callable[[str], Path]) -> None:
-    path = card("dos")
+def test_an_image_that_is_cut_off_is_told(card_image: Callable[[str], Path]) -> None:
+    path = card_image("dos")
     os.truncate(path, 16384 * 512 + 4096)
     with pytest.raises(CliError), opened(path, writable=True):
         pass

@@ -1,4 +1,7 @@
-"""What a flashed card holds, byte for byte, and what a shell, systemd's words and cloud-init say to it."""
+"""What a flashed card holds, byte for byte, and what a shell, systemd's words and cloud-init say to it.
+
+Disks are in test_flash_disk.py, Raspberry Pi Imager in test_flash_imager.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner, Result
@@ -26,6 +30,7 @@ ORDER = Order(
     labels={"lab": "zürich 🏔", 'odd "name"': "a\\b"},
     hostname="pi-01",
     wifi=Wifi("Café 'net'", wifi_key("Café 'net'", "geheimes Wort"), "CH"),
+    update_keys=b"boardbench-ed25519 11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo= fleet\n",
 )
 BOOKWORM = {
     "cmdline.txt": b"console=serial0,115200 console=tty1 root=PARTUUID=4e639091-02 rootwait\n",
@@ -43,7 +48,7 @@ TRIXIE = BOOKWORM | {
 def planned(order: Order, form: Format, before: dict[str, bytes]) -> dict[str, bytes]:
     """The card after it was flashed."""
     plan = first_boot.plan(order, form, before.get)
-    after = {path: data for path, data in before.items() if path not in plan.removed}
+    after = {path: data for path, data in before.items() if path not in (*plan.removed, *plan.stale)}
     return after | dict(plan.files)
 
 
@@ -70,7 +75,8 @@ def test_the_same_again_changes_nothing_and_another_order_everything_needed(
     other = Order(package=b"!<arch>\nnewer", collector="other:1")
     again = planned(other, form, once)
     assert again[first_boot.PACKAGE] == b"!<arch>\nnewer"
-    assert first_boot.ENROLMENT not in again
+    assert first_boot.ENROLMENT not in again and first_boot.UPDATE_KEYS not in again
+    assert again[first_boot.SUMS].count(b"\n") == 1
     assert again["cmdline.txt"].count(b"systemd.run=") == (form is Format.SYSTEMD)
     assert again["cmdline.txt"].count(b"ds=nocloud") == (form is Format.CLOUD_INIT)
     if form is Format.CLOUD_INIT:
@@ -119,6 +125,22 @@ def test_user_data_of_somebody_else_is_kept_beside_ours() -> None:
         planned(order, Format.CLOUD_INIT, TRIXIE | {"user-data": b"something: else\n"})
     with pytest.raises(CliError, match="names a hostname already"):
         planned(ORDER, Format.CLOUD_INIT, TRIXIE | {"user-data": b"#cloud-config\nhostname: theirs\n"})
+
+
+def test_what_was_written_on_windows_is_understood() -> None:
+    """Notepad marks UTF-8, and ends lines its own way."""
+    mark = b"\xef\xbb\xbf"
+    theirs = mark + b"#cloud-config\r\nssh_pwauth: true\r\n"
+    made = planned(ORDER, Format.CLOUD_INIT, TRIXIE | {"user-data": theirs})["user-data"]
+    assert b'text/cloud-config; charset="utf-8"\n\n#cloud-config\nssh_pwauth: true\n' in made
+    assert b"\r" not in made and mark not in made
+    comments = TRIXIE | {"user-data": mark + b"#cloud-config\r\n# nothing\r\n"}
+    assert planned(ORDER, Format.CLOUD_INIT, comments)["user-data"].startswith(b"#cloud-config\n# Written by")
+    numbered = planned(ORDER, Format.CLOUD_INIT, TRIXIE | {"meta-data": mark + b"instance-id: a\r\nx: y\r\n"})
+    assert numbered["meta-data"].endswith(b"\nx: y\n") and numbered["meta-data"].count(b"instance") == 1
+    line = mark + BOOKWORM["cmdline.txt"].rstrip() + b"\r\n"
+    after = planned(ORDER, Format.SYSTEMD, BOOKWORM | {"cmdline.txt": line})
+    assert after == planned(ORDER, Format.SYSTEMD, BOOKWORM)
 
 
 @pytest.mark.parametrize("text", [b"", b"console=tty1 quiet\n"])
@@ -254,9 +276,14 @@ def card(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
-    path = tmp_path / "agent.deb"
-    path.write_bytes(b"!<arch>\n" + bytes(1000))
+def package(tmp_path: Path, release_packages: ModuleType) -> Path:
+    return Path(release_packages.build(tmp_path, "0.1.0", {"release.json": "{}"}))
+
+
+@pytest.fixture
+def update_key(tmp_path: Path, release_packages: ModuleType) -> Path:
+    path = tmp_path / "fleet-key.pub"
+    path.write_text(release_packages.Signer().public_line)
     return path
 
 
@@ -275,15 +302,25 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_dry_run_shows_every_file_and_no_secret_and_writes_none(card: Path, package: Path) -> None:
+def test_a_dry_run_shows_every_file_and_no_secret_and_writes_none(
+    card: Path, package: Path, update_key: Path
+) -> None:
     before = tree(card)
     answer = run(
         "pi", "--boot", card, "--package", package, "--collector", "lab:1", "--token", "bbt_secret",
-        "--wifi", "net", "--wifi-country", "CH", "--dry-run", BOARDBENCH_WIFI_PASSWORD="geheimes Wort",
+        "--wifi", "net", "--wifi-country", "CH", "--update-key", update_key, "--dry-run",
+        BOARDBENCH_WIFI_PASSWORD="geheimes Wort",
     )  # fmt: skip
     assert tree(card) == before
-    for name in ("firstrun.sh", "cmdline.txt", *map(str, (first_boot.PACKAGE, first_boot.ENROLMENT))):
+    for name in (
+        "firstrun.sh",
+        "cmdline.txt",
+        first_boot.PACKAGE,
+        first_boot.ENROLMENT,
+        first_boot.UPDATE_KEYS,
+    ):
         assert name in answer.output
+    assert update_key.read_text().strip() in answer.output
     for secret in ("bbt_secret", "geheimes", wifi_key("net", "geheimes Wort")):
         assert secret not in answer.output
 
@@ -308,17 +345,94 @@ def test_a_card_is_written_once(card: Path, package: Path) -> None:
     assert not (card / first_boot.DONE).exists()
 
 
+@pytest.mark.parametrize("before", [BOOKWORM, TRIXIE], ids=["systemd", "cloudinit"])
+def test_the_key_for_updates_comes_onto_the_card_and_off_it(
+    before: dict[str, bytes], tmp_path: Path, release_packages: ModuleType, update_key: Path
+) -> None:
+    card = tmp_path / "bootfs"
+    card.mkdir()
+    for name, data in before.items():
+        (card / name).write_bytes(data)
+    tag = "cp313" if before is TRIXIE else "cp311"
+    package = release_packages.build(tmp_path, "0.1.0", {}, tag=tag)
+    arguments = ("pi", "--boot", card, "--package", package, "--collector", "lab", "--token", "bbt_secret")
+    # As an editor of Windows leaves it.
+    update_key.write_bytes(b"\xef\xbb\xbf" + update_key.read_bytes().replace(b"\n", b"\r\n"))
+    run(*arguments, "--update-key", update_key)
+    keys = (card / first_boot.UPDATE_KEYS).read_bytes()
+    assert keys == update_key.read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+    assert f"{hashlib.sha256(keys).hexdigest()}  update.pub" in (card / first_boot.SUMS).read_text()
+    # Without it, and without the token: neither stays, though the rest is as it was.
+    answer = run(*arguments[:-2])
+    assert not (card / first_boot.UPDATE_KEYS).exists() and not (card / first_boot.ENROLMENT).exists()
+    assert f"removed                       {first_boot.UPDATE_KEYS}" in answer.output
+    assert "written" not in run(*arguments[:-2]).output
+
+
+def test_what_is_no_key_for_updates_is_refused(card: Path, package: Path, tmp_path: Path) -> None:
+    given = ("pi", "--boot", card, "--package", package, "--collector", "lab", "--update-key")
+    file = tmp_path / "key"
+    for content, words in {
+        b"": "holds no key",
+        b"# a comment\n": "holds no key",
+        b"ssh-ed25519 AAAA\n": "line 1 is no public key",
+        b"-----BEGIN PRIVATE KEY-----\nMC4\n": "the private half, which no board may ever have",
+        b"\xff\xfe\0": "no public key",
+    }.items():
+        file.write_bytes(content)
+        assert words in error_of(*given, file)
+    assert tree(card).keys() == BOOKWORM.keys()
+
+
+def test_the_first_boot_installs_the_key(tmp_path: Path, update_key: Path) -> None:
+    """install.sh as it is, with programs in the place of dpkg and of root's own."""
+    card = tmp_path / "card"
+    card.mkdir()
+    order = Order(package=b"!<arch>\n", collector="c:1", update_keys=update_key.read_bytes())
+    for path, data in first_boot.bundle(order).items():
+        (card / path).parent.mkdir(exist_ok=True)
+        (card / path).write_bytes(data)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in {
+        "dpkg": "exit 0",
+        "mkdir": "exit 0",
+        "install": f'echo "$@" >>{tmp_path}/installed',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    command = ["sh", card / first_boot.INSTALL]
+    done = subprocess.run(command, env=environment, check=False)
+    said = (card / first_boot.LOG).read_text()
+    assert done.returncode == 0, said
+    assert "-m 0644 update.pub /etc/boardbench/update.pub" in (tmp_path / "installed").read_text()
+    assert "update.pub: OK" in said
+    # A key that the card has damaged is none that a board trusts.
+    (card / first_boot.DONE).unlink()
+    (card / first_boot.UPDATE_KEYS).write_bytes(b"something else")
+    assert subprocess.run(command, env=environment, check=False).returncode == 1
+    assert "flash it again" in (card / first_boot.LOG).read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "--image and --boot"),
-        (("--image", "x", "--boot", "."), "--image and --boot"),
+        ((), "give one of --image, --boot and --device"),
+        (("--image", "x", "--boot", "."), "give one of --image, --boot and --device"),
+        (("--device", "x", "--boot", "."), "give one of --image, --boot and --device"),
+        (("--boot", ".", "--os-list", "x"), "--os-list is of an image"),
+        (("--image", "x", "--device", "y", "--os-list", "x"), "--os-list is of an image"),
+        (("--boot", ".", "--yes", "x"), "--yes says nothing without --device"),
         (("--boot", ".", "--wifi-country", "CH"), "without --wifi"),
         (("--boot", ".", "--wifi", "net"), "--wifi-country"),
         (("--boot", ".", "--wifi", "net", "--wifi-country", "ch"), "--wifi-country"),
         (("--boot", ".", "--wifi", "n" * 33, "--wifi-country", "CH"), "no name of a network"),
         (("--boot", ".", "--wifi", "n", "--wifi-country", "CH", "--wifi-password", "short"), "8 to 63"),
         (("--boot", ".", "--label", "nothing", "--os", "bookworm"), "NAME=VALUE"),
+        # As Python has bytes that are not of the terminal's encoding.
+        (("--boot", ".", "--label", "lab=Z\udcfcrich", "--os", "bookworm"), "is not UTF-8"),
+        (("--boot", ".", "--wifi", "Caf\udce9", "--wifi-country", "CH"), "is not UTF-8"),
     ],
 )
 def test_wrong_use_is_told(card: Path, package: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -347,8 +461,11 @@ def test_what_can_not_be_flashed_is_told(
     monkeypatch.chdir(tmp_path)
     assert "build_deb.py arm64-cp313" in error_of("pi", "--boot", card, "--os", "trixie", "--collector", "c")
     (tmp_path / "agent.zip").touch()
-    assert "no Debian package" in error_of(
+    assert "is no package of the agent: this is no Debian package" in error_of(
         "pi", "--boot", card, "--os", "trixie", "--collector", "c", "--package", tmp_path / "agent.zip"
+    )
+    assert "is for arm64, cp311, and the board needs arm64, cp313" in error_of(
+        "pi", "--boot", card, "--os", "trixie", *given
     )
 
 
@@ -361,39 +478,20 @@ def test_a_package_in_dist_is_found(card: Path, tmp_path: Path, monkeypatch: pyt
     assert (card / first_boot.PACKAGE).read_bytes().endswith(b"cp313.deb")
 
 
-def test_a_disk_in_use_is_refused(tmp_path: Path) -> None:
-    from boardbench.cli import disk
+def test_a_card_of_32_bits_gets_the_package_of_32_bits(
+    card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (card / "kernel8.img").touch()
+    assert "arm64-cp311" in error_of("pi", "--boot", card, "--collector", "c")
+    (card / "kernel7.img").touch()
+    assert "armhf-cp311" in error_of("pi", "--boot", card, "--collector", "c")
 
-    device = Path("/dev/vda")
-    if not device.is_block_device():
-        devices = [path for path in Path("/dev").glob("*") if path.is_block_device()]
-        if not devices:
-            pytest.skip("this machine shows no disk")
-        device = devices[0]
-    number = device.stat().st_rdev
-    real = tmp_path / "sys/devices/usb1/block/sdx"
-    (real / "sdx1").mkdir(parents=True)
-    (real / "sdx1/partition").write_text("1\n")
-    (real / "size").write_text("62333952\n")
-    (real / "device").mkdir()
-    (real / "device/vendor").write_text("Generic \n")
-    (real / "device/model").write_text("SD/MMC CRW\n")
-    place = tmp_path / f"sys/dev/block/{os.major(number)}:{os.minor(number)}"
-    place.parent.mkdir(parents=True)
-    place.symlink_to(real)
-    mounts = tmp_path / "proc/self/mounts"
-    mounts.parent.mkdir(parents=True)
-    mounts.write_text("/dev/sda1 / ext4 rw 0 0\nproc /proc proc rw 0 0\n")
-    found = disk.describe(device, tmp_path)
-    assert (found.name, found.used) == ("Generic SD/MMC CRW, 31.9 GB", "")
-    mounts.write_text("/dev/sdx1 /media/me/bootfs vfat rw 0 0\n")
-    assert disk.describe(device, tmp_path).used == "/dev/sdx1 is mounted on /media/me/bootfs"
-    mounts.write_text("")
-    (tmp_path / "proc/swaps").write_text("Filename Type Size\n/dev/sdx1 partition 1 0 -2\n")
-    assert disk.describe(device, tmp_path).used == "/dev/sdx1 is swap"
-    (tmp_path / "proc/swaps").unlink()
-    (real / "sdx1/holders/dm-0").mkdir(parents=True)
-    assert disk.describe(device, tmp_path).used == "dm-0 is made of it"
+
+def test_a_signed_package_is_one(card: Path, package: Path, release_packages: ModuleType) -> None:
+    signed = release_packages.Signer().sign(package)
+    run("pi", "--boot", card, "--package", signed, "--collector", "c")
+    assert (card / first_boot.PACKAGE).read_bytes() == signed.read_bytes()
 
 
 # Over SSH: the user's own ssh is another program here, which runs the commands in a folder.
@@ -409,6 +507,7 @@ def ssh(tmp_path: Path) -> Path:
         "dpkg": '#!/bin/sh\n[ "$1" = --print-architecture ] && { echo ${ARCHITECTURE:-arm64}; exit; }\n'
         f'cp agent.deb "{board}/installed.deb"; echo "dpkg $*"\n',
         "python3": "#!/bin/sh\necho ${PYTHON:-3.10}\n",
+        "hostname": "#!/bin/sh\necho the-board\n",
         "id": "#!/bin/sh\necho 1000\n",
         "sudo": f'#!/bin/sh\n[ -n "$NO_SUDO" ] && {{ echo "sudo: a password is required" >&2; exit 1; }}\n'
         f'shift; export PATH="{board}:$PATH"; exec "$@"\n',
@@ -422,28 +521,45 @@ def ssh(tmp_path: Path) -> Path:
     return board
 
 
-def test_a_jetson_over_ssh(ssh: Path, package: Path) -> None:
-    answer = run(
-        "jetson", "--host", "me@jetson", "--package", package, "--collector", "lab", "--token", "bbt_secret",
-        BOARDBENCH_SSH=str(ssh / "ssh"),
+@pytest.fixture
+def jammy(tmp_path: Path, release_packages: ModuleType) -> Path:
+    """The package for JetPack 6."""
+    return Path(release_packages.build(tmp_path, "0.1.0", {}, tag="cp310"))
+
+
+@pytest.mark.parametrize("kind", ["jetson", "coral"])
+def test_a_board_over_ssh(kind: str, ssh: Path, jammy: Path, update_key: Path) -> None:
+    arguments = (
+        kind, "--host", "me@jetson", "--package", jammy, "--collector", "lab", "--token", "bbt_secret",
+        "--update-key", update_key,
     )  # fmt: skip
+    answer = run(*arguments, "--dry-run", BOARDBENCH_SSH=str(ssh / "ssh"))
+    assert not (ssh / "installed").exists()
+    for words in ("agent.toml", "enrolment.json", "update.pub", update_key.read_text().strip()):
+        assert words in answer.output
+    assert "bbt_secret" not in answer.output
+    answer = run(*arguments, BOARDBENCH_SSH=str(ssh / "ssh"))
+    package = jammy
     assert (ssh / "installed.deb").read_bytes() == package.read_bytes()
     installed = (ssh / "installed").read_text().split()
     assert installed == [
         "/etc/boardbench/agent.d/50-flash.toml",
+        "/etc/boardbench/update.pub",
         "/var/lib/boardbench/enrolment-pending.json",
     ]
     assert "agent.deb: OK" in answer.output
     assert "bbt_secret" not in answer.output
 
 
-def test_what_a_board_over_ssh_lacks_is_told(ssh: Path, package: Path) -> None:
-    given = ("--host", "me@board", "--package", package, "--collector", "lab")
+def test_what_a_board_over_ssh_lacks_is_told(ssh: Path, jammy: Path, package: Path) -> None:
+    given = ("--host", "me@board", "--package", jammy, "--collector", "lab")
     program = str(ssh / "ssh")
     assert "with Python 3.7; the agent needs 3.10 to 3.13" in error_of(
         "coral", *given, BOARDBENCH_SSH=program, PYTHON="3.7"
     )
     assert "no package for that" in error_of("coral", *given, BOARDBENCH_SSH=program, ARCHITECTURE="riscv64")
+    wrong = ("--host", "me@board", "--package", package, "--collector", "lab")
+    assert "the board needs arm64, cp310" in error_of("coral", *wrong, BOARDBENCH_SSH=program)
     assert "sudo asks for a password" in error_of("jetson", *given, BOARDBENCH_SSH=program, NO_SUDO="1")
     assert "install OpenSSH" in error_of("jetson", *given, BOARDBENCH_SSH="no-such-ssh")
     assert "can't be reached over SSH" in error_of("jetson", *given, BOARDBENCH_SSH="sh -c 'exit 255'")
@@ -451,7 +567,8 @@ def test_what_a_board_over_ssh_lacks_is_told(ssh: Path, package: Path) -> None:
         assert "no [USER@]HOST" in error_of("jetson", "--host", host, *given[2:], BOARDBENCH_SSH=program)
 
 
-def test_a_jetsons_files_before_they_are_written(tmp_path: Path, package: Path) -> None:
+def test_a_jetsons_files_before_they_are_written(tmp_path: Path, jammy: Path, update_key: Path) -> None:
+    package = jammy
     rootfs = tmp_path / "rootfs"
     (rootfs / "usr/bin").mkdir(parents=True)
     given = (
@@ -464,11 +581,14 @@ def test_a_jetsons_files_before_they_are_written(tmp_path: Path, package: Path) 
         "lab",
         "--token",
         "bbt_secret",
+        "--update-key",
+        update_key,
     )
     assert "has none of Python" in error_of(*given)
     (rootfs / "usr/bin/python3.10").touch()
-    run(*given, "--dry-run")
+    answer = run(*given, "--dry-run")
     assert not (rootfs / "opt").exists()
+    assert update_key.read_text().strip() in answer.output and "bbt_secret" not in answer.output
     answer = run(*given)
     assert "l4t_initrd_flash.sh" in answer.output
     install = rootfs / "opt/boardbench-install"
@@ -476,7 +596,13 @@ def test_a_jetsons_files_before_they_are_written(tmp_path: Path, package: Path) 
     assert (install / "enrolment.json").stat().st_mode & 0o777 == 0o600
     link = rootfs / "etc/systemd/system/multi-user.target.wants/boardbench-install.service"
     assert link.readlink() == Path("/etc/systemd/system/boardbench-install.service")
-    run(*given)
+    assert (install / "update.pub").read_bytes() == update_key.read_bytes()
+    # As after a first boot in an emulator, say: the next one installs anew, without what is not given.
+    (install / "installed").touch()
+    run(*given[:-4])
+    assert sorted(path.name for path in install.iterdir()) == [
+        "SHA256SUMS", "agent.deb", "agent.toml", "install.sh",
+    ]  # fmt: skip
     # A link that leads out of it is not followed.
     shutil.rmtree(install)
     outside = tmp_path / "outside"

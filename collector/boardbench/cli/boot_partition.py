@@ -6,13 +6,13 @@ Sources: the master boot record's table of partitions, and the UEFI specificatio
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Protocol
 from uuid import UUID
 
+from boardbench.cli import disk
 from boardbench.cli.errors import CliError, WrongUse
 from boardbench.cli.fat import FatError, FatVolume
 
@@ -81,7 +81,8 @@ class BootFolder:
         with fresh.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            # What is read back comes from the card, where the system can forget what it wrote.
+            disk.forget(file.fileno())
         fresh.replace(place)
 
     def remove(self, path: str) -> None:
@@ -100,18 +101,30 @@ class BootFolder:
 def opened(image: Path, *, writable: bool) -> Iterator[FatVolume]:
     """The boot partition in an image or on a disk, on disk when the context is left. Raises CliError."""
     try:
-        with image.open("r+b" if writable else "rb") as file:
-            yield _boot_volume(file, image)
-            if writable:
-                file.flush()
-                os.fsync(file.fileno())
-    except FatError as error:
-        raise CliError(f"{image}: {error}") from error
+        with disk.alone(image) if writable else image.open("rb") as file, inside(file, image) as volume:
+            yield volume
     except OSError as error:
         raise WrongUse(f"{image}: can't be {'written' if writable else 'read'}: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def inside(file: BinaryIO, image: Path) -> Iterator[FatVolume]:
+    """The boot partition in what is open already; ``image`` is its name. Raises CliError."""
+    try:
+        yield _boot_volume(file, image)
+    except FatError as error:
+        raise CliError(f"{image}: {error}") from error
+
+
+def folder_of(given: PurePath) -> PurePath:
+    """The folder that is meant: on Windows "E:" alone is where somebody was last on that drive."""
+    if given.drive and not given.root and given == type(given)(given.drive):
+        return type(given)(f"{given.drive}\\")
+    return given
+
+
 def _boot_volume(file: BinaryIO, image: Path) -> FatVolume:
+    file.seek(0)
     head = file.read(512)
     for magic, command in _COMPRESSED.items():
         if head.startswith(magic):

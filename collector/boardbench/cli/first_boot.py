@@ -23,9 +23,12 @@ PACKAGE = f"{FOLDER}/agent.deb"
 SUMS = f"{FOLDER}/SHA256SUMS"
 SETTINGS = f"{FOLDER}/agent.toml"
 ENROLMENT = f"{FOLDER}/enrolment.json"
+UPDATE_KEYS = f"{FOLDER}/update.pub"
 INSTALL = f"{FOLDER}/install.sh"
 LOG = f"{FOLDER}/install.log"
 DONE = f"{FOLDER}/installed"
+MAYBE = (ENROLMENT, UPDATE_KEYS)
+"""Files of a bundle that not every order has, and that an earlier one may have left."""
 
 _MARK = "# Written by `boardbench flash`."
 _BEFORE = f"{FOLDER}/before"
@@ -62,14 +65,18 @@ class Order:
     labels: Mapping[str, str] = field(default_factory=dict)
     hostname: str = ""
     wifi: Wifi | None = None
+    update_keys: bytes = b""
+    """Public keys of those who may sign its releases, one a line; empty: what the board has stays."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Files to be written and to be removed, by path, and those whose content is secret."""
+    """Files to be written, by path, those that may not be there, and those whose content is secret."""
 
     files: Mapping[str, bytes]
     removed: tuple[str, ...]
+    stale: tuple[str, ...]
+    """What tells of an earlier install: removed when anything else changes."""
     secret: frozenset[str]
 
 
@@ -94,26 +101,30 @@ def plan(order: Order, form: Format, read: Callable[[str], bytes | None]) -> Pla
     if order.hostname and not _HOSTNAME.fullmatch(order.hostname):
         raise CliError(f"{order.hostname!r} is no hostname: letters, digits and hyphens, at most 63")
     files = bundle(order)
-    removed = [LOG, DONE, *([] if order.token else [ENROLMENT])]
     secret = {ENROLMENT}
     make = _systemd if form is Format.SYSTEMD else _cloud_init
-    more, gone = make(order, read, files)
-    files.update(more)
+    files.update(make(order, read, files))
     if order.wifi is not None:
         secret.add("firstrun.sh" if form is Format.SYSTEMD else "network-config")
-    return Plan(files, (*removed, *gone), frozenset(secret))
+    removed = tuple(path for path in MAYBE if path not in files)
+    return Plan(files, removed, (LOG, DONE), frozenset(secret))
 
 
 def bundle(order: Order) -> dict[str, bytes]:
     """The folder that INSTALL works in, the same for every kind of board."""
     files = {
         PACKAGE: order.package,
-        SUMS: f"{hashlib.sha256(order.package).hexdigest()}  agent.deb\n".encode(),
         SETTINGS: settings(order).encode(),
         INSTALL: _INSTALL.encode(),
     }
     if order.token:
         files[ENROLMENT] = _json({"collector": order.collector, "token": order.token})
+    if order.update_keys:
+        files[UPDATE_KEYS] = order.update_keys
+    summed = [path for path in (PACKAGE, UPDATE_KEYS) if path in files]
+    files[SUMS] = "".join(
+        f"{hashlib.sha256(files[path]).hexdigest()}  {path.removeprefix(f'{FOLDER}/')}\n" for path in summed
+    ).encode()
     return files
 
 
@@ -140,7 +151,7 @@ def _json(value: Mapping[str, str]) -> bytes:
 
 def _systemd(
     order: Order, read: Callable[[str], bytes | None], _files: Mapping[str, bytes]
-) -> tuple[dict[str, bytes], list[str]]:
+) -> dict[str, bytes]:
     words = _command_line(read)
     files: dict[str, bytes] = {}
     before = _kept(read, "firstrun.sh")
@@ -157,7 +168,7 @@ def _systemd(
     # Not systemd.run_failure_action=reboot: a script that fails would run again, for ever.
     rest += [_RUN, "systemd.run_success_action=reboot", _TARGET]
     files["cmdline.txt"] = " ".join(rest).encode() + b"\n"
-    return files, []
+    return files
 
 
 def _first_run(order: Order, before: bool) -> str:
@@ -207,7 +218,7 @@ def _wifi_script(wifi: Wifi) -> str:
 
 def _cloud_init(
     order: Order, read: Callable[[str], bytes | None], files: Mapping[str, bytes]
-) -> tuple[dict[str, bytes], list[str]]:
+) -> dict[str, bytes]:
     made: dict[str, bytes] = {}
     before = _kept(read, "user-data")
     ours = _user_data(order)
@@ -228,14 +239,14 @@ def _cloud_init(
     instance = f"boardbench-{digest.hexdigest()[:16]}"
     kept = [
         line
-        for line in (read("meta-data") or b"").decode("utf-8", "replace").splitlines()
+        for line in _text(read("meta-data") or b"").splitlines()
         if not re.match(r"\s*instance[-_]id\s*:", line)
     ]
     made["meta-data"] = ("\n".join([f"instance-id: {instance}", *kept]) + "\n").encode()
     words = [word for word in _command_line(read) if not word.startswith("ds=nocloud")]
     # Without it, what cloud-init kept counts as another board's at every boot.
     made["cmdline.txt"] = " ".join([*words, f"ds=nocloud;i={instance}"]).encode() + b"\n"
-    return made, []
+    return made
 
 
 def _user_data(order: Order) -> str:
@@ -272,10 +283,10 @@ def _network(wifi: Wifi) -> str:
 
 def _both(before: bytes, ours: str, order: Order) -> str:
     """What was there and ours, one behind the other, as cloud-init takes several (MIME multipart)."""
-    text = before.decode("utf-8", "replace")
+    text = _text(before)
     if text.startswith("#!"):
         kind = "text/x-shellscript"
-    elif text.startswith(("#cloud-config\n", "#cloud-config\r\n")):
+    elif text.startswith("#cloud-config\n"):
         kind = "text/cloud-config"
     else:
         raise CliError(
@@ -298,8 +309,17 @@ def _both(before: bytes, ours: str, order: Order) -> str:
 
 def _is_active(data: bytes) -> bool:
     """Whether it says anything beside comments."""
-    lines = data.decode("utf-8", "replace").splitlines()
-    return data.startswith(b"#!") or any(line.strip() and not line.lstrip().startswith("#") for line in lines)
+    text = _text(data)
+    return text.startswith("#!") or any(
+        line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()
+    )
+
+
+def _text(data: bytes) -> str:
+    """What somebody has written, on Windows perhaps: without its mark of UTF-8 and its line ends, which a
+    shell and cloud-init stumble over.
+    """
+    return data.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 # What was there.
@@ -317,7 +337,7 @@ def _command_line(read: Callable[[str], bytes | None]) -> list[str]:
     data = read("cmdline.txt")
     if data is None:
         raise CliError("there is no cmdline.txt: this is no boot partition of a Raspberry Pi")
-    words = data.decode("utf-8", "replace").split()
+    words = _text(data).split()
     if not any(word.startswith("root=") for word in words):
         raise CliError(
             "cmdline.txt names no root=: this is no boot partition of a Raspberry Pi, or it is damaged"
@@ -337,7 +357,7 @@ install_agent() {{
     echo "began at $(date -u +%Y-%m-%dT%H:%M:%SZ), $(cut -d' ' -f1 /proc/uptime) s after the start"
     cd "$here" || return 1
     if ! sha256sum -c SHA256SUMS; then
-        echo "the package is damaged: flash the card again"
+        echo "what is on the card is damaged: flash it again"
         return 1
     fi
     mkdir -p /etc/boardbench/agent.d
@@ -345,6 +365,9 @@ install_agent() {{
     if ! DEBIAN_FRONTEND=noninteractive dpkg --force-confold -i agent.deb; then
         echo "dpkg refused the package: what it wrote above says why (a package for another system?)"
         return 1
+    fi
+    if [ -f update.pub ]; then
+        install -m 0644 update.pub /etc/boardbench/update.pub || return 1
     fi
     if [ -f enrolment.json ]; then
         install -m 0600 -o boardbench -g boardbench enrolment.json "$state/enrolment-pending.json" || return 1

@@ -2,33 +2,96 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from boardbench.cli.address import COLLECTOR_PORT, Address, AddressType
-from boardbench.cli.errors import CliError, ExitCode, WrongUse
+from boardbench.cli.errors import ExitCode, WrongUse
 
 if TYPE_CHECKING:
-    from boardbench.cli.boot_partition import BootPartition
-    from boardbench.cli.first_boot import Format, Order, Wifi
-    from boardbench.v1 import collector_pb2
+    from boardbench.cli.arrival import Arrival
+    from boardbench.cli.card import Card, Change
+    from boardbench.cli.disk import Disk
+    from boardbench.cli.first_boot import Order, Wifi
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-_PYTHONS = {"bookworm": "cp311", "trixie": "cp313"}
-_WAIT_SECONDS = 900.0  # a first boot resizes the card, installs, and starts again; a slow card takes minutes
-_LOOK_SECONDS = 2.0
 _COUNTRY = re.compile(r"[A-Z]{2}")
+_SUITES = ("bookworm", "trixie")
 
 
-def _settings_options(command: _Command) -> _Command:
-    """Adds what every kind of board is told."""
+@dataclass(frozen=True)
+class _Settings:
+    """What every kind of board is told."""
+
+    collector: Address
+    token: str
+    labels: dict[str, str]
+    listen: str
+    update_keys: bytes
+    package: Path | None
+    dry_run: bool
+    wait: bool | None
+
+    def order(self, package: Path, *, hostname: str = "", wifi: Wifi | None = None) -> Order:
+        from boardbench.cli.first_boot import Order
+
+        return Order(
+            package=package.read_bytes(),
+            collector=str(self.collector),
+            token=self.token,
+            listen=self.listen,
+            labels=self.labels,
+            hostname=hostname,
+            wifi=wifi,
+            update_keys=self.update_keys,
+        )
+
+    def arrival(self) -> Arrival | None:
+        """What waits for the board, begun before the board can have reported; None when nobody waits.
+
+        Raises Unreachable when it was asked for and the collector does not answer.
+        """
+        if self.dry_run or self.wait is False or (self.wait is None and not sys.stderr.isatty()):
+            return None
+        from boardbench.cli.arrival import Arrival
+        from boardbench.cli.errors import Unreachable
+
+        try:
+            return Arrival(self.collector)
+        except Unreachable as error:
+            if self.wait:
+                raise
+            _note(f"{error}\nIt is not waited for the board; --no-wait leaves this out.")
+            return None
+
+
+def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
+    """Adds the options that every kind of board has; the command takes them as ``settings``."""
+
+    @functools.wraps(command)
+    def told(
+        *,
+        collector: Address,
+        token: str,
+        labels: tuple[str, ...],
+        listen: str,
+        update_key: Path | None,
+        package: Path | None,
+        dry_run: bool,
+        wait: bool | None,
+        **rest: Any,
+    ) -> ExitCode:
+        keys = _update_keys(update_key) if update_key is not None else b""
+        settings = _Settings(collector, token, _labels(labels), listen, keys, package, dry_run, wait)
+        return command(settings=settings, **rest)
+
     for option in reversed(
         (
             click.option(
@@ -58,16 +121,26 @@ def _settings_options(command: _Command) -> _Command:
                 help="Where the agent takes pushes; 127.0.0.1:7341: only from the board itself.",
             ),
             click.option(
+                "--update-key",
+                type=click.Path(path_type=Path, dir_okay=False, exists=True),
+                metavar="FILE.pub",
+                help="Whose signed releases the board takes: what `boardbench release keygen` made.",
+            ),
+            click.option(
                 "--package",
                 type=click.Path(path_type=Path, dir_okay=False, exists=True),
                 help="The agent's .deb; else the one for the board in ./dist.",
             ),
             click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing."),
-            click.option("--wait", is_flag=True, help="Wait until the board reports to the collector."),
+            click.option(
+                "--wait/--no-wait",
+                default=None,
+                help="Wait until the board reports to the collector.  [default: at a terminal]",
+            ),
         )
     ):
-        command = option(command)
-    return command
+        told = option(told)
+    return told
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +152,7 @@ def flash() -> None:
 @click.option(
     "--image",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="An image of Raspberry Pi OS, unpacked, or the card's own device (/dev/sdX).",
+    help="An image of Raspberry Pi OS, unpacked.",
 )
 @click.option(
     "--boot",
@@ -87,8 +160,12 @@ def flash() -> None:
     help="The boot partition of a written card, as this computer shows it.",
 )
 @click.option(
-    "--os", "system", type=click.Choice(tuple(_PYTHONS)), help="Its system, where the card does not tell."
+    "--device",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="DISK",
+    help="The card's own disk (/dev/sdX): --image is written over it first, when given. Linux.",
 )
+@click.option("--os", "suite", type=click.Choice(_SUITES), help="Its system, where the card does not tell.")
 @click.option(
     "--first-boot",
     "form",
@@ -104,166 +181,283 @@ def flash() -> None:
     default=None,
     help="Asked for when not given; empty: an open network.",
 )
-@click.option("--yes", is_flag=True, help="Write to a device without asking.")
-@_settings_options
+@click.option(
+    "--os-list",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the list that Raspberry Pi Imager shows the prepared image from (rpi-imager --repo).",
+)
+@click.option(
+    "--yes",
+    default="",
+    metavar="DISK_ID",
+    help="Write to --device without asking, when it is the disk with this id (--dry-run shows it).",
+)
+@_with_settings
 def pi(
     image: Path | None,
     boot: Path | None,
-    system: str | None,
+    device: Path | None,
+    suite: str | None,
     form: str | None,
     hostname: str,
     wifi: str,
     wifi_country: str,
     wifi_password: str | None,
-    yes: bool,
-    collector: Address,
-    token: str,
-    labels: tuple[str, ...],
-    listen: str,
-    package: Path | None,
-    dry_run: bool,
-    wait: bool,
+    os_list: Path | None,
+    yes: str,
+    settings: _Settings,
 ) -> ExitCode:
     """Prepare a Raspberry Pi's card: its first boot installs the agent and enrols it.
 
-    Only the boot partition is written, so neither root nor a second tool is needed. Write the card with
-    Raspberry Pi Imager first, or prepare the image and write that. The same command again changes nothing.
+    Only the boot partition is written, so neither root nor a second tool is needed: of a card that Raspberry
+    Pi Imager has written (--boot), or of an image (--image), which is written then. With --image and --device
+    the image is written here. The same command again changes nothing.
     """
-    from boardbench.cli import first_boot
+    from boardbench.cli import card
 
-    if (image is None) == (boot is None):
-        raise click.UsageError("give one of --image and --boot")
+    _check_places(image, boot, device, os_list, yes)
     network = _wifi(wifi, wifi_country, wifi_password)
-    if image is not None:
-        _check_device(image, yes=yes or dry_run)
-    with _partition(image, boot, writable=not dry_run) as partition:
+    disk = None
+    if device is not None:
+        from boardbench.cli.disk import checked
 
-        def read(path: str) -> bytes | None:
-            return partition.read(path) if partition.exists(path) else None
+        disk = checked(device)
+    source = image or boot or device
+    assert source is not None
+    if not source.exists():
+        raise WrongUse(f"there is no {source}")
+    if source is image and source.is_block_device():
+        raise WrongUse(f"{source} is a disk: name it with --device")
+    # Everything that can be wrong is told before anything is written.
+    with card.opened(source, writable=False) as partition:
+        found = card.look(partition, suite, form)
+        order = settings.order(_package(settings.package, found.package), hostname=hostname, wifi=network)
+        change = card.compare(partition, order, found.form)
+    arrival = settings.arrival()
+    if disk is not None:
+        _confirm(disk, image, yes=yes, dry_run=settings.dry_run)
+    if settings.dry_run:
+        pass
+    elif disk is not None:
+        change = _write_disk(disk, image, order, found)
+    else:
+        with card.opened(source, writable=True) as partition:
+            card.write(partition, change)
+        with card.opened(source, writable=False) as partition:
+            card.verify(partition, change)
+    for line in card.lines(change, dry_run=settings.dry_run):
+        click.echo(line)
+    if settings.dry_run:
+        return ExitCode.DONE
+    if image is not None and device is None:
+        _tell_imager(image, os_list, found, hostname)
+    _note(f"ready for {found.suite}; put the card into the board and switch it on")
+    return arrival.wait(hostname) if arrival is not None else ExitCode.DONE
 
-        asked = first_boot.Format(form) if form else first_boot.detect(read)
-        suite = system or _suite(read, asked)
-        order = first_boot.Order(
-            package=_package(package, f"arm64_{_PYTHONS[suite]}").read_bytes(),
-            collector=str(collector),
-            token=token,
-            listen=listen,
-            labels=_labels(labels),
-            hostname=hostname,
-            wifi=network,
+
+def _check_places(
+    image: Path | None, boot: Path | None, device: Path | None, os_list: Path | None, yes: str
+) -> None:
+    if (boot is None) == (image is None and device is None):
+        raise click.UsageError("give one of --image, --boot and --device, or --image with --device")
+    if os_list is not None and (image is None or device is not None):
+        raise click.UsageError(
+            "--os-list is of an image that Raspberry Pi Imager will write: give --image alone"
         )
-        _put(partition, order, asked, dry_run=dry_run)
-    if not dry_run:
-        _note(f"ready for {suite}; put the card into the board and switch it on")
-        if wait:
-            return _wait(collector, hostname)
-    return ExitCode.DONE
-
-
-def _put(partition: BootPartition, order: Order, form: Format, *, dry_run: bool) -> None:
-    """Writes what differs and reads it back."""
-    from boardbench.cli import first_boot
-
-    def read(path: str) -> bytes | None:
-        return partition.read(path) if partition.exists(path) else None
-
-    plan = first_boot.plan(order, form, read)
-    changed = {path: data for path, data in plan.files.items() if read(path) != data}
-    removed = [path for path in plan.removed if partition.exists(path)]
-    # What tells of an install that was done belongs to what was there before.
-    if not changed:
-        removed = []
-    needed = sum(len(data) for data in changed.values())
-    # A file that is replaced is there twice for a moment.
-    if needed + 65536 * len(changed) > partition.free_bytes:
-        raise CliError(
-            f"the boot partition has {partition.free_bytes / 2**20:.0f} MiB free and needs "
-            f"{needed / 2**20:.0f} MiB: take away what is not needed there"
+    if yes and device is None:
+        raise click.UsageError("--yes says nothing without --device")
+    if device is not None and sys.platform != "linux":
+        raise click.UsageError(
+            "--device works on Linux; here prepare the image with --image and write it with Raspberry Pi "
+            "Imager, or write it first and prepare the card with --boot"
         )
-    if not dry_run:
-        # The program that the board runs at its start comes last: a card that was pulled out boots as before.
-        last = "cmdline.txt"
-        for path in sorted(changed, key=lambda path: (path == last, path)):
-            partition.write(path, changed[path])
-        for path in removed:
-            partition.remove(path)
-        for path, data in plan.files.items():
-            if read(path) != data:
-                raise CliError(f"{path} reads back as something else: the card is broken; take another one")
-    for path, data in sorted(plan.files.items()):
-        state = "as it is" if path not in changed else "would be written" if dry_run else "written"
-        click.echo(f"{state:<17}{len(data):>11,}  {path}")
-        if dry_run and path in changed:
-            click.echo(_shown(data, secret=path in plan.secret))
-    for path in removed:
-        click.echo(f"{'would be removed' if dry_run else 'removed':<30}{path}")
 
 
-def _shown(data: bytes, *, secret: bool) -> str:
-    """A text file as it would be, without what nobody is to read over a shoulder."""
-    if b"\0" in data[:4096] or data.startswith(b"!<arch>"):
-        return "    (a package)"
-    text = data.decode("utf-8", "replace")
-    if secret:
-        text = re.sub(r'("token": ")[^"]*', r"\1…", text)
-        text = re.sub(r"\b[0-9a-f]{64}\b", "…", text)
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-@contextlib.contextmanager
-def _partition(image: Path | None, boot: Path | None, *, writable: bool) -> Iterator[BootPartition]:
-    from boardbench.cli import boot_partition
-
-    if image is not None:
-        with boot_partition.opened(image, writable=writable) as volume:
-            yield volume
+def _confirm(disk: Disk, image: Path | None, *, yes: str, dry_run: bool) -> None:
+    """Returns when the disk may be written. Raises WrongUse, Abort."""
+    if yes and yes != disk.id:
+        raise WrongUse(
+            f"--yes {yes} is another disk than {disk.device}: that is {disk} with the id {disk.id}"
+        )
+    what = f"{image} would be written over" if image is not None else "the boot partition would be written of"
+    if dry_run:
+        _note(f"{what} {disk.device}: {disk}; in a script: --yes {disk.id}")
+    elif yes:
         return
-    assert boot is not None
-    for name in boot_partition.MARKS:
-        if not (boot / name).is_file():
-            raise WrongUse(
-                f"{boot} is no boot partition of a Raspberry Pi's system: there is no {name} in it; name the "
-                "folder that shows when the card is put in (bootfs)"
-            )
+    elif image is None:
+        click.confirm(f"Write to the boot partition of {disk.device}: {disk}?", abort=True, err=True)
+    else:
+        _note(f"Everything on {disk.device} is lost: {disk} (id {disk.id}).")
+        name = disk.device.name
+        if click.prompt(f"Type {name} to write over it", default="", show_default=False, err=True) != name:
+            raise click.Abort
+
+
+def _write_disk(disk: Disk, image: Path | None, order: Order, found: Card) -> Change:
+    """The image over the whole disk, then what its first boot needs; all of it read back. Raises CliError."""
+    from boardbench.cli import boot_partition, card, raw_write
+    from boardbench.cli.disk import alone, forget, read_partitions
+
+    # Kept open from the first byte to the last: a disk that is closed is looked at by the system, which
+    # mounts what it finds there.
+    with alone(disk.device) as target:
+        if image is not None:
+            size = raw_write.image_bytes(image, disk)
+            with image.open("rb") as source:
+                for label, step in (("writing", raw_write.write), ("reading back", raw_write.verify)):
+                    with click.progressbar(length=size, label=f"{label:<12}", file=sys.stderr) as bar:
+                        step(source, target, bar.update)
+            _note(f"{size:,} bytes written to {disk.device} and read back the same")
+        with boot_partition.inside(target, disk.device) as partition:
+            change = card.compare(partition, order, found.form)
+            card.write(partition, change)
+        target.flush()
+        forget(target.fileno())
+        with boot_partition.inside(target, disk.device) as partition:
+            card.verify(partition, change)
+        read_partitions(target.fileno())
+    return change
+
+
+def _tell_imager(image: Path, os_list: Path | None, found: Card, hostname: str) -> None:
+    """How the prepared image comes onto a card."""
+    import datetime
+
+    from boardbench.cli import imager
+
+    digest = ""
+    if os_list is not None:
+        digest = imager.sha256(image)
+        released = found.released or f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+        listed = imager.os_list(
+            image,
+            digest,
+            suite=found.suite,
+            architecture=found.architecture,
+            released=released,
+            title=f"{hostname or image.stem} (boardbench)",
+        )
+        try:
+            os_list.write_bytes(listed.encode())
+        except OSError as error:
+            raise WrongUse(f"{os_list}: can't be written: {error.strerror}") from error
+    _note("to write it, one of:")
+    for line in imager.commands(image, digest, os_list, sys.platform):
+        _note(f"  {line}")
+
+
+@flash.command()
+@click.option("--host", metavar="[USER@]HOST", help="A Jetson that runs and takes SSH.")
+@click.option(
+    "--rootfs",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The root file system that NVIDIA's flasher will write (Linux_for_Tegra/rootfs).",
+)
+@_with_settings
+def jetson(host: str | None, rootfs: Path | None, settings: _Settings) -> ExitCode:
+    """Install the agent on a Jetson: over SSH, or in the files that NVIDIA's own flasher writes."""
+    if (host is None) == (rootfs is None):
+        raise click.UsageError("give one of --host and --rootfs")
+    if host is not None:
+        return _over_ssh(host, settings)
+    assert rootfs is not None
+    from boardbench.cli import card, remote
+
+    order = settings.order(_package(settings.package, f"arm64_{remote.python_of(rootfs)}"))
+    arrival = settings.arrival()
+    for line in card.lines(
+        remote.put_into(rootfs, order, dry_run=settings.dry_run), dry_run=settings.dry_run
+    ):
+        click.echo(line)
+    _note("now write the board with NVIDIA's own tool, in Linux_for_Tegra:")
+    _note("  sudo ./tools/kernel_flash/l4t_initrd_flash.sh <board> <device>   (or flash.sh)")
+    return arrival.wait() if arrival is not None else ExitCode.DONE
+
+
+@flash.command()
+@click.option("--host", required=True, metavar="[USER@]HOST", help="The board, which takes SSH.")
+@_with_settings
+def coral(host: str, settings: _Settings) -> ExitCode:
+    """Install the agent over SSH on the computer that a Coral TPU is in, or on a Coral Dev Board.
+
+    The Dev Board's own Mendel Linux has Python 3.7, which no engine supports any more: there the command
+    says so and changes nothing. With a newer Debian on it, it works as on any board.
+    """
+    return _over_ssh(host, settings)
+
+
+def _over_ssh(host: str, settings: _Settings) -> ExitCode:
+    from boardbench.cli import card, remote
+
+    program = os.environ.get("BOARDBENCH_SSH", "ssh")
+    target = remote.ask(program, host)
+    _note(f"{host}: {target.system}, {target.architecture}, Python {target.python}")
+    chosen = _package(settings.package, f"{target.architecture}_{target.tag}")
+    order = settings.order(chosen)
+    if settings.dry_run:
+        click.echo(f"would install {chosen.name} on {host}, by way of these files:")
+        for line in card.lines(remote.change(order), dry_run=True):
+            click.echo(line)
+        return ExitCode.DONE
+    arrival = settings.arrival()
+    click.echo(remote.install(program, host, order))
+    return arrival.wait(target.hostname, known=True) if arrival is not None else ExitCode.DONE
+
+
+def _update_keys(file: Path) -> bytes:
+    """Public keys as they go onto the board. Raises WrongUse."""
+    from boardbench.inspect.errors import InspectError
+    from boardbench.inspect.release import read_keys
+
+    text = file.read_bytes().decode("utf-8-sig", "replace")
+    if "PRIVATE KEY" in text:
+        raise WrongUse(
+            f"{file} is the private half, which no board may ever have: name the other one, KEY.pub"
+        )
     try:
-        yield boot_partition.BootFolder(boot)
-    except OSError as error:
-        raise CliError(f"{boot}: {error.strerror or error}; is the card write protected, or gone?") from error
-
-
-def _suite(read: Callable[[str], bytes | None], form: Format) -> str:
-    """The system on the card: pi-gen writes the day that it was made on into issue.txt."""
-    from boardbench.cli.first_boot import Format
-
-    found = re.search(rb"(20\d\d-\d\d-\d\d)", read("issue.txt") or b"")
-    if form is Format.CLOUD_INIT:
-        # The first with cloud-init was a Trixie of 2025; no Bookworm ever had it.
-        return "trixie"
-    # Trixie came out on 2025-10-01. Later ones without cloud-init may be either.
-    if found and b"2023-10-10" <= found.group(1) < b"2025-10-01":
-        return "bookworm"
-    raise WrongUse(
-        "the card does not say which system it holds: give --os bookworm or --os trixie"
-        + (f" (it was made on {found.group(1).decode()})" if found else "")
-    )
+        found = read_keys(text)
+    except InspectError as error:
+        raise WrongUse(f"{file}: {error}: name what `boardbench release keygen` made, KEY.pub") from error
+    if not found:
+        raise WrongUse(f"{file} holds no key: name what `boardbench release keygen` made, KEY.pub")
+    # As the agent reads it, whatever editor was at it.
+    return ("\n".join(text.splitlines()) + "\n").encode()
 
 
 def _package(given: Path | None, wanted: str) -> Path:
     """The agent's package for the board. Raises WrongUse."""
-    if given is not None:
-        if given.suffix != ".deb":
-            raise WrongUse(f"{given} is no Debian package (.deb)")
-        return given
-    found = sorted(
-        Path("dist").glob(f"boardbench-agent_*_{wanted}.deb"), key=lambda path: path.stat().st_mtime
-    )
-    if not found:
-        target = wanted.replace("_", "-")
-        raise WrongUse(
-            f"there is no package for {target} in ./dist: name it with --package, or build it in the sources "
-            f"with `python deploy/build_deb.py {target}`"
+    if given is None:
+        found = sorted(
+            Path("dist").glob(f"boardbench-agent_*_{wanted}.deb"), key=lambda path: path.stat().st_mtime
         )
-    return found[-1]
+        if not found:
+            target = wanted.replace("_", "-")
+            raise WrongUse(
+                f"there is no package for {target} in ./dist: name it with --package, or build it in the "
+                f"sources with `python deploy/build_deb.py {target}`"
+            )
+        return found[-1]
+    from boardbench.inspect import release
+    from boardbench.inspect.errors import InspectError
+
+    try:
+        with given.open("rb") as file:
+            try:
+                told = release.read(file)
+            except release.Untrusted:
+                told = release.manifest_of(file)
+    except InspectError as error:
+        raise WrongUse(f"{given} is no package of the agent: {error}") from error
+    except OSError as error:
+        raise WrongUse(f"{given}: {error.strerror}") from error
+    has = f"{told.architecture}_cp{told.python.replace('.', '')}"
+    if has != wanted:
+        raise WrongUse(
+            f"{given} is for {has.replace('_', ', ')}, and the board needs {wanted.replace('_', ', ')}: "
+            "dpkg would refuse it there"
+        )
+    return given
 
 
 def _wifi(name: str, country: str, password: str | None) -> Wifi | None:
@@ -273,7 +467,7 @@ def _wifi(name: str, country: str, password: str | None) -> Wifi | None:
         if country or password:
             raise click.UsageError("--wifi-country and --wifi-password say nothing without --wifi")
         return None
-    if not 1 <= len(name.encode()) <= 32:
+    if not 1 <= len(_utf8("--wifi", name)) <= 32:
         raise click.UsageError(f"--wifi: {name!r} is no name of a network (1 to 32 bytes)")
     if not _COUNTRY.fullmatch(country):
         raise click.UsageError(
@@ -293,143 +487,19 @@ def _labels(texts: tuple[str, ...]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise click.UsageError(f"--label: {text!r} is not NAME=VALUE")
+        _utf8("--label", text)
         found[name.strip()] = value
     return found
 
 
-def _check_device(image: Path, *, yes: bool) -> None:
-    """Returns when the image is a file, or a disk that may be written. Raises WrongUse."""
-    if not image.exists():
-        raise WrongUse(f"there is no {image}")
-    if image.is_block_device():
-        from boardbench.cli.disk import describe
-
-        disk = describe(image)
-        if disk.used:
-            raise WrongUse(f"{image} ({disk.name}) is in use: {disk.used}; unmount it, or name the right one")
-        if not yes:
-            click.confirm(f"Write to the boot partition of {image}: {disk.name}?", abort=True, err=True)
-
-
-def _wait(collector: Address, hostname: str = "") -> ExitCode:
-    """Waits until a board reports that had not, or that has been away."""
-    import time
-
-    from boardbench.cli.client import CollectorClient
-
-    with CollectorClient(collector) as client:
-        before = {device.board.device_id: _seen(device) for device in client.devices()}
-        _note(f"waiting for the board to report to {collector} (Ctrl-C ends the wait, and nothing else)")
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while time.monotonic() < deadline:
-            for device in client.devices():
-                board = device.board
-                # A board that was there all the time is not the one that is switched on now.
-                new = board.device_id not in before or (not before[board.device_id] and device.up)
-                if new and device.up and hostname in ("", board.hostname):
-                    click.echo(f"{board.device_id} reports: {board.model or board.hostname}, {board.os}")
-                    return ExitCode.DONE
-            time.sleep(_LOOK_SECONDS)
-    raise CliError(
-        f"no board has reported within {_WAIT_SECONDS / 60:.0f} minutes. Look whether: it has power and a "
-        "network (a cable, or --wifi with the right password); boardbench/install.log on the card's boot "
-        f'partition ends with "done"; the board reaches {collector} (is that this computer\'s address in the '
-        "board's network, and does the collector listen there?); the token was not used before"
-    )
+def _utf8(option: str, text: str) -> bytes:
+    """What is written of it. Raises UsageError for what the terminal's encoding has garbled."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"{option}: {text!r} is not UTF-8; is the terminal's locale?") from None
 
 
 def _note(text: str) -> None:
     """For a person; the standard output is a list of files."""
     click.echo(text, err=True)
-
-
-def _seen(device: collector_pb2.Device) -> bool:
-    return device.up
-
-
-@flash.command()
-@click.option("--host", metavar="[USER@]HOST", help="A Jetson that runs and takes SSH.")
-@click.option(
-    "--rootfs",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="The root file system that NVIDIA's flasher will write (Linux_for_Tegra/rootfs).",
-)
-@_settings_options
-def jetson(
-    host: str | None,
-    rootfs: Path | None,
-    collector: Address,
-    token: str,
-    labels: tuple[str, ...],
-    listen: str,
-    package: Path | None,
-    dry_run: bool,
-    wait: bool,
-) -> ExitCode:
-    """Install the agent on a Jetson: over SSH, or in the files that NVIDIA's own flasher writes."""
-    if (host is None) == (rootfs is None):
-        raise click.UsageError("give one of --host and --rootfs")
-    make = _order_maker(collector, token, listen, labels)
-    if host is not None:
-        _over_ssh(host, package, make, dry_run=dry_run)
-    else:
-        assert rootfs is not None
-        from boardbench.cli import remote
-
-        found = remote.python_of(rootfs)
-        order = make(_package(package, f"arm64_{found}").read_bytes())
-        for line in remote.put_into(rootfs, order, dry_run=dry_run):
-            click.echo(line)
-        _note("now write the board with NVIDIA's own tool, in Linux_for_Tegra:")
-        _note("  sudo ./tools/kernel_flash/l4t_initrd_flash.sh <board> <device>   (or flash.sh)")
-    return _wait(collector) if wait and not dry_run else ExitCode.DONE
-
-
-@flash.command()
-@click.option("--host", required=True, metavar="[USER@]HOST", help="The board, which takes SSH.")
-@_settings_options
-def coral(
-    host: str,
-    collector: Address,
-    token: str,
-    labels: tuple[str, ...],
-    listen: str,
-    package: Path | None,
-    dry_run: bool,
-    wait: bool,
-) -> ExitCode:
-    """Install the agent over SSH on the computer that a Coral TPU is in, or on a Coral Dev Board.
-
-    The Dev Board's own Mendel Linux has Python 3.7, which no engine supports any more: there the command
-    says so and changes nothing. With a newer Debian on it, it works as on any board.
-    """
-    _over_ssh(host, package, _order_maker(collector, token, listen, labels), dry_run=dry_run)
-    return _wait(collector) if wait and not dry_run else ExitCode.DONE
-
-
-def _order_maker(
-    collector: Address, token: str, listen: str, labels: tuple[str, ...]
-) -> Callable[[bytes], Order]:
-    from boardbench.cli.first_boot import Order
-
-    given = _labels(labels)
-    return lambda package: Order(
-        package=package, collector=str(collector), token=token, listen=listen, labels=given
-    )
-
-
-def _over_ssh(host: str, package: Path | None, make: Callable[[bytes], Order], *, dry_run: bool) -> None:
-    from boardbench.cli import remote
-
-    program = os.environ.get("BOARDBENCH_SSH", "ssh")
-    target = remote.ask(program, host)
-    _note(f"{host}: {target.system}, {target.architecture}, Python {target.python}")
-    chosen = _package(package, f"{target.architecture}_{target.tag}")
-    order = make(chosen.read_bytes())
-    if dry_run:
-        click.echo(f"would install {chosen.name} on {host}, with these settings:")
-        from boardbench.cli.first_boot import settings
-
-        click.echo(_shown(settings(order).encode(), secret=False))
-        return
-    click.echo(remote.install(program, host, order))

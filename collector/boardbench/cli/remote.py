@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import shlex
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from boardbench.cli import first_boot
+from boardbench.cli import card, first_boot
 from boardbench.cli.errors import CliError, Unreachable, WrongUse
 
 _ASK = (
     "dpkg --print-architecture; "
     "python3 -c 'import sys; print(\"%d.%d\" % sys.version_info[:2])'; "
-    '. /etc/os-release; echo "$PRETTY_NAME"'
+    '. /etc/os-release; echo "$PRETTY_NAME"; hostname'
 )
 _SUPPORTED = ("3.10", "3.11", "3.12", "3.13")
 _FOLDER = "opt/boardbench-install"
@@ -36,6 +36,7 @@ class Target:
     architecture: str
     python: str
     system: str
+    hostname: str
 
     @property
     def tag(self) -> str:
@@ -46,9 +47,9 @@ class Target:
 def ask(program: str, host: str) -> Target:
     """What the board is. Raises Unreachable, or CliError where the agent can't run."""
     lines = _ssh(program, host, _ASK).split("\n")
-    if len(lines) < 3:
+    if len(lines) < 4:
         raise CliError(f"{host} is no Debian or Ubuntu with Python 3, which the agent needs")
-    target = Target(lines[0].strip(), lines[1].strip(), lines[2].strip())
+    target = Target(*(line.strip() for line in lines[:4]))
     if target.python not in _SUPPORTED:
         why = (
             "Mendel Linux on a Coral Dev Board is at its end, and no engine supports it: put a Debian 12 "
@@ -69,7 +70,7 @@ def install(program: str, host: str, order: first_boot.Order) -> str:
     """Installs the agent there; what the board said. The token goes through SSH's encrypted pipe only."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as files:
-        for name, data in _files(order).items():
+        for name, data in change(order).files.items():
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(data), 0o600
             files.addfile(entry, io.BytesIO(data))
@@ -92,36 +93,54 @@ def python_of(rootfs: Path) -> str:
     )
 
 
-def put_into(rootfs: Path, order: first_boot.Order, *, dry_run: bool) -> Iterator[str]:
-    """Writes what the first boot installs; a line for each file. Raises WrongUse."""
-    files = {f"{_FOLDER}/{name}": data for name, data in _files(order).items()}
+def put_into(rootfs: Path, order: first_boot.Order, *, dry_run: bool) -> card.Change:
+    """Writes what the first boot installs. Raises WrongUse."""
+    bundle = change(order)
+    files = {f"{_FOLDER}/{name}": data for name, data in bundle.files.items()}
     files["etc/systemd/system/boardbench-install.service"] = _UNIT.encode()
+    stale = (f"{_FOLDER}/{_inside(path)}" for path in (*first_boot.MAYBE, first_boot.LOG, first_boot.DONE))
+    removed = tuple(path for path in stale if path not in files and (rootfs / path).exists())
     link = rootfs / "etc/systemd/system/multi-user.target.wants/boardbench-install.service"
+    secret = frozenset(f"{_FOLDER}/{name}" for name in bundle.secret)
+    done = card.Change(files, frozenset(files), removed, secret)
+    if dry_run:
+        return done
     try:
-        for path, data in sorted(files.items()):
-            yield f"{'would be written' if dry_run else 'written':<17}{len(data):>11,}  /{path}"
-            if dry_run:
-                continue
-            place = rootfs / path
-            # A link in that system may lead out of the folder, into this computer's own.
-            if not place.resolve().is_relative_to(rootfs.resolve()):
-                raise WrongUse(f"{place} leads out of {rootfs}")
+        for path, data in files.items():
+            place = _within(rootfs, path)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
-            place.touch(mode=0o600 if path.endswith("enrolment.json") else 0o644)
+            place.touch(mode=0o600 if path in secret else 0o644)
             place.write_bytes(data)
-        if not dry_run:
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to("/etc/systemd/system/boardbench-install.service")
+        for path in removed:
+            _within(rootfs, path).unlink()
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to("/etc/systemd/system/boardbench-install.service")
     except PermissionError as error:
         raise WrongUse(f"{error.filename}: {error.strerror}; NVIDIA's files are root's: use sudo") from error
+    for path, data in files.items():
+        if (rootfs / path).read_bytes() != data:
+            raise CliError(f"{rootfs / path} reads back as something else: is the disk full, or broken?")
+    return done
 
 
-def _files(order: first_boot.Order) -> dict[str, bytes]:
-    """The same as on a Raspberry Pi's card, in one folder."""
-    made = first_boot.bundle(order)
-    return {path.removeprefix(f"{first_boot.FOLDER}/"): data for path, data in made.items()}
+def _within(rootfs: Path, path: str) -> Path:
+    place = rootfs / path
+    # A link in that system may lead out of the folder, into this computer's own.
+    if not place.resolve().is_relative_to(rootfs.resolve()):
+        raise WrongUse(f"{place} leads out of {rootfs}")
+    return place
+
+
+def change(order: first_boot.Order) -> card.Change:
+    """The same as on a Raspberry Pi's card, in one folder, which is new."""
+    files = {_inside(path): data for path, data in first_boot.bundle(order).items()}
+    return card.Change(files, frozenset(files), (), frozenset((_inside(first_boot.ENROLMENT),)))
+
+
+def _inside(path: str) -> str:
+    return path.removeprefix(f"{first_boot.FOLDER}/")
 
 
 _UNIT = f"""\
@@ -147,7 +166,8 @@ def _ssh(program: str, host: str, script: str, *, data: bytes = b"", seconds: fl
     command = f'sh -c "$(echo {packed} | base64 -d)"'
     try:
         done = subprocess.run(
-            [*shlex.split(program), "-o", "ConnectTimeout=15", host, command],
+            # A program of Windows is named with backslashes.
+            [*shlex.split(program, posix=os.name != "nt"), "-o", "ConnectTimeout=15", host, command],
             input=data,
             capture_output=True,
             timeout=seconds,
