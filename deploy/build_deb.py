@@ -277,12 +277,10 @@ def write_lock(target: Target) -> Path:
 
 def download(target: Target, python: str, folder: Path) -> list[Path]:
     """The wheels of the lock, in the order of the lock; fetched unless they are there. Raises BuildError."""
-    pinned = re.findall(r"^(\S+)==\S+ --hash=sha256:([0-9a-f]{64})$", target.lock.read_text(), re.MULTILINE)
-    if not pinned:
-        raise BuildError(f"{target.lock} pins nothing; write it with --lock {target.name}")
+    wanted = pinned(target)
     folder.mkdir(parents=True, exist_ok=True)
     here = {_sha256(path): path for path in folder.glob("*.whl")}
-    if any(digest not in here for _, digest in pinned):
+    if any(digest not in here for _, digest in wanted):
         _pip(
             python,
             [
@@ -295,7 +293,15 @@ def download(target: Target, python: str, folder: Path) -> list[Path]:
             ],
         )
         here = {_sha256(path): path for path in folder.glob("*.whl")}
-    return [here[digest] for _, digest in pinned]
+    return [here[digest] for _, digest in wanted]
+
+
+def pinned(target: Target) -> list[tuple[str, str]]:
+    """Name and SHA-256 of each wheel in the target's lock. Raises BuildError."""
+    found = re.findall(r"^(\S+)==\S+ --hash=sha256:([0-9a-f]{64})$", target.lock.read_text(), re.MULTILINE)
+    if not found:
+        raise BuildError(f"{target.lock} pins nothing; write it with --lock {target.name}")
+    return found
 
 
 def _wheel_options(target: Target) -> list[str]:
@@ -379,6 +385,8 @@ def _add_environment(home: Path, release: str, target: Target, version: str) -> 
                 "architecture": target.architecture,
                 "python": target.python,
                 "lock_sha256": _sha256(target.lock),
+                # What `probe` does not tell anybody to install.
+                "wheels": sorted(name for name, _ in pinned(target)),
             },
             indent=2,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import json
 import os
 import re
 import shutil
@@ -21,16 +21,6 @@ DEPLOY = REPOSITORY / "deploy"
 EPOCH = "1800000000"
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("boardbench_build_deb", DEPLOY / "build_deb.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build_deb = _load()
 RUNNING = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
@@ -48,7 +38,7 @@ def said(*command: object) -> str:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build_deb: ModuleType) -> Any:
     """A target for the Python that runs this, with one wheel of our own: the package of seconds."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", EPOCH)
     wheels = tmp_path / "wheels"
@@ -64,14 +54,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     lock = tmp_path / "lock.txt"
     lock.write_text(f"# made\nengine==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
 
-    class Small(build_deb.Target):  # type: ignore[name-defined,misc]
+    class Small(build_deb.Target):  # type: ignore[name-defined]
         lock = property(lambda _: tmp_path / "lock.txt")
 
     return Small("amd64", "x86_64", RUNNING, 36, "a test"), wheels
 
 
 def test_the_same_sources_make_the_same_bytes(
-    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build_deb: ModuleType
 ) -> None:
     target, wheels = small
     one = build_deb.build(target, tmp_path / "one", wheels=wheels)
@@ -93,7 +83,7 @@ def test_the_same_sources_make_the_same_bytes(
     assert build_deb.build(target, tmp_path / "later", wheels=wheels).read_bytes() != one.read_bytes()
 
 
-def test_what_is_in_it(small: Any, tmp_path: Path) -> None:
+def test_what_is_in_it(small: Any, tmp_path: Path, build_deb: ModuleType) -> None:
     target, wheels = small
     deb = build_deb.build(target, tmp_path, wheels=wheels, version="9.9.9")
     dpkg = program("dpkg-deb")
@@ -138,7 +128,9 @@ def test_what_is_in_it(small: Any, tmp_path: Path) -> None:
     assert said(dpkg, "--info", deb, "postinst").count(f"releases/9.9.9+{target.tag}") == 2
 
 
-def test_the_release_runs_as_an_environment_of_its_own(small: Any, tmp_path: Path) -> None:
+def test_the_release_runs_as_an_environment_of_its_own(
+    small: Any, tmp_path: Path, build_deb: ModuleType
+) -> None:
     target, wheels = small
     deb = build_deb.build(target, tmp_path, wheels=wheels)
     said(program("dpkg-deb"), "-x", deb, tmp_path / "tree")
@@ -155,7 +147,8 @@ def test_the_release_runs_as_an_environment_of_its_own(small: Any, tmp_path: Pat
         "print(sys.prefix); print(engine.__file__); print(version())",
     ).split("\n")
     assert shown[:3] == [str(home), str(Path(engine_file(home))), build_deb.project_version()]
-    assert (home / "release.json").read_text().count(target.tag) == 1
+    told = json.loads((home / "release.json").read_text())
+    assert told["release"].endswith(f"+{target.tag}") and told["wheels"] == ["engine"]
 
 
 def engine_file(home: Path) -> Path:
@@ -166,7 +159,9 @@ def engine_file(home: Path) -> Path:
     ("name", "words"),
     [("../outside.py", "leads out of it"), ("engine/__init__.py", "so does another wheel")],
 )
-def test_a_wheel_that_is_not_as_it_should_be_is_refused(tmp_path: Path, name: str, words: str) -> None:
+def test_a_wheel_that_is_not_as_it_should_be_is_refused(
+    tmp_path: Path, name: str, words: str, build_deb: ModuleType
+) -> None:
     wheel = tmp_path / "bad-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(name, "")
@@ -178,14 +173,16 @@ def test_a_wheel_that_is_not_as_it_should_be_is_refused(tmp_path: Path, name: st
     assert not (tmp_path / "outside.py").exists()
 
 
-def test_a_wheel_that_is_not_the_locked_one_is_refused(small: Any, tmp_path: Path) -> None:
+def test_a_wheel_that_is_not_the_locked_one_is_refused(
+    small: Any, tmp_path: Path, build_deb: ModuleType
+) -> None:
     target, wheels = small
     (wheels / "engine-1.0-py3-none-any.whl").write_bytes(b"another one")
     with pytest.raises(build_deb.BuildError, match="pip under"):
         build_deb.build(target, tmp_path, wheels=wheels)
 
 
-def test_every_target_is_locked_by_hash() -> None:
+def test_every_target_is_locked_by_hash(build_deb: ModuleType) -> None:
     assert set(build_deb.TARGETS) == {path.stem for path in (DEPLOY / "locks").iterdir()}
     for name, target in build_deb.TARGETS.items():
         lines = [line for line in target.lock.read_text().splitlines() if not line.startswith("#")]

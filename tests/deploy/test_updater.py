@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,19 +18,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SYSTEMD = REPOSITORY / "deploy/systemd"
 
 
-def _build_deb() -> Any:
-    name = "boardbench_build_deb_for_updater"
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "deploy/build_deb.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_it_needs_nothing_but_python_and_what_the_package_installs(
-    tmp_path: Path, release_packages: Any
+    tmp_path: Path, release_packages: Any, build_deb: ModuleType
 ) -> None:
-    build_deb = _build_deb()
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     tree = tmp_path / "tree"
     build_deb._add_updater(tree, next(t for t in build_deb.TARGETS.values() if t.tag == "cp311"))

@@ -38,9 +38,11 @@ def _run(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
+        from boardbench.agent.bench import wheels
+
+        fix = wheels.REINSTALL if wheels.here().brought is not None else "pip install 'boardbench[agent]'"
         return _complain(
-            f"{options.command} needs the agent's part of boardbench ({error.name} is missing): "
-            "pip install 'boardbench[agent]'",
+            f"{options.command} needs the agent's part of boardbench ({error.name} is missing): {fix}",
             _FAILED,
         )
 
@@ -82,7 +84,12 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--listen", metavar="HOST:PORT", help="where to listen (127.0.0.1:7341); port 0: any; empty: nowhere"
     )
-    serve.add_argument("--collector", metavar="HOST:PORT", help="where to report results")
+    serve.add_argument(
+        "--collector",
+        metavar="HOST:PORT",
+        help="where to report results; tls://HOST:PORT where that has a certificate",
+    )
+    _add_ca(serve.add_argument)
     serve.add_argument("--address", metavar="HOST:PORT", help="where others reach this agent")
     serve.add_argument(
         "--port-file", type=Path, metavar="FILE", help="the port is written there as JSON while it is open"
@@ -118,7 +125,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--format", choices=("text", "json"), default="text", help="json: an ExamineResponse")
 
     enroll = _command(commands.add_parser, "enroll", _enroll, "make this board one of a collector's")
-    enroll.add_argument("--collector", metavar="HOST:PORT", help="the collector")
+    enroll.add_argument(
+        "--collector", metavar="HOST:PORT", help="the collector; tls://HOST:PORT where it has a certificate"
+    )
+    _add_ca(enroll.add_argument)
     enroll.add_argument(
         "--token",
         required=True,
@@ -222,9 +232,17 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ca(add: Callable[..., object]) -> None:
+    add(
+        "--collector-ca",
+        metavar="FILE",
+        help="certificate (PEM) of the authority that the collector's must be of; implies tls://",
+    )
+
+
 def _flags(options: argparse.Namespace) -> dict[str, object]:
     """What the command line sets of the configuration."""
-    names = ("listen", "collector", "address", "data_dir", "device_id", "sys_root")
+    names = ("listen", "collector", "collector_ca", "address", "data_dir", "device_id", "sys_root")
     flags = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if options.label:
         flags["labels"] = _pairs("--label", options.label)

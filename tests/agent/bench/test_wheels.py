@@ -80,6 +80,76 @@ def test_the_systems_python_takes_an_environment_and_not_packages() -> None:
     assert "as python in [runtimes.onnxruntime]" in told
 
 
+BROUGHT = frozenset(("ai-edge-litert", "numpy", "onnxruntime"))
+PACKAGED = replace(PI_5, executable="/usr/bin/python3.11", brought=BROUGHT)
+
+
+def test_the_agents_package_has_no_pip_and_is_told_what_works_there() -> None:
+    told = wheels.how("torch", wheels.TORCH, at=PACKAGED)
+    assert (
+        "sudo apt install python3.11-venv && sudo /usr/bin/python3.11 -m venv /opt/boardbench-torch && "
+        in told
+    )
+    assert "sudo /opt/boardbench-torch/bin/python -m pip install torch numpy; then " in told
+    assert (
+        'python = "/opt/boardbench-torch/bin/python" below [runtimes.torch] in /etc/boardbench/agent.toml'
+        in told
+    )
+    # What is in it needs no installation, but the package anew.
+    for told in (tflite(PACKAGED), wheels.how("onnxruntime", wheels.ONNXRUNTIME, at=PACKAGED)):
+        assert "pip" not in told and "apt install --reinstall ./boardbench-agent_" in told
+    # Of 32 bits it has the older interpreter.
+    narrow = replace(PACKAGED, machine="armv7l", brought=frozenset(("tflite-runtime",)))
+    assert "tflite-runtime is in the agent's package" in tflite(narrow)
+    assert "there is no wheel" in wheels.how("onnxruntime", wheels.ONNXRUNTIME, at=narrow)
+
+
+def test_the_agents_package_is_told_by_its_release(tmp_path: Path) -> None:
+    """A virtual environment over this Python, as deploy/build_deb.py lays one out."""
+    base = Path(sys._base_executable)  # type: ignore[attr-defined]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(base)
+    (tmp_path / "pyvenv.cfg").write_text(f"home = {base.parent}\ninclude-system-site-packages = false\n")
+    agent = Path(wheels.__file__).parents[3]
+    program = (
+        f"import sys; sys.path.insert(0, {str(agent)!r}); from boardbench.agent.bench import wheels; "
+        "here = wheels.here(); print(here.brought and sorted(here.brought), here.executable)"
+    )
+
+    def told() -> str:
+        command = [tmp_path / "bin/python", "-I", "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert told() == f"None {tmp_path / 'bin/python'}"
+    for content, brought in (
+        ('{"wheels": ["onnxruntime", "numpy"]}', "['numpy', 'onnxruntime']"),
+        ("{}", "frozenset()"),
+        ("no JSON", "None"),
+        ("[]", "None"),
+    ):
+        (tmp_path / "release.json").write_text(content)
+        assert told().startswith(f"{brought} ")
+        if brought != "None":
+            assert Path(told().split()[-1]).resolve() == base.resolve()
+
+
+def test_a_jetsons_engine_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+    def reason(at: Here) -> str:
+        monkeypatch.setattr(wheels, "here", lambda: at)
+        with pytest.raises(RuntimeUnavailable) as raised:
+            runtimes.create("tensorrt").version()
+        return str(raised.value)
+
+    # The package's Python sees the system's packages.
+    assert reason(PACKAGED).endswith("sudo apt install python3-libnvinfer")
+    assert reason(PI_5).endswith(
+        "python3-libnvinfer and name /usr/bin/python3 as python in [runtimes.tensorrt]"
+    )
+    assert "; elsewhere /opt/v/bin/python -m pip install tensorrt" in reason(replace(PI_5, machine="x86_64"))
+
+
 @pytest.mark.parametrize(
     ("kernel", "bits", "machine"),
     [

@@ -5,13 +5,14 @@ What PyPI has, by the tags of the newest wheels, looked up in November 2026: htt
 
 from __future__ import annotations
 
+import json
 import platform
 import struct
 import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Mapping, Optional, Tuple
+from typing import FrozenSet, Mapping, Optional, Tuple
 
 _Version = Tuple[int, int]
 
@@ -68,6 +69,11 @@ EXECUTORCH = Wheels(
     glibc={"x86_64": (2, 28), "aarch64": (2, 28)},
     beside="torch 'numpy>=2'",
 )
+# For Jetsons' own processors there is none on PyPI: theirs comes with JetPack.
+TENSORRT = Wheels("tensorrt", (3, 8), machines={"linux": ("x86_64",), "win32": ("amd64",)})
+
+REINSTALL = "install the agent's package again: sudo apt install --reinstall ./boardbench-agent_….deb"
+"""What mends a release that lacks what it was built with."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class Here:
     executable: str
     managed: bool
     """Whether the system keeps pip out of this Python (PEP 668)."""
+    brought: Optional[FrozenSet[str]] = None
+    """What the agent's Debian package has in it, when this is its Python, which has no pip."""
 
 
 def here() -> Here:
@@ -91,14 +99,26 @@ def here() -> Here:
     known = name == "glibc" and len(parts) >= 2 and parts[0].isdigit() and parts[1].isdigit()
     in_venv = sys.prefix != sys.base_prefix
     marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    brought = _brought(Path(sys.prefix))
     return Here(
         python=sys.version_info[:2],
         system=sys.platform,
         machine=machine(platform.machine(), struct.calcsize("P") * 8),
         glibc=(int(parts[0]), int(parts[1])) if known else None,
-        executable=sys.executable,
+        # Another environment is made with the Python below the package's.
+        executable=sys.executable if brought is None else getattr(sys, "_base_executable", sys.executable),
         managed=not in_venv and marker.exists(),
+        brought=brought,
     )
+
+
+def _brought(prefix: Path) -> Optional[FrozenSet[str]]:
+    """The packages in a release of the agent; None when that is none (``deploy/build_deb.py`` makes them)."""
+    try:
+        told = json.loads((prefix / "release.json").read_text(encoding="utf-8"))
+        return frozenset(map(str, told.get("wheels", ())))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
 
 
 def machine(kernel: str, bits: int) -> str:
@@ -124,9 +144,19 @@ def how(engine: str, *choices: Wheels, at: Optional[Here] = None) -> str:
 
 def _command(engine: str, wheels: Wheels, place: Here) -> str:
     what = f"{wheels.package} {wheels.beside}".rstrip()
+    home = f"/opt/boardbench-{engine}"
+    if place.brought is not None:
+        if wheels.package in place.brought:
+            return f"{wheels.package} is in the agent's package, and does not work there: {REINSTALL}"
+        # Not below /home, which the service does not see.
+        return (
+            f"it is not in the agent's package, and lives in a Python of its own: sudo apt install "
+            f"python{_dotted(place.python)}-venv && sudo {place.executable} -m venv {home} && "
+            f'sudo {home}/bin/python -m pip install {what}; then python = "{home}/bin/python" below '
+            f"[runtimes.{engine}] in /etc/boardbench/agent.toml, and sudo systemctl restart boardbench-agent"
+        )
     if not place.managed:
         return f"{place.executable} -m pip install {what}"
-    home = f"/opt/boardbench-{engine}"
     return (
         f"{place.executable} is the system's, which takes no packages from pip: "
         f"{place.executable} -m venv {home} && {home}/bin/python -m pip install {what}, and name "

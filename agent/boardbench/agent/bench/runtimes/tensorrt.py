@@ -151,10 +151,21 @@ class TensorRtRuntime:
         try:
             import tensorrt as trt
         except Exception as error:  # a broken installation raises anything
+            from boardbench.agent.bench import wheels
+
+            place = wheels.here()
+            # The package's Python sees what the system's has.
+            name_it = (
+                " and name /usr/bin/python3 as python in [runtimes.tensorrt]" if place.brought is None else ""
+            )
+            elsewhere = (
+                ""
+                if wheels.TENSORRT.lacks(place)
+                else f"; elsewhere {wheels.how('tensorrt', wheels.TENSORRT)}"
+            )
             raise RuntimeUnavailable(
                 f"no TensorRT in {sys.executable} ({type(error).__name__}: {error}). On a Jetson it is the "
-                "system's: apt install python3-libnvinfer, and name /usr/bin/python3 as the engine's "
-                f"interpreter; elsewhere {sys.executable} -m pip install tensorrt"
+                f"system's: sudo apt install python3-libnvinfer{name_it}{elsewhere}"
             ) from error
         try:
             self._cuda = cudart.load()

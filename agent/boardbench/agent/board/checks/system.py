@@ -8,6 +8,7 @@ proc_pid_clear_refs(5).
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 
 from boardbench.agent.board import sysfs
@@ -125,9 +126,13 @@ def _runtimes(view: View) -> agent_pb2.Finding:
     available = [status for status in view.runtimes if status.available]
     missing = [status for status in view.runtimes if not status.available]
     if not available:
+        from boardbench.agent.bench import wheels
+
         return invalid(
             "; ".join(f"{status.name}: {status.reason}" for status in missing),
-            "pip install 'boardbench[agent,tflite,onnxruntime]' into the agent's environment",
+            wheels.REINSTALL
+            if wheels.here().brought is not None
+            else f"{sys.executable} -m pip install 'boardbench[agent,tflite,onnx]'",
         )
     said = ", ".join(f"{status.name} ({status.version})" for status in available)
     return ok(f"{said}{'; not here: ' if missing else ''}{', '.join(status.name for status in missing)}")
