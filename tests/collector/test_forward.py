@@ -157,7 +157,7 @@ class Following:
             receiver,
             pace=more.get("pace", QUICK),
             sleep=sleep,
-            jitter=lambda: 1.0,
+            jitter=lambda: 0.5,
         )
         self.forwarder = self.make()
 
@@ -236,6 +236,18 @@ async def test_a_restart_neither_leaves_out_nor_repeats(
     assert len(receiver.posts) == 2
 
 
+async def test_one_that_ends_while_the_receiver_is_away_leaves_nothing_out(
+    following: Following, receiver: Receiver, make_result: MakeResult
+) -> None:
+    await following.add(make_result("run-1"))
+    receiver.script = [Unreachable("connection refused")] * 1000
+    await until(following.forwarder, lambda: following.forwarder.view().retries > 2)
+    receiver.script = []
+    following.forwarder = following.make()
+    await following.until_done()
+    assert len(receiver.found("boardbench_latency_mean_seconds")) == 1
+
+
 async def test_a_cursor_that_is_broken_or_beyond_the_store_begins_anew(
     following: Following, receiver: Receiver, make_result: MakeResult, tmp_path: Path
 ) -> None:
@@ -262,7 +274,7 @@ async def test_a_receiver_that_is_busy_or_away_gets_everything_later(
     await following.add(make_result("run-1"))
     await following.until_done()
     waits = [seconds for seconds in following.slept if seconds != QUICK.poll_seconds]
-    assert waits == [3.01, 0.02, 0.02, 0.02, 0.02]
+    assert waits == [3.005, 0.01, 0.01, 0.01, 0.01], "half of each pause, and all of what was asked for"
     view = following.forwarder.view()
     assert (view.retries, view.dropped, view.up) == (5, {}, True)
     assert len(receiver.found("boardbench_latency_mean_seconds")) == 1
