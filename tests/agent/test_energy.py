@@ -300,6 +300,13 @@ def test_without_idle_only_the_whole_is_told() -> None:
     assert found.method.endswith("difference of its energy counter, 201 samples; idle not measured")
 
 
+@pytest.mark.parametrize("watts", [0.1, 9.39, 3.2170001])
+def test_a_rail_that_stands_still_leaves_nothing_and_no_residue_of_rounding(watts: float) -> None:
+    found = energy.per_inference(keyed(series(sampled(lambda _: watts, 40))), WHOLE, 7)
+    assert found is not None
+    assert (found.joules, found.low_joules, found.high_joules) == (0.0, 0.0, 0.0)
+
+
 def test_noise_alone_is_no_energy() -> None:
     """A board that takes what it took idle: the bounds hold zero."""
     drawn = random.Random(1)

@@ -32,6 +32,8 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 _LEAST_SAMPLES = 2
 # An edge that is so many usual gaps away from the next sample was not watched.
 _MOST_GAPS = 3.0
+# Sums over a run that are as close as this are the same: no sensor tells them apart, and doubles hardly do.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,15 @@ def per_inference(
         run,
         idle,
         inferences,
-        (run.joules - idle.watts * seconds) / inferences,
-        (run.low_joules - idle.high_watts * seconds) / inferences,
-        (run.high_joules - idle.low_watts * seconds) / inferences,
+        _beyond(run.joules, idle.watts * seconds) / inferences,
+        _beyond(run.low_joules, idle.high_watts * seconds) / inferences,
+        _beyond(run.high_joules, idle.low_watts * seconds) / inferences,
     )
+
+
+def _beyond(joules: float, idle: float) -> float:
+    """What is left of ``joules``; a rail that stood still leaves nothing, and not what rounding leaves."""
+    return 0.0 if math.isclose(joules, idle, rel_tol=_ROUNDING) else joules - idle
 
 
 @dataclass(frozen=True)
