@@ -31,6 +31,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEPLOY = REPOSITORY / "deploy"
 MODELS = Path(os.environ.get("BOARDBENCH_MODELS", REPOSITORY.parent / "shared" / "models"))
+QUEUED = "synthetic-jetson"
 PARTLY = "deeplabv3_mnv2_dm05_pascal_quant_edgetpu.tflite"
 START_SECONDS = 60.0
 # Long enough for figures that are worth something, short enough to see something happen.
@@ -71,7 +72,7 @@ def main() -> int:
         if arguments.ports:
             found = {"collector": collector, "prometheus": prometheus, "grafana": grafana, "boards": boards}
             arguments.ports.write_text(json.dumps(found) + "\n")
-        stage.measure(boards, ended, arguments.seconds)
+        stage.measure(boards, collector["grpc"], ended, arguments.seconds)
     return 0
 
 
@@ -192,15 +193,21 @@ class Stage:
         _until("Grafana is ready", lambda: _answers(f"{address}/api/health"))
         return address
 
-    def measure(self, boards: Mapping[str, str], ended: threading.Event, seconds: float | None) -> None:
+    def measure(
+        self, boards: Mapping[str, str], collector: int, ended: threading.Event, seconds: float | None
+    ) -> None:
         """Measures the models on all boards, one board after the other, until it is to end."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while not ended.is_set() and (deadline is None or time.monotonic() < deadline):
             for name, address in boards.items():
                 if ended.is_set():
                     return
+                # One of them by the collector's queue, as boards behind NAT are reached.
+                to = ["--to", address]
+                if name == QUEUED:
+                    to = ["--via", f"127.0.0.1:{collector}", "--on", f"device={name}"]
                 done = subprocess.run(
-                    [*_program("boardbench"), "push", *self._what(name), "--to", address, "--quiet"],
+                    [*_program("boardbench"), "push", *self._what(name), *to, "--quiet"],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,

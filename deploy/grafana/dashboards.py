@@ -10,6 +10,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from panels import (
     CHOSEN,
     GREEN,
+    MOMENT,
     NAMED,
     RED,
     SERIES,
@@ -109,7 +110,7 @@ def fleet() -> dashboard.Dashboard:
                 ("peak memory", "bytes", Ask(judged(f"boardbench_memory_run_peak_rss_bytes{{{CHOSEN}}}"))),
                 (
                     "ended",
-                    "dateTimeFromNow",
+                    MOMENT,
                     Ask(judged(f"boardbench_result_timestamp_seconds{{{CHOSEN}}}") + " * 1000"),
                 ),
                 joined_by=("device", "model", "runtime", "target", "threads", "variant", "validity"),
@@ -146,7 +147,7 @@ def fleet() -> dashboard.Dashboard:
                 "Every board: what it is and when it was last heard of.",
                 (
                     "last heard of",
-                    "dateTimeFromNow",
+                    MOMENT,
                     Ask(
                         'boardbench_device_last_seen_timestamp_seconds{device=~"$board"} * 1000'
                         " * on (device) group_left (board, os, architecture, emulator) boardbench_device_info"
@@ -552,7 +553,7 @@ def collector() -> dashboard.Dashboard:
             lines(
                 "Results",
                 "Results a second: stored, come again, refused, failed to be stored.",
-                "ops",
+                "cps",
                 Ask("sum(rate(boardbench_collector_results_stored_total[$__rate_interval]))", "stored"),
                 Ask(
                     "sum(rate(boardbench_collector_results_duplicate_total[$__rate_interval]))", "came again"

@@ -53,15 +53,21 @@ UNITS = {
     "cpu": ORANGE,
     "unknown": GREY,
 }
+# Grafana's unit for a moment, as how long ago it was.
+MOMENT = "dateTimeFromNow"
+# Room for "a few seconds ago", in pixels.
+MOMENT_WIDTH = 140
+# Text of bars, in pixels: with few of them it would fill the panel.
+BAR_TITLE, BAR_VALUE = 13, 20
 # Of columns of a table, in pixels.
 WIDTHS = {
     "device": 150,
-    "model": 280,
+    "model": 300,
     "runtime": 100,
-    "target": 90,
-    "threads": 70,
-    "variant": 160,
-    "validity": 90,
+    "target": 80,
+    "threads": 65,
+    "variant": 140,
+    "validity": 80,
     "verdict": 130,
     "board": 240,
     "os": 220,
@@ -120,8 +126,8 @@ def lines(
         panel = panel.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
     dashed = model.DynamicConfigValue(id_val="custom.lineStyle", value={"fill": "dash", "dash": [8, 8]})
     if by_unit:
-        for unit, colour in UNITS.items():
-            panel = panel.override_by_regexp(f"/^{unit} /", [_fixed(colour)])
+        for ran_on, colour in UNITS.items():
+            panel = panel.override_by_regexp(f"/^{ran_on} /", [_fixed(colour)])
     else:
         panel = _by_validity(panel, [dashed])
     for upper, lower in bands:
@@ -179,6 +185,7 @@ def bars(
         .orientation(common_model.VizOrientation.HORIZONTAL)
         .display_mode(common_model.BarGaugeDisplayMode.BASIC)
         .name_placement(common_model.BarGaugeNamePlacement.TOP)
+        .text(common.VizTextDisplayOptions().title_size(BAR_TITLE).value_size(BAR_VALUE))
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(
             dashboard.ThresholdsConfig()
@@ -241,6 +248,8 @@ def listing(
         named = [model.DynamicConfigValue(id_val="displayName", value=heading)]
         if unit:
             named.append(model.DynamicConfigValue(id_val="unit", value=unit))
+        if unit == MOMENT:
+            named.append(model.DynamicConfigValue(id_val="custom.width", value=MOMENT_WIDTH))
         panel = panel.override_by_name(f"Value #{_ref(place)}", named)
     for label, colours in (("validity", VALIDITY), ("verdict", VERDICTS)):
         mapped = {

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ WORK = HERE.parents[2] / ".cache" / "grafana"
 SOURCES = ("package.json", "tsconfig.json", "dashboard.ts", "panels.jsx", "scrollbars.js", "validate.mjs")
 # What Grafana would fill in with everything chosen.
 EVERYTHING = {"$board": ".*", "$model": ".*", "$runtime": ".*", "$history": "1h", "$__rate_interval": "1m"}
+# The variables of which dashboards that are about one of something have one chosen.
+ABOUT = {"board": ("board", "model"), "model": ("model",)}
 WIDTH = 24 * 62
 _PAGE = """<!doctype html><html><head><meta charset="utf-8"><link rel="stylesheet" href="{folder}/panels.css">
 <style>body {{ margin: 0; font-family: Inter, Helvetica, Arial, sans-serif; font-size: 14px; }}</style></head>
@@ -45,20 +48,30 @@ def main() -> int:
     )
     parser.add_argument("--pictures", type=Path, help="folder for one picture a dashboard")
     parser.add_argument("--minutes", type=float, default=15, help="how far back to ask (default 15)")
+    parser.add_argument(
+        "--choose",
+        action="append",
+        default=[],
+        metavar="VARIABLE=VALUE",
+        help="choose one board or model on the dashboards that are about one; again for the other; "
+        "without it everything is chosen",
+    )
     arguments = parser.parse_args()
+    chosen = dict(each.partition("=")[::2] for each in arguments.choose)
     prepare()
     files = sorted(DASHBOARDS.glob("*.json"))
     done = subprocess.run(["node", "validate.mjs", "schema.json", *files], cwd=WORK)
     empty = 0
     for file in files:
         dashboard = json.loads(file.read_text())
-        answers, without = answered(arguments.prometheus, dashboard, arguments.minutes * 60)
+        about = {name: value for name, value in chosen.items() if name in ABOUT.get(file.stem, ())}
+        answers, without = answered(arguments.prometheus, dashboard, arguments.minutes * 60, about)
         for title in without:
             print(f"{file.stem}: {title}: nothing to show")
         empty += len(without)
         if arguments.pictures:
             arguments.pictures.mkdir(parents=True, exist_ok=True)
-            photograph(dashboard, answers, arguments.pictures / f"{file.stem}.png")
+            photograph(named(dashboard, about), answers, arguments.pictures / f"{file.stem}.png")
     return 1 if done.returncode or empty else 0
 
 
@@ -99,21 +112,38 @@ def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def answered(prometheus: str, dashboard: dict[str, Any], seconds: float) -> tuple[dict[str, Any], list[str]]:
+def named(dashboard: dict[str, Any], about: Mapping[str, str]) -> dict[str, Any]:
+    """The dashboard with what it is about in its titles."""
+    titled = json.loads(json.dumps(dashboard))
+    titled["title"] = ": ".join([dashboard["title"], *about.values()])
+    for panel in panels(titled):
+        for name in EVERYTHING:
+            panel["title"] = panel["title"].replace(name, about.get(name[1:], "everything"))
+    return titled
+
+
+def answered(
+    prometheus: str, dashboard: dict[str, Any], seconds: float, about: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """What each panel's targets show, by its title; and the titles of panels with nothing to show."""
+    filled = EVERYTHING | {
+        f"${name}": re.escape(value).replace("\\", "\\\\") for name, value in about.items()
+    }
     answers: dict[str, Any] = {}
     without = []
-    for panel in panels(dashboard):
-        found = [_ask(prometheus, target, seconds) for target in panel["targets"]]
+    for panel in panels(named(dashboard, about)):
+        found = [_ask(prometheus, target, seconds, filled) for target in panel["targets"]]
         answers[panel["title"]] = found
         if not any(found):
             without.append(panel["title"])
     return answers, without
 
 
-def _ask(prometheus: str, target: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+def _ask(
+    prometheus: str, target: dict[str, Any], seconds: float, filled: Mapping[str, str]
+) -> list[dict[str, Any]]:
     expression = target["expr"]
-    for name, value in EVERYTHING.items():
+    for name, value in filled.items():
         expression = expression.replace(name, value)
     end = time.time()
     query: dict[str, object] = {"query": expression}

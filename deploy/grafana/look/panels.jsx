@@ -139,6 +139,7 @@ function Bars({ panel, answers, width, height }) {
             field={{ ...field.config, min: 0, max: greatest }}
             value={{ ...value, title: frame.name, color: colour ? theme.visualization.getColorByName(colour) : value.color }}
             display={field.display}
+            text={panel.options.text}
           />
         );
       })}
