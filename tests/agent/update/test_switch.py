@@ -203,11 +203,17 @@ def test_what_is_not_trusted_or_does_not_fit_changes_nothing(board: Board, relea
     damaged = board.root / "made" / "damaged.deb"
     damaged.write_bytes(changed)
     outside = release_packages.build(board.root / "out", "0.2.0", {"../../../x": "out"})
+    elsewhere = board.root / "elsewhere"
+    elsewhere.mkdir()
+    linked = release_packages.build(
+        board.root / "linked", "0.2.0", {"lib": elsewhere, "lib/x": "out", "lib/deep/y": "out"}
+    )
     cases = [
         (other, "not signed"),
         (stranger.sign(other), "signed by nobody whose key is here"),
         (damaged, "changed or damaged"),
         (board.signer.sign(outside), "leads elsewhere"),
+        (board.signer.sign(linked), "behind a link"),
         (board.package("0.0.9"), "older than 0.1.0"),
         (board.package("0.2.0", build={"architecture": "armhf"}), "is for armhf, and this board is arm64"),
         (board.package("0.2.0", build={"tag": "cp313"}), "Python 3.13, and this board has 3.11"),
@@ -220,12 +226,23 @@ def test_what_is_not_trusted_or_does_not_fit_changes_nothing(board: Board, relea
         assert why in entry.reason
         assert board.current == "0.1.0+cp311"
         assert board.update() == entry
+    assert list(elsewhere.iterdir()) == []
     board.layout.keys.unlink()
     board.ask(board.package("0.2.0"), "keyless")
     assert "trusts no signature" in board.update().reason
     assert not (board.root / "started").exists()
     assert board.releases == ["0.1.0+cp311"]
     assert not (board.root / "opt/boardbench/x").exists()
+
+
+def test_a_release_is_on_the_disk_before_it_has_its_name(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append(board.releases))
+    board.ask(board.package("0.2.0"))
+    assert board.update().state == "done"
+    assert seen == [[".coming-0.2.0+cp311", "0.1.0+cp311"]]
 
 
 def test_an_older_release_is_taken_when_its_signature_says_so(board: Board) -> None:
