@@ -1,6 +1,6 @@
 # The two commands a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help same-python demo test test-engines lint protos observe dashboards docs bench soak test-board build clean
+.PHONY: help same-python demo test test-engines lint protos observe dashboards docs bench soak test-board test-packages build clean
 
 # The newest Python on the PATH that boardbench runs on; `make PYTHON=…` chooses another.
 PYTHON ?= $(shell deploy/find_python.sh)
@@ -121,7 +121,10 @@ soak: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.mad
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
 test-board: $(VENV)/.dev  ## Flash an emulated board, boot it, run a model on it (root; QEMU; a quarter of an hour)
-	$(BIN)/python -m pytest tests/board tests/deploy -m soak --timeout=7200 -rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/board tests/deploy/test_life_of_a_package.py -m soak --timeout=7200 -rs $(PYTEST_ARGS)
+
+test-packages: $(VENV)/.dev  ## Build every package twice and install it in its Debian (root; mmdebstrap; half an hour)
+	$(BIN)/python -m pytest tests/deploy -m soak --timeout=7200 -rs $(PYTEST_ARGS)
 
 build: $(BIN)/python  ## Build the wheel and the source distribution into dist/
 	$(BIN)/python -m pip install -q build
