@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -175,3 +179,192 @@ def copied(tmp_path: Path) -> Iterator[Callable[[Path], System]]:
     yield copy
     for root in made:
         subprocess.run(["rm", "-rf", "--one-file-system", str(root)], check=True)
+
+
+DEBIANS = {
+    "amd64-cp311": "bookworm",
+    "amd64-cp313": "trixie",
+    "arm64-cp311": "bookworm",
+    "arm64-cp313": "trixie",
+    "armhf-cp311": "bookworm",
+}
+INSIDE = "python3,libstdc++6,systemd,udev"
+# 32 bits: NumPy and psutil are the system's.
+INSIDE_ARMHF = f"{INSIDE},python3-numpy,python3-psutil"
+ENGINES = {"amd64": ("tflite", "onnxruntime"), "arm64": ("tflite", "onnxruntime"), "armhf": ("tflite",)}
+
+
+@pytest.fixture
+def place_of(debian: Callable[..., Path], runs_foreign: Callable[[str], None]) -> Callable[[str], Path]:
+    """The Debian that a package is for."""
+
+    def make(target: str) -> Path:
+        architecture = target.partition("-")[0]
+        suite = DEBIANS[target]
+        options = ["--variant=minbase", f"--include={INSIDE_ARMHF if architecture == 'armhf' else INSIDE}"]
+        if architecture != "amd64":
+            runs_foreign(architecture)
+            options.append(f"--architectures={architecture}")
+        kind = "" if architecture == "amd64" else "-whole"
+        return debian(f"{suite}-{architecture}{kind}", *options, suite)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Look:
+    """What can be seen of a package that is installed."""
+
+    described: Callable[[System], dict[str, Any]]
+    runs_a_model: Callable[[System, Path], None]
+    serves: Callable[[System], None]
+    engines: Mapping[str, tuple[str, ...]]
+
+
+@pytest.fixture
+def look() -> Look:
+    """The eyes of the tests."""
+    return Look(described, runs_a_model, serves, ENGINES)
+
+
+@pytest.fixture
+def live(
+    place_of: Callable[[str], Path],
+    copied: Callable[[Path], System],
+    packed: Callable[[str, Path, str], Path],
+    tmp_path: Path,
+    shared_models: Path,
+) -> Callable[[str], None]:
+    """Takes the package of a target from install to purge, in the Debian that it is for."""
+
+    def whole(target: str) -> None:
+        system = copied(place_of(target))
+        _live(
+            target,
+            system,
+            *(packed(target, tmp_path, version) for version in ("0.1.0", "0.2.0")),
+            shared_models,
+        )
+
+    return whole
+
+
+def described(system: System) -> dict[str, Any]:
+    """What the agent says of the board and itself."""
+    said = system.run("/usr/bin/boardbench-agent", "probe", "--format", "json", "--data-dir", "/tmp/probe")
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def _live(target: str, system: System, first: Path, second: Path, shared_models: Path) -> None:
+    """From install to purge."""
+    architecture, _, tag = target.partition("-")
+    before = system.files()
+    for deb in (first, second):
+        shutil.copy(deb, system.root / "root")
+
+    def release(version: str) -> str:
+        return f"releases/{version}+{tag}"
+
+    system.run("dpkg", "-i", f"/root/{first.name}")
+    told = described(system)
+    engines = {engine["name"]: engine for engine in told["runtimes"]}
+    assert told["agent_version"] == "0.1.0"
+    for name in ENGINES[architecture]:
+        assert engines[name]["available"], engines[name]
+    assert engines["tflite"]["interpreter"]["path"] == f"/opt/boardbench/{release('0.1.0')}/bin/python"
+    # What is not there is not to be had by a pip that is not there either.
+    for name, engine in engines.items():
+        if not engine.get("available"):
+            assert not re.search(r"(?<!/bin/python )-m pip", engine["reason"]), (name, engine["reason"])
+            assert f"/opt/boardbench/{release('0.1.0')}/bin/python -m pip" not in engine["reason"], name
+    runs_a_model(system, shared_models)
+    serves(system)
+    state = system.run("stat", "-c", "%U %G %a", "/var/lib/boardbench", "/etc/boardbench/agent.toml").split(
+        "\n"
+    )
+    assert state[:2] == ["boardbench boardbench 700", "root root 644"]
+    assert "boardbench" in system.run("id", "boardbench")
+    wanted = system.root / "etc/systemd/system/multi-user.target.wants/boardbench-agent.service"
+    assert wanted.is_symlink()
+    # Nothing was compiled on the board, by root either.
+    listed = set(system.run("dpkg", "-L", "boardbench-agent").split("\n"))
+    for path in (system.root / "opt/boardbench").rglob("*"):
+        name = "/" + str(path.relative_to(system.root))
+        assert name in listed or name == "/opt/boardbench/current", name
+
+    settings = system.root / "etc/boardbench/agent.toml"
+    settings.write_text(settings.read_text() + '[labels]\nlab = "kept"\n')
+    (system.root / "etc/boardbench/agent.d/50-flash.toml").write_text('collector = "lab:7342"\n')
+    wanted.unlink()
+    system.run("dpkg", "-i", f"/root/{second.name}")
+    told = described(system)
+    assert told["agent_version"] == "0.2.0"
+    assert told["board"]["labels"] == {"lab": "kept"}
+    assert (system.root / "opt/boardbench/current").readlink() == Path(release("0.2.0"))
+    assert not (system.root / "opt/boardbench" / release("0.1.0")).exists()
+    assert not wanted.is_symlink(), "who had disabled the service keeps it disabled"
+    # The way back.
+    system.run("dpkg", "-i", f"/root/{first.name}")
+    assert (system.root / "opt/boardbench/current").readlink() == Path(release("0.1.0"))
+
+    (system.root / "var/lib/boardbench/results").mkdir()
+    (system.root / "etc/boardbench/update.pub").touch()
+    # What an update has put beside the package's own release.
+    (system.root / "opt/boardbench" / release("0.3.0")).mkdir()
+    system.run("dpkg", "-r", "boardbench-agent")
+    assert not (system.root / "opt/boardbench").exists()
+    assert (system.root / "var/lib/boardbench/results").exists()
+    assert '"kept"' in settings.read_text()
+    system.run("dpkg", "-P", "boardbench-agent")
+    left = {name for name in system.files() - before if not name.startswith("root/boardbench-agent_")}
+    assert left == set()
+    assert "no such user" in system.run("id", "boardbench", code=1)
+
+
+# By the service's user, with nothing of root's.
+_AS_SERVICE = ("setpriv", "--reuid=boardbench", "--regid=boardbench", "--clear-groups", "--no-new-privs")
+_DATA = "/var/lib/boardbench"
+
+
+def runs_a_model(system: System, shared_models: Path) -> None:
+    """One real model, by the agent's own command."""
+    place = system.root / "srv/model.tflite"
+    shutil.copy(shared_models / "mobilenet_v1_0.25_128_quant.tflite", place)
+    said = system.run(
+        *_AS_SERVICE, "/usr/bin/boardbench-agent", "run", "/srv/model.tflite", "--data-dir", _DATA,
+        "--max-runs=5", "--min-runs=5", "--duration=0.1", "--format=jsonl", HOME=_DATA,
+    )  # fmt: skip
+    place.unlink()
+    result = json.loads(said.splitlines()[-1])["result"]
+    assert result["status"] == "RUN_STATUS_SUCCEEDED", result
+    (output,) = result["outputs"]
+    assert output["shape"] in (["1", "1001"], [1, 1001])
+
+
+def serves(system: System) -> None:
+    """The service starts, and answers over gRPC; systemd is not there to do it."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    file = system.root / _DATA[1:] / "port.json"
+    command = (
+        *_AS_SERVICE,
+        "/usr/bin/boardbench-agent",
+        "serve",
+        "--listen=127.0.0.1:0",
+        "--data-dir",
+        _DATA,
+    )
+    with system.started(*command, f"--port-file={_DATA}/port.json", HOME=_DATA) as process:
+        deadline = time.monotonic() + 300
+        while not file.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "it has not opened its port within 300 s"
+            time.sleep(0.1)
+        port = json.loads(file.read_text())["grpc"]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        process.terminate()
+        assert process.wait(120) == 0, "it ends by itself when it is asked to"
