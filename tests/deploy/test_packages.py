@@ -235,6 +235,31 @@ def test_the_unit_is_hardened_and_sound(tmp_path: Path) -> None:
     assert "boardbench-agent.service:" not in done.stderr, done.stderr
 
 
+# What the unit asks of the kernel (prctl(2), PR_SET_MDWE), and an engine that makes machine code of a model.
+_COMPILES = """
+import ctypes, sys
+if sys.argv[2] == "yes":
+    assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0
+import numpy, openvino
+made = openvino.Core().compile_model(sys.argv[1], "CPU")
+made({each: numpy.zeros(tuple(each.shape), "B") for each in made.inputs})
+"""
+
+
+def test_the_unit_lets_engines_compile(shared_models: Path) -> None:
+    pytest.importorskip("openvino")
+    unit = (DEPLOY / "systemd/boardbench-agent.service").read_text()
+    denied = re.findall(r"^MemoryDenyWriteExecute=(\w+)$", unit, re.MULTILINE) or ["no"]
+    model = shared_models / "mobilenet_v1_0.25_128_quant.tflite"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _COMPILES, model, denied[-1]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_groups_of_the_unit_are_made_by_the_package() -> None:
     unit = (DEPLOY / "systemd/boardbench-agent.service").read_text()
     (groups,) = re.findall(r"^SupplementaryGroups=(.*)$", unit, re.MULTILINE)
