@@ -8,7 +8,7 @@ import pytest
 
 from boardbench.agent.errors import DamagedFile, InvalidRequest, MislabelledFile, UnknownFormat
 from boardbench.agent.formats import Mark, claimed, marked
-from boardbench.agent.receive import FileKind, identify
+from boardbench.agent.recognise import FileKind, identify
 
 HEF = Mark("hef", "hailo", "boardbench-hailo 1.2", b"\x01HEF", (".hef",))
 SHORT = Mark("short", "short", "boardbench-short 1", b"\x01")

@@ -162,7 +162,7 @@ def agent(
     tmp_path: Path, collector: Collector, fake_engine: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     """Runs an agent that nobody can reach, in this process."""
-    monkeypatch.setattr("boardbench.agent.jobs._FIRST_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("boardbench.agent.fetch._FIRST_RETRY_SECONDS", 0.02)
     quick = Pace(first_retry_seconds=0.02, longest_retry_seconds=0.1)
     monkeypatch.setattr("boardbench.agent.stream.Pace", lambda: quick)
 

@@ -40,14 +40,10 @@ from boardbench.agent.errors import (
     Superseded,
     Unavailable,
 )
-from boardbench.agent.receive import (
-    CHUNK_LIMIT_BYTES,
-    FileKind,
-    ModelStore,
-    StoredFile,
-    Transfer,
-    clean_name,
-)
+from boardbench.agent.part import CHUNK_LIMIT_BYTES
+from boardbench.agent.receive import StoredFile, Transfer
+from boardbench.agent.recognise import FileKind, clean_name
+from boardbench.agent.store import ModelStore
 
 MIB = 1024 * 1024
 

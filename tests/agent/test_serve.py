@@ -279,7 +279,7 @@ def test_result_that_reached_the_spool_is_not_told_a_second_time(agents: Callabl
     list(agent.run(sha256, "done"))
     result = agent.result("done")
     journal = agent.data_dir / "runs"
-    eventually("the journal has the result", (journal / "done.result").exists)
+    eventually("the journal has the end", lambda: b'"ended"' in (journal / "done.jsonl").read_bytes())
     assert agent.end(signal.SIGTERM) == 0
     order = {
         "run_id": "done",
@@ -287,7 +287,6 @@ def test_result_that_reached_the_spool_is_not_told_a_second_time(agents: Callabl
         "spec": {},
         "created_at": "2026-01-01T00:00:00Z",
     }
-    (journal / "done.result").unlink()
     (journal / "done.jsonl").write_text(
         json.dumps(order) + "\n" + json.dumps({"started_at": "2026-01-01T00:00:01Z"}) + "\n"
     )
@@ -335,7 +334,8 @@ def test_disk_that_is_full_refuses_the_run_and_keeps_the_agent(
     agent = agents("--data-dir", str(disk / "data")).ready()
     sha256 = agent.model()
     list(agent.run(sha256, "fits"))
-    eventually("the run is over", lambda: (disk / "data/runs/fits.result").exists())
+    steps = disk / "data/runs/fits.jsonl"
+    eventually("the run is over", lambda: b'"ended"' in steps.read_bytes())
     with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
         while True:
             filler.write(b"x" * 4096)

@@ -899,6 +899,8 @@ ACTIONS = st.one_of(
     st.tuples(st.just("disk full"), st.booleans()),
     st.tuples(st.just("disk broken"), st.booleans()),
     st.tuples(st.just("settle"), st.just(0)),
+    st.tuples(st.just("hold"), st.integers(0, 3)),
+    st.tuples(st.just("release"), st.just(0)),
 )
 LIVES = st.lists(
     st.tuples(st.lists(ACTIONS, max_size=12), st.sampled_from(["stop", "kill", "cut"]), st.integers(0, 60)),
@@ -938,6 +940,7 @@ def test_every_result_is_stored_once_whatever_ends_the_agent(caplog, tmp_path_fa
         disk.steps_left = steps if ending == "cut" else None
         spool: Spool | None = None
         in_memory: set[str] = set()
+        held: set[str] = set()
         try:
             spool = Spool(root, 1 << 20, 1.0, segment_bytes=600, disk=disk)
             for name, argument in actions:
@@ -951,6 +954,14 @@ def test_every_result_is_stored_once_whatever_ends_the_agent(caplog, tmp_path_fa
                     in_memory.add(run_id)
                 elif name == "settle":
                     spool.settle()
+                elif name == "hold":
+                    run_id = f"run-{len(appended) - 1 - argument}"
+                    if spool.hold(run_id):
+                        held.add(run_id)
+                elif name == "release":
+                    for run_id in held:
+                        spool.release(run_id)
+                    held = set()
                 elif name == "disk full":
                     disk.full = argument
                 elif name == "disk broken":
@@ -960,6 +971,10 @@ def test_every_result_is_stored_once_whatever_ends_the_agent(caplog, tmp_path_fa
                 if not spool.status().trouble:
                     safe |= in_memory
                     in_memory = set()
+                for run_id in held:
+                    found = spool.find(run_id)
+                    assert found is not None
+                    assert found.payload == appended[run_id]
             if ending == "stop":
                 spool.close()
         except PowerCut:

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 
+from boardbench.agent.spool import Spool
 from boardbench.v1 import agent_pb2, agent_pb2_grpc, result_pb2
 
 INTERLEAVED = result_pb2.GROUP_MODE_INTERLEAVED
@@ -359,11 +360,17 @@ def test_kill_after_one_of_a_concurrent_group_was_cancelled(boards: Callable[...
     assert board.cancel("a")
     assert board.result("b").error.code == "group_ended"
     board.kill()
-    (journal / "b.result").unlink()
     (journal / "b.jsonl").write_text(order)
-    for path in (board.agent.data_dir / "spool").rglob("*"):
-        if path.is_file():
-            path.unlink()
+    folder = board.agent.data_dir / "spool"
+    spool = Spool(folder, 1 << 20)
+    kept = spool.find("a")
+    spool.close()
+    assert kept is not None
+    for path in folder.iterdir():
+        path.unlink()
+    spool = Spool(folder, 1 << 20)
+    spool.append("a", kept.payload)
+    spool.close()
     board.begin()
     result = board.result("b")
     assert result.error.code == "group_ended"

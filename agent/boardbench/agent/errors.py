@@ -23,6 +23,7 @@
     │   ├── CorruptChunk        a chunk and its CRC-32 disagree
     │   └── DigestMismatch      the whole file and its SHA-256 disagree
     ├── Superseded              another client took the transfer over, or ended it; push again
+    ├── NotFetched              the collector does not hand a file out, or only damaged
     ├── Unavailable             not now: the agent is stopping
     ├── EnrolmentRefused        the collector does not take the token
     └── StorageError            the disk fails in a way that is nobody's quota (EIO, read-only)
@@ -124,6 +125,10 @@ class DigestMismatch(DataLoss):
 
 class Superseded(AgentError):
     """Another client took this transfer over or ended it; a new push goes on from there."""
+
+
+class NotFetched(AgentError):
+    """The collector does not hand a file out, or only damaged; says what it answered."""
 
 
 class Unavailable(AgentError):

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from boardbench.agent.errors import ConfigurationError
@@ -68,6 +69,12 @@ def replace(path: Path, data: bytes) -> None:
         os.close(descriptor)
     scratch.replace(path)
     sync(path.parent)
+
+
+def free_bytes(path: Path, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> int:
+    """Bytes that may still be written to the file system of the path."""
+    found = statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from boardbench.agent import receive, wire
+from boardbench.agent import recognise, wire
 from boardbench.agent.board.identify import derive_device_id, identify
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.enrolment import Enrolment
@@ -55,12 +55,12 @@ async def run(
         raise InvalidRequest("a group is of several runs, and here is one: push them to an agent")
     unknown: UnknownFormat | None = None
     try:
-        model = _read(model_path, receive.FileKind.MODEL)
+        model = _read(model_path, recognise.FileKind.MODEL)
     except UnknownFormat as error:
         # It may be of an engine from elsewhere.
         unknown = error
     if inputs_path is not None:
-        spec.inputs_sha256 = _read(inputs_path, receive.FileKind.INPUTS).sha256
+        spec.inputs_sha256 = _read(inputs_path, recognise.FileKind.INPUTS).sha256
     run_id = os.urandom(16).hex()
     sequence = 0
 
@@ -73,7 +73,7 @@ async def run(
         engines = Engines(config, Path(folder))
         statuses = await _ask(engines, spec.runtime)
         if unknown is not None:
-            model = _read(model_path, receive.FileKind.MODEL, engines.known_marks or await engines.marks())
+            model = _read(model_path, recognise.FileKind.MODEL, engines.known_marks or await engines.marks())
         limits = config.validity.thresholds
         try:
             settled = plan(model, spec, statuses, config.spec, limits, engines.more_devices)
@@ -208,7 +208,7 @@ async def _ask(engines: Engines, runtime: str) -> Statuses:
     return (status,) if status is not None else await engines.statuses()
 
 
-def _read(path: Path, kind: receive.FileKind, marks: Sequence[Mark] = ()) -> model_pb2.Model:
+def _read(path: Path, kind: recognise.FileKind, marks: Sequence[Mark] = ()) -> model_pb2.Model:
     """The file as a model of the wire, held to what a pushed file is held to. Raises InvalidRequest."""
     digest = hashlib.sha256()
     try:
@@ -221,7 +221,7 @@ def _read(path: Path, kind: receive.FileKind, marks: Sequence[Mark] = ()) -> mod
     return model_pb2.Model(
         sha256=digest.hexdigest(),
         name=path.name,
-        format=receive.identify(path, path.name, kind, marks),
+        format=recognise.identify(path, path.name, kind, marks),
         size_bytes=size_bytes,
     )
 

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +29,27 @@ from boardbench.agent import folder
 from boardbench.agent.config import JobsConfig
 from boardbench.agent.errors import (
     AgentError,
-    DataLoss,
     GroupClosed,
     InvalidRequest,
     ModelNotFound,
     NotRunnable,
     RunExists,
     RunNotFound,
-    Superseded,
     Unavailable,
 )
+from boardbench.agent.fetch import Credentials, Fetcher
 from boardbench.agent.plan import RUN_ID
 from boardbench.agent.queue import Runs
-from boardbench.agent.receive import FileKind, ModelStore
+from boardbench.agent.recognise import FileKind
 from boardbench.agent.spool import Spool
+from boardbench.agent.store import ModelStore
 from boardbench.agent.stream import open_channel
-from boardbench.v1 import agent_pb2, collector_pb2, job_pb2, job_pb2_grpc, model_pb2, result_pb2
+from boardbench.v1 import agent_pb2, collector_pb2, job_pb2, model_pb2, result_pb2
 
 _log = logging.getLogger(__name__)
 
 # How far a run is is for eyes, over a link that may be slow and on a board that measures.
 _REPORT_SECONDS = 0.5
-# Between tries to fetch a file, with full jitter: boards that were offered one model all come at once.
-_FIRST_RETRY_SECONDS = 0.5
-_LONGEST_RETRY_SECONDS = 30.0
-# In which a file on its way must move: a commit of the collector's disk takes less.
-_STALL_SECONDS = 60.0
-# A file that comes damaged this often is damaged where it is.
-_DAMAGED_TRIES = 3
 # The store made room for something else just when the run was to be queued.
 _EVICTED_TRIES = 3
 _SUFFIX = ".offer"
@@ -65,16 +58,6 @@ _REASON_LENGTH = 600
 
 # The board can never run it. All else may be different another time.
 _NEVER = (InvalidRequest, NotRunnable, RunExists, GroupClosed)
-# Asking again can help; every other answer is the collector's last word.
-_PASSING = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
 
 
 class _GivenBack(Exception):
@@ -131,7 +114,7 @@ class Jobs:
         store: ModelStore,
         runs: Runs,
         spool: Spool,
-        credentials: Callable[[grpc.aio.Channel], Awaitable[tuple[tuple[str, str], ...]]] | None = None,
+        credentials: Credentials | None = None,
         channel: Callable[[str], grpc.aio.Channel] = open_channel,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Coroutine[object, object, None]] = asyncio.sleep,
@@ -143,15 +126,12 @@ class Jobs:
         """
         self._config = config
         self._root = root
-        self._collector = collector
-        self._device_id = device_id
         self._store = store
         self._runs = runs
         self._spool = spool
-        self._credentials = credentials
-        self._channel = channel
-        self._jitter = jitter
-        self._sleep = sleep
+        self._fetcher = Fetcher(
+            collector, device_id, credentials=credentials, channel=channel, jitter=jitter, sleep=sleep
+        )
         self._monotonic = monotonic
         self._held: dict[str, _Held] = {}
         # What was given back: until a heartbeat after it was said, it may be to be said again.
@@ -451,71 +431,20 @@ class Jobs:
     # --- files
 
     async def _fetch(self, held: _Held, model: model_pb2.Model, kind: FileKind) -> None:
-        """The file is in the store. Goes on after broken links for as long as it takes."""
-        failures = damaged = 0
-        while True:
-            try:
-                self._store.get(model.sha256)
-                return
-            except ModelNotFound:
-                pass
-            self._progress(held, job_pb2.JOB_PHASE_FETCHING)
-            had = self._arrived(model)
-            try:
-                await self._fetch_once(held, model, kind)
-                return
-            except grpc.aio.AioRpcError as error:
-                reason = f"{error.details() or 'no reason given'} ({error.code().name})"
-                if error.code() not in _PASSING:
-                    raise _GivenBack(
-                        job_pb2.JOB_PHASE_RETURNED, f"{model.name} can't be had of the collector: {reason}"
-                    ) from None
-            except (Superseded, TimeoutError) as error:
-                reason = str(error)
-            except DataLoss as error:
-                damaged += 1
-                if damaged >= _DAMAGED_TRIES:
-                    raise
-                reason = str(error)
-            if self._arrived(model) > had:
-                failures = 0
-            bound = min(_LONGEST_RETRY_SECONDS, _FIRST_RETRY_SECONDS * 2 ** min(failures, 16))
-            failures += 1
-            _log.info("job %s: fetching %s: %s; trying again", held.offer.job_id, model.name, reason)
-            await self._sleep(bound * self._jitter())
-
-    def _arrived(self, model: model_pb2.Model) -> int:
-        return self._store.arrived_bytes(model.sha256)
-
-    async def _fetch_once(self, held: _Held, model: model_pb2.Model, kind: FileKind) -> None:
-        async with self._store.receive(
-            sha256=model.sha256, name=model.name, size_bytes=model.size_bytes, kind=kind
-        ) as transfer:
-            if not transfer.complete and transfer.stored is None:
-                async with self._channel(self._collector) as channel:
-                    metadata = await self._credentials(channel) if self._credentials is not None else ()
-                    call = job_pb2_grpc.JobServiceStub(channel).FetchFile(
-                        job_pb2.FetchFileRequest(
-                            sha256=model.sha256,
-                            offset_bytes=transfer.offset_bytes,
-                            device_id=self._device_id,
-                        ),
-                        metadata=metadata,
-                    )
-                    try:
-                        while not transfer.complete:
-                            chunk = (await _soon(call.read(), model.name)).chunk
-                            await transfer.write(
-                                offset_bytes=chunk.offset_bytes, data=chunk.data, crc32=chunk.crc32
-                            )
-                            self._progress(
-                                held,
-                                job_pb2.JOB_PHASE_FETCHING,
-                                fraction=transfer.offset_bytes / transfer.size_bytes,
-                            )
-                    finally:
-                        call.cancel()
-            await transfer.finish()
+        """The file is in the store."""
+        with contextlib.suppress(ModelNotFound):
+            self._store.get(model.sha256)
+            return
+        self._progress(held, job_pb2.JOB_PHASE_FETCHING)
+        await self._fetcher.fetch(
+            model.sha256,
+            model.name,
+            lambda: self._store.receive(
+                sha256=model.sha256, name=model.name, size_bytes=model.size_bytes, kind=kind
+            ),
+            lambda: self._store.arrived_bytes(model.sha256),
+            lambda fraction: self._progress(held, job_pb2.JOB_PHASE_FETCHING, fraction=fraction),
+        )
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -533,20 +462,3 @@ _WORDS = {
     job_pb2.JOB_PHASE_RETURNED: "given back",
     job_pb2.JOB_PHASE_REFUSED: "refused",
 }
-
-
-async def _soon(read: Any, name: str) -> job_pb2.FetchFileResponse:
-    """What comes next of a file. Raises TimeoutError when nothing does."""
-    task = asyncio.ensure_future(read)
-    try:
-        await asyncio.wait([task], timeout=_STALL_SECONDS)
-        if not task.done():
-            raise TimeoutError(f"nothing of {name} came within {_STALL_SECONDS:g} s")
-        response = task.result()
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    if response is grpc.aio.EOF:
-        raise TimeoutError(f"the collector ended before {name} was whole")
-    assert isinstance(response, job_pb2.FetchFileResponse)
-    return response

@@ -1,9 +1,11 @@
 """Runs on disk: what was accepted, what was started, how it ended. An agent that was killed goes on from it.
 
-    <run id>.jsonl     while the run waits or runs: a line for each step, the first and the start synced
-    <run id>.result    once its result is in the spool: a line of JSON, then the RunResult; the latest stay
+    <run id>.jsonl     a line for each step, the first and the start synced; of the ended ones the latest stay
+    <run id>.result    instead, when the result is not on the spool's disk: a line of JSON, then the RunResult
 
-A run whose steps are here and whose result is in the spool has ended, and only this file is missing.
+A result is written once, by the spool, which keeps it for as long as its run is here. A run whose steps are
+here and whose result is in the spool has ended, whatever the last line says: that one is not synced.
+Former versions wrote a ``.result`` for every run; these are read as well.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent import folder
+from boardbench.agent.spool import Spool
 from boardbench.v1 import model_pb2, result_pb2
 
 _log = logging.getLogger(__name__)
@@ -74,9 +76,10 @@ class Recovered:
 class Journal:
     """The runs in one folder. Every call blocks on the disk; OSError when it fails."""
 
-    def __init__(self, root: Path, kept_limit: int, kept_bytes: int) -> None:
+    def __init__(self, root: Path, kept_limit: int, kept_bytes: int, spool: Spool) -> None:
         """``root`` is made when it is not there. At most so many results, and bytes of them, are kept."""
         self._root = root
+        self._spool = spool
         self._kept_limit = kept_limit
         self._kept_bytes = kept_bytes
         self._kept: dict[str, int] = {}
@@ -84,13 +87,7 @@ class Journal:
 
     def accept(self, order: Order) -> None:
         """The run is not forgotten from now on."""
-        line = {
-            "run_id": order.run_id,
-            "model": _to_dict(order.model),
-            "spec": _to_dict(order.spec),
-            "created_at": order.created_at.ToJsonString(),
-        }
-        self._append(order.run_id, line, synced=True)
+        self._append(order.run_id, _order_line(order), synced=True)
         folder.sync(self._root)
 
     def start(self, run_id: str, started_at: Timestamp) -> None:
@@ -102,23 +99,27 @@ class Journal:
         self._append(run_id, {"stage": result_pb2.Stage.Name(stage)}, synced=False)
 
     def end(self, result: result_pb2.RunResult, last_sequence: int) -> None:
-        """The result, which is in the spool, is kept here too; the oldest ones make room."""
-        head = {
-            "run_id": result.run_id,
-            "model": _to_dict(result.model),
-            "spec": _to_dict(result.spec),
-            "created_at": result.created_at.ToJsonString(),
-            "status": result_pb2.RunStatus.Name(result.status),
-            "last_sequence": last_sequence,
-        }
-        content = json.dumps(head).encode() + b"\n" + result.SerializeToString()
-        folder.replace(self._path(result.run_id, "result"), content)
-        self._path(result.run_id, "jsonl").unlink(missing_ok=True)
-        self._kept[result.run_id] = len(content)
+        """The result, which went to the spool, stays to be read; the oldest ones make room."""
+        run_id, status = result.run_id, result_pb2.RunStatus.Name(result.status)
+        size_bytes = self._spool.hold(run_id)
+        if size_bytes:
+            # Without this line the next start finds the result in the spool.
+            with contextlib.suppress(OSError):
+                self._append(run_id, {"ended": status, "last_sequence": last_sequence}, synced=False)
+        else:
+            order = Order(run_id, result.model, result.spec, result.created_at)
+            head = {**_order_line(order), "status": status, "last_sequence": last_sequence}
+            content = json.dumps(head).encode() + b"\n" + result.SerializeToString()
+            folder.replace(self._path(run_id, "result"), content)
+            self._path(run_id, "jsonl").unlink(missing_ok=True)
+            size_bytes = len(content)
+        self._kept[run_id] = size_bytes
         while len(self._kept) > self._kept_limit or sum(self._kept.values()) > self._kept_bytes:
             oldest = next(iter(self._kept))
             del self._kept[oldest]
-            self._path(oldest, "result").unlink(missing_ok=True)
+            for suffix in ("jsonl", "result"):
+                self._path(oldest, suffix).unlink(missing_ok=True)
+            self._spool.release(oldest)
 
     def withdraw(self, run_id: str) -> None:
         """The run was accepted in vain: nothing about it is kept."""
@@ -131,41 +132,51 @@ class Journal:
     def result(self, run_id: str) -> result_pb2.RunResult | None:
         """The result of an ended run; None when it is not here or damaged."""
         try:
-            return result_pb2.RunResult.FromString(
-                self._path(run_id, "result").read_bytes().partition(b"\n")[2]
-            )
-        except (FileNotFoundError, DecodeError):
+            content = self._path(run_id, "result").read_bytes().partition(b"\n")[2]
+        except FileNotFoundError:
+            record = self._spool.find(run_id)
+            if record is None:
+                return None
+            content = record.payload
+        try:
+            return result_pb2.RunResult.FromString(content)
+        except DecodeError:
             return None
 
     def recover(self) -> Recovered:
         """What a former life left. Called once, before anything else; begins a new life for what waits."""
         recovered = Recovered()
-        for ended in self._read_ended():
-            recovered.ended.append(ended)
-            self._kept[ended.order.run_id] = ended.size_bytes
-            # A crash between the result and the removal of the steps.
-            self._path(ended.order.run_id, "jsonl").unlink(missing_ok=True)
-        for path in self._root.glob("*.jsonl"):
-            unfinished = _read_steps(path)
-            if unfinished is None:
-                _log.warning("%s: not readable; the run it told of is forgotten", path)
-                path.unlink(missing_ok=True)
-                continue
-            self._append(unfinished.order.run_id, {"life": True}, synced=True)
-            recovered.unfinished.append(unfinished)
-        recovered.unfinished.sort(key=lambda entry: entry.order.created_at.ToNanoseconds())
-        return recovered
-
-    def _read_ended(self) -> Iterator[Ended]:
-        for path in sorted(self._root.glob("*.result"), key=lambda path: path.stat().st_mtime_ns):
+        found: list[tuple[int, Ended]] = []
+        for path in self._root.glob("*.result"):
             with path.open("rb") as file:
-                head = file.readline()
-            ended = _read_head(head, path.stat().st_size)
+                ended = _read_head(file.readline(), path.stat().st_size)
             if ended is None:
                 _log.warning("%s: not readable; removed", path)
                 path.unlink(missing_ok=True)
-            else:
-                yield ended
+                continue
+            found.append((path.stat().st_mtime_ns, ended))
+            # A crash between the result and the removal of the steps.
+            path.with_suffix(".jsonl").unlink(missing_ok=True)
+        for path in self._root.glob("*.jsonl"):
+            steps = _read_steps(path)
+            if isinstance(steps, Ended):
+                size_bytes = self._spool.hold(steps.order.run_id)
+                if size_bytes:
+                    found.append((path.stat().st_mtime_ns, replace(steps, size_bytes=size_bytes)))
+                    continue
+            if isinstance(steps, Unfinished):
+                self._append(steps.order.run_id, {"life": True}, synced=True)
+                recovered.unfinished.append(steps)
+                continue
+            why = "not readable" if steps is None else "its result is not in the spool any more"
+            _log.warning("%s: %s; the run it told of is forgotten", path, why)
+            # A spool that can't be read now may be another time.
+            if steps is None or not self._spool.status().trouble:
+                path.unlink(missing_ok=True)
+        recovered.ended = [ended for _, ended in sorted(found, key=lambda entry: entry[0])]
+        self._kept = {ended.order.run_id: ended.size_bytes for ended in recovered.ended}
+        recovered.unfinished.sort(key=lambda entry: entry.order.created_at.ToNanoseconds())
+        return recovered
 
     def _append(self, run_id: str, line: dict[str, Any], *, synced: bool) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
@@ -186,6 +197,15 @@ def _to_dict(message: model_pb2.Model | result_pb2.BenchmarkSpec) -> dict[str, A
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
 
 
+def _order_line(order: Order) -> dict[str, Any]:
+    return {
+        "run_id": order.run_id,
+        "model": _to_dict(order.model),
+        "spec": _to_dict(order.spec),
+        "created_at": order.created_at.ToJsonString(),
+    }
+
+
 def _read_order(line: dict[str, Any]) -> Order:
     created_at = Timestamp()
     created_at.FromJsonString(line["created_at"])
@@ -200,22 +220,26 @@ def _read_order(line: dict[str, Any]) -> Order:
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, json_format.ParseError)
 
 
-def _read_steps(path: Path) -> Unfinished | None:
+def _read_steps(path: Path) -> Unfinished | Ended | None:
     """The run whose steps these are; lines that a power cut tore are left out."""
     found: Unfinished | None = None
+    ended: Ended | None = None
     lives = 1
     for text in path.read_bytes().splitlines():
         with contextlib.suppress(*_DAMAGE):
             line = json.loads(text)
             if "run_id" in line:
                 found = Unfinished(_read_order(line))
+            elif found is not None and "ended" in line:
+                status = result_pb2.RunStatus.Value(line["ended"])
+                ended = Ended(found.order, status, int(line["last_sequence"]), 0)
             elif found is not None:
                 lives += "life" in line
                 _read_step(line, found)
     if found is None or found.order.run_id != path.stem:
         return None
     found.last_sequence = lives * _EVENTS_A_LIFE
-    return found
+    return ended or found
 
 
 def _read_step(line: dict[str, Any], found: Unfinished) -> None:

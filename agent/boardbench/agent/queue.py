@@ -43,10 +43,12 @@ from boardbench.agent.errors import (
 from boardbench.agent.journal import Ended, Journal, Order, Unfinished
 from boardbench.agent.plan import RUN_ID, Job, Plan, blank_result, check_power_mode, check_spec, plan
 from boardbench.agent.probe import Engines
-from boardbench.agent.receive import FileKind, ModelStore, StoredFile
+from boardbench.agent.receive import StoredFile
+from boardbench.agent.recognise import FileKind
 from boardbench.agent.run import stage_name
 from boardbench.agent.session import Session
 from boardbench.agent.spool import Spool
+from boardbench.agent.store import ModelStore
 from boardbench.v1 import agent_pb2, board_pb2, model_pb2, result_pb2
 
 if TYPE_CHECKING:

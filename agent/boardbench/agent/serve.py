@@ -30,11 +30,12 @@ from boardbench.agent.examine import Examiner
 from boardbench.agent.instance import instance_id
 from boardbench.agent.jobs import Jobs
 from boardbench.agent.journal import Journal
+from boardbench.agent.part import CHUNK_LIMIT_BYTES
 from boardbench.agent.probe import Engines, Statuses
 from boardbench.agent.queue import Runs
-from boardbench.agent.receive import CHUNK_LIMIT_BYTES, ModelStore
 from boardbench.agent.service import SERVICE_NAME, AgentService
 from boardbench.agent.spool import Spool
+from boardbench.agent.store import ModelStore
 from boardbench.agent.stream import CollectorLink, open_channel
 from boardbench.agent.updates import Updates
 from boardbench.agent.version import version
@@ -205,7 +206,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         await asyncio.to_thread(folder.remove_tree, scratch)
         engines = Engines(config, scratch)
         try:
-            journal = Journal(data_dir / "runs", config.runs.kept_limit, config.runs.kept_bytes)
+            journal = Journal(data_dir / "runs", config.runs.kept_limit, config.runs.kept_bytes, spool)
             placements = Placements(data_dir / "placements")
             runs = Runs(config, store, spool, journal, placements, engines, describe_board, scratch, tuner)
             await runs.recover()

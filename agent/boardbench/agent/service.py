@@ -21,6 +21,7 @@ from boardbench.agent.errors import (
     InvalidRequest,
     InvalidTransfer,
     NoRoom,
+    NotFetched,
     NotFound,
     RunExists,
     StorageError,
@@ -30,8 +31,8 @@ from boardbench.agent.errors import (
 from boardbench.agent.examine import Examiner
 from boardbench.agent.probe import Engines
 from boardbench.agent.queue import Runs
-from boardbench.agent.receive import ModelStore
 from boardbench.agent.spool import Spool
+from boardbench.agent.store import ModelStore
 from boardbench.agent.version import version
 from boardbench.v1 import agent_pb2, agent_pb2_grpc, board_pb2
 
@@ -57,6 +58,7 @@ _STATUS: tuple[tuple[type[AgentError], grpc.StatusCode], ...] = (
     (NoRoom, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DataLoss, grpc.StatusCode.DATA_LOSS),
     (Superseded, grpc.StatusCode.ABORTED),
+    (NotFetched, grpc.StatusCode.UNAVAILABLE),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (StorageError, grpc.StatusCode.INTERNAL),
     (ConfigurationError, grpc.StatusCode.INTERNAL),

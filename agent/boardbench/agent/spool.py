@@ -21,7 +21,8 @@ What makes it safe:
 - The count of what is done is only a hint: what is sent again is stored once.
 
 What is acknowledged stays for a while, as far as there is room: a collector that was set back to a backup
-welcomes the agent with less than it once had, and gets the rest again.
+welcomes the agent with less than it once had, and gets the rest again. What the journal of runs holds stays
+until it lets go of it, acknowledged, refused or dropped: nowhere else is it written.
 
 While the disk is full or fails, results go to a bounded ring in memory, and from there to the disk when
 it is back.
@@ -120,8 +121,7 @@ class Disk:
 
     def free_bytes(self, path: Path) -> int:
         """Bytes that may still be written to the file system."""
-        found = os.statvfs(path)
-        return found.f_bavail * found.f_frsize
+        return folder.free_bytes(path)
 
 
 @dataclass(slots=True)
@@ -144,6 +144,8 @@ class _Entry:
     run_id: str
     spool_id: str
     done: bool = False
+    # The collector will not get it: it is here only to be read.
+    lost: bool = False
     # On the disk.
     segment: _Segment | None = None
     offset: int = 0
@@ -195,6 +197,8 @@ class Spool:
         self._listeners: list[Callable[[], None]] = []
         self._entries: dict[int, _Entry] = {}
         self._runs: dict[str, int] = {}
+        # Runs whose results stay. Replaced and never changed: it is read without the lock.
+        self._held: frozenset[str] = frozenset()
         # Sequences that wait for the collector, rising.
         self._waiting: list[int] = []
         # Of these, in memory only; rising, and higher than all on the disk.
@@ -264,6 +268,24 @@ class Spool:
         with self._lock:
             sequence = self._runs.get(run_id)
             return None if sequence is None else self._read(self._entries[sequence])
+
+    def hold(self, run_id: str) -> int:
+        """Bytes of the run's result on the disk, where it stays until :meth:`release`; 0: it is not there.
+
+        It then takes no room from those that wait, nor is it removed for them.
+        """
+        with self._lock:
+            entry = self._entries.get(self._runs.get(run_id, 0))
+            if entry is None or entry.segment is None:
+                return 0
+            self._held |= {run_id}
+            return entry.length
+
+    def release(self, run_id: str) -> None:
+        """The run's result need not stay any longer."""
+        with self._lock:
+            self._held -= {run_id}
+            self._reap()
 
     def waits(self, run_id: str) -> bool:
         """Whether the run's result is here and the collector has not acknowledged it."""
@@ -366,12 +388,14 @@ class Spool:
             again = [
                 entry
                 for entry in self._entries.values()
-                if entry.done and entry.spool_id == spool_id and entry.sequence > acknowledged
+                if self._is_kept(entry) and entry.spool_id == spool_id and entry.sequence > acknowledged
             ]
             if again:
                 # It was set back, so it may lack what came under earlier identities, too.
                 again += [
-                    entry for entry in self._entries.values() if entry.done and entry.spool_id != spool_id
+                    entry
+                    for entry in self._entries.values()
+                    if self._is_kept(entry) and entry.spool_id != spool_id
                 ]
                 self._want_again(again)
                 self._save()
@@ -391,7 +415,7 @@ class Spool:
             moved = [
                 entry
                 for _, entry in sorted(self._entries.items())
-                if entry.spool_id == spool_id and entry.sequence >= sequence
+                if entry.spool_id == spool_id and entry.sequence >= sequence and not entry.lost
             ]
             try:
                 self._renew(
@@ -418,6 +442,8 @@ class Spool:
                 return
             _log.error("the collector refuses the result of run %s for good: %s", entry.run_id, reason)
             self._lose(entry)
+            if entry.run_id not in self._held:
+                self._forget(entry)
             self._reap()
 
     def close(self) -> None:
@@ -453,7 +479,7 @@ class Spool:
     def _lose(self, entry: _Entry) -> None:
         """The entry will never reach the collector."""
         self._finish(entry)
-        self._forget(entry)
+        entry.lost = True
         self._dropped += 1
         self._save()
 
@@ -475,6 +501,26 @@ class Spool:
             # What is kept is not taken for waiting after a restart, but for the last few.
             self._save()
 
+    @staticmethod
+    def _is_kept(entry: _Entry) -> bool:
+        """Whether the collector had it, and it is still here."""
+        return entry.done and not entry.lost
+
+    def _held_segments(self) -> set[int]:
+        """Numbers of the segments that stay for the sake of a run."""
+        found = set()
+        for run_id in self._held:
+            entry = self._entries.get(self._runs.get(run_id, 0))
+            segment = None if entry is None else entry.segment
+            if segment is not None:
+                found.add(segment.number)
+        return found
+
+    def _removable_segments(self) -> list[_Segment]:
+        """Those in which nothing waits or is held, the oldest first."""
+        held = self._held_segments()
+        return [segment for segment in self._done_segments() if segment.number not in held]
+
     def _done_segments(self) -> list[_Segment]:
         """Those in which nothing waits, the oldest first."""
         return [segment for segment in self._segments if not segment.waiting and segment is not self._active]
@@ -483,10 +529,11 @@ class Spool:
         """Those of them that are not kept; of what is kept, the oldest goes first."""
         oldest = self._clock() - self._kept_seconds
         dead, used_bytes, records = [], 0, 0
+        held = self._held_segments()
         for segment in reversed(self._done_segments()):
             used_bytes += segment.size_bytes
             records += len(segment.sequences)
-            if (
+            if segment.number not in held and (
                 used_bytes > self._kept_bytes
                 or records > _KEPT_RECORDS
                 or segment.written_at < oldest
@@ -513,29 +560,30 @@ class Spool:
 
     def _drop_oldest_segment(self) -> bool:
         """Makes room by dropping the oldest results; whether there were any."""
-        # A disk that takes no state gives up no segment either.
-        if not self._segments:
-            return False
         # What the collector has goes before what it has not.
-        done = self._done_segments()
+        done = self._removable_segments()
         if done:
             self._unlink(done[:1])
             return done[0] not in self._segments
+        segment = next((each for each in self._segments if each.waiting or each is self._active), None)
         # A disk that takes no state gives up no segment either.
-        if not self._save():
+        if segment is None or not self._save():
             return False
-        segment = self._segments[0]
         if segment is self._active:
             self._seal()
         entries = [self._entries.get(sequence) for sequence in segment.sequences]
         lost = [entry for entry in entries if entry and entry.segment is segment and not entry.done]
         for entry in lost:
             self._finish(entry)
+            entry.lost = True
         if lost:
             self._dropped += len(lost)
             _log.error("%s is full: the %d oldest results are dropped", self._root, len(lost))
             # Counted before they are gone: a power cut in between brings none of them back.
             self._save()
+        if segment.number in self._held_segments():
+            # Only to be read from now on, which takes no room from the others.
+            return True
         before = len(self._segments)
         self._unlink([segment])
         return len(self._segments) < before
@@ -544,6 +592,7 @@ class Spool:
         entry = self._entries[self._ring[0]]
         _log.error("no room for results on disk or in memory: that of run %s is dropped", entry.run_id)
         self._lose(entry)
+        self._forget(entry)
 
     # Reading.
 
@@ -563,10 +612,9 @@ class Spool:
         if found is not None and found[0] == entry.sequence:
             return Record(entry.spool_id, entry.sequence, entry.run_id, found[2])
         _log.error("%s: the disk has lost the result of run %s", segment.path, entry.run_id)
-        if entry.done:
-            self._forget(entry)
-        else:
+        if not entry.done:
             self._lose(entry)
+        self._forget(entry)
         return None
 
     def _read_segments(self) -> None:
@@ -699,7 +747,7 @@ class Spool:
         # that are safe.
         free_bytes = self._disk.free_bytes(self._root)
         while self._used_bytes() + size_bytes > self._free_share * (free_bytes + self._used_bytes()):
-            done = self._done_segments()
+            done = self._removable_segments()
             self._unlink(done[:1])
             if not done or done[0] in self._segments:
                 break
@@ -708,7 +756,13 @@ class Spool:
             raise OSError(f"only {free_bytes} bytes are free on the disk")
 
     def _used_bytes(self) -> int:
-        return sum(segment.size_bytes for segment in self._segments)
+        """Of what waits, and of what is kept for the collector; not of what is here for the journal alone."""
+        held = self._held_segments()
+        return sum(
+            segment.size_bytes
+            for segment in self._segments
+            if segment.waiting or segment is self._active or segment.number not in held
+        )
 
     def _create_segment(self, spool_id: str) -> _Segment:
         path = self._root / f"{self._next_segment:020d}{_SEGMENT_SUFFIX}"

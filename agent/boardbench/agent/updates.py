@@ -11,38 +11,34 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import re
 import sys
 import time
-import zlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from boardbench.agent import folder
 from boardbench.agent.config import UpdateConfig
+from boardbench.agent.errors import CorruptChunk, DigestMismatch, NotFetched
+from boardbench.agent.fetch import Credentials, Fetcher
+from boardbench.agent.part import Part
 from boardbench.agent.queue import Runs
 from boardbench.agent.stream import open_channel
 from boardbench.agent.update import layout as places
 from boardbench.agent.update.layout import Entry, Layout, Refused
 from boardbench.inspect import release
 from boardbench.inspect.errors import InspectError
-from boardbench.v1 import collector_pb2, job_pb2, job_pb2_grpc, update_pb2
+from boardbench.v1 import collector_pb2, update_pb2
 
 _log = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 0.5
 _LOOK_SECONDS = 0.2
-# Between tries to fetch, with full jitter: boards that were offered one release all come at once.
-_FIRST_RETRY_SECONDS = 0.5
-_LONGEST_RETRY_SECONDS = 30.0
-_STALL_SECONDS = 60.0
-_DAMAGED_TRIES = 3
 # systemd may have missed that the request came, when it was just ending the last one.
 _ASK_AGAIN_SECONDS = 20.0
 # Nothing but a system without the unit, or with it masked, takes longer to start it.
@@ -59,16 +55,9 @@ _FINAL = {
     places.ROLLED_BACK: update_pb2.UPDATE_STATE_ROLLED_BACK,
     places.FAILED: update_pb2.UPDATE_STATE_FAILED,
 }
-_PASSING = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
-_Metadata = tuple[tuple[str, str], ...]
+_ARRIVING = ("*.deb", "*.part", "*.crc")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Updates:
@@ -84,7 +73,7 @@ class Updates:
         runs: Runs,
         health: Callable[[], Awaitable[str]],
         free_floor_bytes: int = 0,
-        credentials: Callable[[grpc.aio.Channel], Awaitable[_Metadata]] | None = None,
+        credentials: Credentials | None = None,
         channel: Callable[[str], grpc.aio.Channel] = open_channel,
         jitter: Callable[[], float] = random.random,
         monotonic: Callable[[], float] = time.monotonic,
@@ -95,14 +84,10 @@ class Updates:
         """
         self._config = config
         self._layout = Layout(config.root, data_dir)
-        self._collector = collector
-        self._device_id = device_id
         self._runs = runs
         self._health = health
         self._free_floor_bytes = free_floor_bytes
-        self._credentials = credentials
-        self._channel = channel
-        self._jitter = jitter
+        self._fetcher = Fetcher(collector, device_id, credentials=credentials, channel=channel, jitter=jitter)
         self._monotonic = monotonic
         self._offer: update_pb2.UpdateOffer | None = None
         self._report: update_pb2.UpdateReport | None = None
@@ -208,7 +193,7 @@ class Updates:
     async def _work(self, offer: update_pb2.UpdateOffer) -> None:
         try:
             await self._see_through(offer)
-        except (Refused, InspectError) as error:
+        except (Refused, NotFetched, InspectError) as error:
             await self._end(update_pb2.UPDATE_STATE_FAILED, str(error))
         except OSError as error:
             reason = f"{self._layout.inbox}: {error.strerror or error}"
@@ -323,7 +308,7 @@ class Updates:
         folder.replace(self._layout.inbox / "request.json", json.dumps(request).encode())
 
     def _clean(self, *more: str) -> None:
-        for path in (*self._layout.inbox.glob("*.deb"), *self._layout.inbox.glob("*.part")):
+        for path in self._arriving():
             with contextlib.suppress(OSError):
                 path.unlink()
         for name in ("request.json", "healthy.json", *more):
@@ -333,7 +318,7 @@ class Updates:
     # The package.
 
     async def _fetch(self, offer: update_pb2.UpdateOffer) -> Path:
-        """The package, whole. Goes on after broken links for as long as it takes."""
+        """The package, whole."""
         sha256 = offer.package_sha256
         if not _SHA256.fullmatch(sha256) or offer.package_bytes < 1:
             raise Refused("the offer names no package")
@@ -341,74 +326,110 @@ class Updates:
         if package.exists():
             return package
         await asyncio.to_thread(self._make_room, offer, part)
-        failures = damaged = 0
-        while True:
-            had = await asyncio.to_thread(_size, part)
-            self._say(update_pb2.UPDATE_STATE_FETCHING, fraction=had / offer.package_bytes)
-            if had < offer.package_bytes:
-                reason = await self._fetch_more(offer, part, had)
-            else:
-                if await asyncio.to_thread(_settle, part, package, offer):
-                    return package
-                damaged += 1
-                reason = f"{offer.package_name} came damaged"
-                if damaged >= _DAMAGED_TRIES:
-                    raise Refused(f"{reason}, {damaged} times")
-            if not reason or await asyncio.to_thread(_size, part) > had:
-                failures = 0
-            if reason:
-                bound = min(_LONGEST_RETRY_SECONDS, _FIRST_RETRY_SECONDS * 2 ** min(failures, 16))
-                failures += 1
-                _log.info("update %s: %s; trying again", offer.update_id[:12], reason)
-                await asyncio.sleep(bound * self._jitter())
+
+        def say(fraction: float) -> None:
+            self._say(update_pb2.UPDATE_STATE_FETCHING, fraction=fraction)
+
+        say(_size(part) / offer.package_bytes)
+        await self._fetcher.fetch(
+            sha256,
+            offer.package_name,
+            lambda: _arrival(part, package, offer),
+            lambda: _size(part),
+            say,
+            # Pieces only take time: there is no other board that could do it instead.
+            hopeless=DigestMismatch,
+        )
+        return package
 
     def _make_room(self, offer: update_pb2.UpdateOffer, part: Path) -> None:
         """Raises Refused where the disk would be too full."""
-        for path in (*self._layout.inbox.glob("*.deb"), *self._layout.inbox.glob("*.part")):
-            if path != part:
+        for path in self._arriving():
+            if path.stem != part.stem:
                 path.unlink(missing_ok=True)
-        status = os.statvfs(self._layout.inbox)
         lacking = offer.package_bytes - _size(part)
-        if status.f_bavail * status.f_frsize < lacking + self._free_floor_bytes:
+        if folder.free_bytes(self._layout.inbox) < lacking + self._free_floor_bytes:
             raise Refused(
                 f"the package has {offer.package_bytes / 1e6:.0f} MB, and {self._layout.inbox} has no room "
                 "for it beside what is to stay free (store.free_floor_bytes)"
             )
 
-    async def _fetch_more(self, offer: update_pb2.UpdateOffer, part: Path, had: int) -> str:
-        """Why it ended before the package was whole; nothing when it is."""
-        try:
-            async with self._channel(self._collector) as channel:
-                metadata = await self._credentials(channel) if self._credentials is not None else ()
-                call = job_pb2_grpc.JobServiceStub(channel).FetchFile(
-                    job_pb2.FetchFileRequest(
-                        sha256=offer.package_sha256, offset_bytes=had, device_id=self._device_id
-                    ),
-                    metadata=metadata,
-                )
-                try:
-                    while had < offer.package_bytes:
-                        response = await _soon(call.read())
-                        if response is None:
-                            return "the collector ended before the package was whole"
-                        chunk = response.chunk
-                        if chunk.offset_bytes != had or zlib.crc32(chunk.data) != chunk.crc32:
-                            return "a piece of it came damaged"
-                        if not chunk.data or had + len(chunk.data) > offer.package_bytes:
-                            return "more came than the package has"
-                        await asyncio.to_thread(_append, part, chunk.data)
-                        had += len(chunk.data)
-                        self._say(update_pb2.UPDATE_STATE_FETCHING, fraction=had / offer.package_bytes)
-                finally:
-                    call.cancel()
-        except grpc.aio.AioRpcError as error:
-            reason = f"{error.details() or 'no reason given'} ({error.code().name})"
-            if error.code() not in _PASSING:
-                raise Refused(f"{offer.package_name} can't be had of the collector: {reason}") from None
-            return reason
-        except TimeoutError as error:
-            return str(error)
-        return ""
+    def _arriving(self) -> list[Path]:
+        return [path for pattern in _ARRIVING for path in self._layout.inbox.glob(pattern)]
+
+
+class _Arrival:
+    """The package on its way into the inbox: a :class:`~boardbench.agent.fetch.Arrival`."""
+
+    def __init__(self, part: Part, package: Path, offer: update_pb2.UpdateOffer) -> None:
+        self.size_bytes = offer.package_bytes
+        self.stored = self.damaged = False
+        self._part = part
+        self._package = package
+        self._offer = offer
+        self._job: asyncio.Future[Any] | None = None
+
+    @property
+    def offset_bytes(self) -> int:
+        """The first byte that is lacking."""
+        return self._part.good_bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether no byte is lacking."""
+        return self.offset_bytes == self.size_bytes
+
+    async def open(self) -> None:
+        """Takes up what is there."""
+        await self._do(self._part.open, self.size_bytes)
+        while not await self._do(self._part.read_back):
+            pass
+
+    async def write(self, *, offset_bytes: int, data: bytes, crc32: int) -> None:
+        """Takes a piece. Raises CorruptChunk."""
+        if not data or offset_bytes != self.offset_bytes or offset_bytes + len(data) > self.size_bytes:
+            raise CorruptChunk(
+                f"{self._offer.package_name}: {len(data)} bytes from byte {offset_bytes} on came where "
+                f"byte {self.offset_bytes} of {self.size_bytes} was due"
+            )
+        await self._do(self._part.append, data, crc32)
+
+    async def finish(self) -> None:
+        """The package has its name for good. Raises DigestMismatch."""
+        if self._part.digest() != self._offer.package_sha256:
+            self.damaged = True
+            raise DigestMismatch(f"it is not the release {self._offer.version} that was offered")
+        await self._do(self._part.sync)
+        await self._do(self._settle)
+
+    def _settle(self) -> None:
+        self._part.path.replace(self._package)
+        self._part.path.with_suffix(".crc").unlink(missing_ok=True)
+        folder.sync(self._package.parent)
+        self.stored = True
+
+    async def close(self) -> None:
+        """Lets go of the files."""
+        if self._job is not None:
+            await asyncio.gather(self._job, return_exceptions=True)
+        await asyncio.to_thread(self._part.close, self.stored, self.damaged)
+
+    async def _do(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What the work on the disk returns, which is done to its end even when the caller breaks off."""
+        job = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+        self._job = job
+        await asyncio.wait([job])
+        return job.result()
+
+
+@contextlib.asynccontextmanager
+async def _arrival(part: Path, package: Path, offer: update_pb2.UpdateOffer) -> AsyncIterator[_Arrival]:
+    arrival = _Arrival(Part(part, offer.package_name), package, offer)
+    try:
+        await arrival.open()
+        yield arrival
+    finally:
+        await arrival.close()
 
 
 def _verify(package: Path, keys: tuple[bytes, ...]) -> release.Manifest:
@@ -421,46 +442,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _append(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        folder.write_all(descriptor, data)
-    finally:
-        os.close(descriptor)
-
-
-def _settle(part: Path, package: Path, offer: update_pb2.UpdateOffer) -> bool:
-    """Whether it is the package, which then has its name for good; else it is gone."""
-    # Only then: a board that waits has no use for it.
-    import hashlib
-
-    digest = hashlib.sha256()
-    with part.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        os.fsync(file.fileno())
-    if digest.hexdigest() != offer.package_sha256:
-        part.unlink()
-        return False
-    part.replace(package)
-    folder.sync(package.parent)
-    return True
-
-
-async def _soon(read: Coroutine[Any, Any, Any]) -> job_pb2.FetchFileResponse | None:
-    """What comes next; None at the end. Raises TimeoutError when nothing does."""
-    task = asyncio.ensure_future(read)
-    try:
-        await asyncio.wait([task], timeout=_STALL_SECONDS)
-        if not task.done():
-            raise TimeoutError(f"nothing of the package came within {_STALL_SECONDS:g} s")
-        response = task.result()
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    if response is grpc.aio.EOF:
-        return None
-    assert isinstance(response, job_pb2.FetchFileResponse)
-    return response

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from boardbench.agent import here, receive, wire
+from boardbench.agent import here, recognise, wire
 from boardbench.agent.board.identify import EMULATORS
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.errors import AgentError, ConfigurationError
@@ -31,7 +31,7 @@ async def verify(config: AgentConfig, models: Sequence[Path], out: Path | None) 
     rows: list[str] = []
     ended: list[bool] = []
     for model in models:
-        kind = receive.identify(model, model.name, receive.FileKind.MODEL)
+        kind = recognise.identify(model, model.name, recognise.FileKind.MODEL)
         for status in described.runtimes:
             for device in status.devices if status.available and kind in status.formats else ():
                 result, problem = await _run(config, model, status, device)

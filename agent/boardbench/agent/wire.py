@@ -15,7 +15,9 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent.formats import HEAD_BYTES, Mark
-from boardbench.agent.receive import FileKind, StoredFile, StoreStatus
+from boardbench.agent.receive import StoredFile
+from boardbench.agent.recognise import FileKind
+from boardbench.agent.store import StoreStatus
 from boardbench.v1 import agent_pb2, board_pb2, latency_pb2, model_pb2, placement_pb2, result_pb2
 
 
