@@ -18,10 +18,13 @@ _LOOK_SECONDS = 2.0
 class Arrival:
     """Knows which boards there were before, so that the one that comes is told from them."""
 
-    def __init__(self, collector: Address, *, seconds: float = _WAIT_SECONDS) -> None:
+    def __init__(
+        self, collector: Address, *, seconds: float = _WAIT_SECONDS, look_seconds: float = _LOOK_SECONDS
+    ) -> None:
         """Asks the collector now. Raises Unreachable."""
         self._collector = collector
         self._seconds = seconds
+        self._look_seconds = look_seconds
         with CollectorClient(collector) as client:
             self._before = {device.board.device_id: device for device in client.devices()}
 
@@ -43,7 +46,7 @@ class Arrival:
                         board = device.board
                         click.echo(f"{board.device_id} reports: {board.model or board.hostname}, {board.os}")
                         return ExitCode.DONE
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(self._look_seconds)
         raise CliError(
             f"no board has reported within {self._seconds / 60:.0f} minutes. Look whether: it has power and "
             "a network (a cable, or --wifi with the right password); boardbench/install.log on the card's "
