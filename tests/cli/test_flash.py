@@ -469,6 +469,13 @@ def test_what_can_not_be_flashed_is_told(
     )
 
 
+def test_a_collector_that_no_board_can_reach_is_told(card: Path, package: Path) -> None:
+    given = ("pi", "--boot", card, "--package", package)
+    for address in ("localhost", "127.0.0.1:7342", "[::1]:7342"):
+        assert "is the board itself to a board" in run(*given, "--collector", address).output
+    assert "is the board itself" not in run(*given, "--collector", "192.168.1.10").output
+
+
 def test_a_package_in_dist_is_found(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dist").mkdir()

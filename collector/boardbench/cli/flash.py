@@ -89,6 +89,11 @@ def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
         **rest: Any,
     ) -> ExitCode:
         keys = _update_keys(update_key) if update_key is not None else b""
+        if collector.is_loopback:
+            _note(
+                f"--collector {collector} is the board itself to a board: name the computer on which the "
+                "collector runs by its address in the board's network"
+            )
         settings = _Settings(collector, token, _labels(labels), listen, keys, package, dry_run, wait)
         return command(settings=settings, **rest)
 
@@ -250,9 +255,12 @@ def pi(
         click.echo(line)
     if settings.dry_run:
         return ExitCode.DONE
+    _note(f"ready for {found.suite}")
     if image is not None and device is None:
         _tell_imager(image, os_list, found, hostname)
-    _note(f"ready for {found.suite}; put the card into the board and switch it on")
+        if order.token:
+            _note("for one card: its token enrols one board")
+    _note("put the card into the board and switch it on")
     return arrival.wait(hostname) if arrival is not None else ExitCode.DONE
 
 
@@ -342,7 +350,7 @@ def _tell_imager(image: Path, os_list: Path | None, found: Card, hostname: str) 
             os_list.write_bytes(listed.encode())
         except OSError as error:
             raise WrongUse(f"{os_list}: can't be written: {error.strerror}") from error
-    _note("to write it, one of:")
+    _note("to write it to a card, one of:")
     for line in imager.commands(image, digest, os_list, sys.platform):
         _note(f"  {line}")
 
