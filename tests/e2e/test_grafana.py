@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -239,6 +240,20 @@ def test_every_query_of_every_panel_has_an_answer(filled: tuple[str, bool], path
     if not fell_back:
         empty = [each for each in empty if "fallback" not in each[1] and "crossings" not in each[1]]
     assert empty == []
+
+
+def test_the_queries_that_the_documentation_shows_have_an_answer(filled: tuple[str, bool]) -> None:
+    text = (REPOSITORY / "docs" / "prometheus.md").read_text().split("### Queries")[1].split("\n## ")[0]
+    blocks = [
+        # An indented block of code; lines that are indented further go on with the one before.
+        re.sub(r"\n\s+(?=[*+/-])", " ", textwrap.dedent(block))
+        for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+    ]
+    shown = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    # Native histograms are behind a switch of Prometheus; the tests of the scrape have it on.
+    asked = [line for line in shown if not re.search(r"distribution_seconds\)", line)]
+    assert len(asked) >= 2
+    assert [each for each in asked if not query(filled[0], each)] == []
 
 
 @every_dashboard
