@@ -48,19 +48,25 @@ def build(
     *,
     architecture: str = "arm64",
     tag: str = "cp311",
+    modes: Mapping[str, int] | None = None,
 ) -> Path:
-    """An unsigned package whose release holds these files; a Path as content is a link to there."""
+    """An unsigned package whose release holds these files; a Path as content is a link to there.
+
+    ``modes``: of files that have other rights than they need, by their paths.
+    """
     name = f"{version}+{tag}"
     control = (
         f"Package: boardbench-agent\nVersion: {name}\nArchitecture: {architecture}\nInstalled-Size: 1\n"
         "Description: a test's\n of several lines\n"
     )
-    inside = {f"./opt/boardbench/releases/{name}/{path}": content for path, content in files.items()}
+    begin = f"./opt/boardbench/releases/{name}/"
+    inside = {begin + path: content for path, content in files.items()}
+    odd = {begin + path: mode for path, mode in (modes or {}).items()}
     whole = bytearray(b"!<arch>\n")
     for member, content in (
         ("debian-binary", b"2.0\n"),
         ("control.tar.xz", _tar({"./control": control})),
-        ("data.tar.xz", _tar(inside)),
+        ("data.tar.xz", _tar(inside, odd)),
     ):
         whole += f"{member:<16}{0:<12}{0:<6}{0:<6}{0o100644:<8o}{len(content):<10}`\n".encode()
         whole += content + b"\n" * (len(content) % 2)
@@ -70,7 +76,7 @@ def build(
     return path
 
 
-def _tar(files: Mapping[str, str | Path]) -> bytes:
+def _tar(files: Mapping[str, str | Path], modes: Mapping[str, int] | None = None) -> bytes:
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w:xz", format=tarfile.GNU_FORMAT) as archive:
         for name, content in files.items():
@@ -81,6 +87,6 @@ def _tar(files: Mapping[str, str | Path]) -> bytes:
                 continue
             data = content.encode()
             entry.size = len(data)
-            entry.mode = 0o755 if "/bin/" in name else 0o644
+            entry.mode = (modes or {}).get(name, 0o755 if "/bin/" in name else 0o644)
             archive.addfile(entry, io.BytesIO(data))
     return whole.getvalue()

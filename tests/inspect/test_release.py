@@ -98,6 +98,13 @@ def test_nobody_elses_signature_counts(signer: Any, package: Path, release_packa
         release.verify(file, ())
 
 
+def test_a_signature_of_the_same_text_for_something_else_is_none(signer: Any, package: Path) -> None:
+    text = release.manifest_of(io.BytesIO(package.read_bytes())).text()
+    other = package.read_bytes() + release.seal(text, signer.private.sign(text.encode()))
+    with pytest.raises(release.Untrusted, match="nobody whose key"):
+        release.verify(io.BytesIO(other), keys(signer))
+
+
 def test_any_bit_that_changes_is_found(signer: Any, package: Path) -> None:
     whole = signer.sign(package).read_bytes()
     for place in range(0, len(whole), 7):

@@ -245,6 +245,16 @@ def test_a_release_is_on_the_disk_before_it_has_its_name(
     assert seen == [[".coming-0.2.0+cp311", "0.1.0+cp311"]]
 
 
+def test_files_of_a_release_have_no_more_rights_than_they_need(board: Board, release_packages: Any) -> None:
+    modes = {"lib/last": 0o6777, "release.json": 0o666}
+    board.ask(
+        board.signer.sign(release_packages.build(board.root / "odd", "0.2.0", card("0.2.0"), modes=modes))
+    )
+    assert board.update().state == "done"
+    found = {path: (board.layout.current / path).stat().st_mode & 0o7777 for path in modes}
+    assert found == {"lib/last": 0o755, "release.json": 0o644}
+
+
 def test_an_older_release_is_taken_when_its_signature_says_so(board: Board) -> None:
     board.ask(board.package("0.0.9", downgrade=True))
     assert board.update().state == "done"
