@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import http.server
 import json
 import socket
@@ -355,6 +356,53 @@ async def test_a_receiver_without_native_histograms_gets_the_rest(
     assert asked == [True, False, False]
     assert following.forwarder.view().dropped == {}
     assert len(receiver.found("boardbench_latency_distribution_seconds_count")) == 2
+
+
+async def test_the_next_is_made_ready_while_a_receiver_works_on_what_it_has(
+    receiver: Receiver, make_result: MakeResult, tmp_path: Path
+) -> None:
+    following = Following(receiver, tmp_path, pace=dataclasses.replace(QUICK, batch_results=1))
+    await following.add(*(make_result(f"run-{turn}") for turn in range(3)))
+    asked: list[int] = []
+    arrivals = following.store.arrivals
+
+    async def noted(after: int, **more: Any) -> Any:
+        asked.append(after)
+        return await arrivals(after, **more)
+
+    following.store.arrivals = noted  # type: ignore[method-assign]
+    goes_on = asyncio.Event()
+
+    class Slow(Receiver):
+        async def __call__(self, body: bytes) -> Answer:
+            await goes_on.wait()
+            return await super().__call__(body)
+
+    slow = Slow()
+    following.forwarder._post = slow
+    await until(following.forwarder, lambda: len(asked) == 2)
+    assert slow.posts == [] and following.forwarder._position == 0, "it is still waiting for the first"
+    goes_on.set()
+    await following.until_done()
+    assert len(slow.posts) == 3, "each once, in posts of their own"
+
+
+async def test_a_store_that_is_set_back_while_it_runs_is_sent_again(
+    receiver: Receiver, make_result: MakeResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    following = Following(receiver, tmp_path)
+    await following.add(*(make_result(f"run-{turn}") for turn in range(3)))
+    await following.until_done()
+    following.store = following.forwarder._store = MemoryResultStore()
+    slept = len(following.slept)
+    await until(following.forwarder, lambda: len(following.slept) > slept + 5)
+    assert following.forwarder._position == 0
+    assert caplog.text.count("the store was set back") == 1, "told once, not at every look"
+    receiver.posts.clear()
+    await following.add(make_result("run-0"))
+    await following.until_done()
+    assert len(receiver.posts) == 1
+    assert following.forwarder.view().pending == 0
 
 
 async def test_posts_are_of_the_size_that_receivers_like(

@@ -75,7 +75,7 @@ class Pace:
     """A post carries about so many: from 3,000 on the receiver's time a sample no longer falls."""
     batch_results: int = 256
     batch_bytes: int = 16 * 1024 * 1024
-    """Of the results in the store, single samples included: all are in memory at once."""
+    """Of the results in the store, single samples included: twice as many are in memory at once."""
     poll_seconds: float = 1.0
     """How often the store is asked when there was nothing."""
     post_seconds: float = 30.0
@@ -197,23 +197,44 @@ class Follower(abc.ABC, Generic[_Item]):
                 await self._sleep(self._pace.poll_seconds)
 
     async def _round(self) -> bool:
-        """Sends what is next; False when there was nothing."""
-        pace = self._pace
-        news = await self._store.news(self._position)
-        if news.position < self._position:
+        """Sends all that is there; False when there was nothing."""
+        sent = False
+        ahead = asyncio.create_task(self._read(self._position))
+        try:
+            while True:
+                latest, arrivals, measured = await ahead
+                if not arrivals:
+                    # Fewer than were sent: the store was set back.
+                    self._position = min(self._position, latest)
+                    return sent
+                # The receiver has its own work with what it is given: meanwhile the next is made ready.
+                ahead = asyncio.create_task(self._read(arrivals[-1].position))
+                await self._send_all(latest, arrivals, measured)
+                sent = True
+        finally:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+    async def _read(self, position: int) -> tuple[int, Sequence[Arrival], list[_Item | None]]:
+        """Returns the store's last position, what came after this one, and what to send of it."""
+        news = await self._store.news(position)
+        if news.position < position:
             _log.warning("the store was set back: everything in it is sent on to %s again", self.receiver)
-            self._position = 0
-        self._behind = news.position - self._position
+            position = 0
         arrivals = await self._store.arrivals(
-            self._position, limit=pace.batch_results, max_bytes=pace.batch_bytes
+            position, limit=self._pace.batch_results, max_bytes=self._pace.batch_bytes
         )
-        if not arrivals:
-            return False
-        measured = await asyncio.to_thread(self._prepare, arrivals)
+        return news.position, arrivals, await asyncio.to_thread(self._prepare, arrivals)
+
+    async def _send_all(
+        self, latest: int, arrivals: Sequence[Arrival], measured: Sequence[_Item | None]
+    ) -> None:
+        """Sends these in posts of the usual size, and notes after each how far it is."""
+        self._behind = max(0, latest - arrivals[0].position + 1)
         begin = 0
         while begin < len(arrivals):
             end, samples = begin, 0
-            while end < len(arrivals) and (end == begin or samples < pace.batch_samples):
+            while end < len(arrivals) and (end == begin or samples < self._pace.batch_samples):
                 one = measured[end]
                 samples += one.samples if one is not None else 0
                 end += 1
@@ -222,9 +243,8 @@ class Follower(abc.ABC, Generic[_Item]):
             position = arrivals[end - 1].position
             await asyncio.to_thread(_write_cursor, self._cursor, position)
             self._position = position
-            self._behind = max(0, news.position - position)
+            self._behind = max(0, latest - position)
             begin = end
-        return True
 
     @abc.abstractmethod
     def _prepare(self, arrivals: Sequence[Arrival]) -> list[_Item | None]:
