@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from boardbench.collector.errors import BackupUnfit, StoreForeign, StoreUnavailable
+from boardbench.collector.config import CollectorConfig
+from boardbench.collector.errors import BackupUnfit, NotAllowed, StoreForeign, StoreUnavailable
 from boardbench.collector.jobs import Batch, Booking, JobQuery
 from boardbench.collector.store import ResultFilter, ResultStore, Sighting
 from boardbench.collector.stores import backup, postgres_backup, postgres_schema, sqlite_backup
+from boardbench.collector.stores.opening import open_beside, open_enrolments
 from boardbench.collector.stores.postgres import PostgresResultStore
 from boardbench.collector.stores.sqlite import SqliteResultStore
-from boardbench.v1 import backup_pb2, collector_pb2, job_pb2, result_pb2
+from boardbench.v1 import backup_pb2, collector_pb2, job_pb2, result_pb2, update_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
@@ -33,6 +35,12 @@ class Place:
 
     def open(self) -> Awaitable[ResultStore]:
         return (SqliteResultStore if self.kind == "sqlite" else PostgresResultStore).open(self.where)  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def config(self) -> CollectorConfig:
+        if self.kind == "sqlite":
+            return CollectorConfig(data_dir=self.where.parent)
+        return CollectorConfig(store=self.where, data_dir=Path("/nowhere"))
 
     def moment(self) -> AbstractContextManager[Any]:
         return (sqlite_backup if self.kind == "sqlite" else postgres_backup).moment(self.where)
@@ -109,12 +117,21 @@ async def test_a_backup_of_any_store_is_restored_into_any_other(
     old, new = make_place(source, "old"), make_place(target, "new")
     store = await old.open()
     await fill(store, make_result, make_hello)
+    update = update_pb2.Update(update_id="u1", version="0.2.0")
+    async with open_beside(old.config, store) as beside:
+        token = await beside.enrolments.create(labels={"lab": "zürich"})
+        used = await beside.enrolments.create()
+        key, _ = await beside.enrolments.enroll(used, "pi5", "i")
+        await beside.updates.add(update, lambda _: None)
     file = tmp_path / "all.backup"
     # While the store is open, and something is being written.
     told = backup.save(file, old.moment(), version="1.2.3", clock=lambda: 77.0)
     await store.append("pi5", "spool-1", 99, make_result("later"))
     assert told == backup.look(file) == backup.Told(told.rows, "1.2.3", 77.0)
     assert told.rows["results"] == 9 and told.rows["jobs"] == told.rows["labels"] == 1
+    assert (told.rows["enrolment_tokens"], told.rows["device_keys"], told.rows["updates"]) == (2, 1, 1)
+    content = gzip.decompress(file.read_bytes())
+    assert not any(secret.encode() in content for secret in (token, used, key))
     assert new.restore(file) == told
     again = await new.open()
     assert "later" not in [each.run_id for each in (await again.results(ResultFilter(), limit=99)).results]
@@ -132,6 +149,12 @@ async def test_a_backup_of_any_store_is_restored_into_any_other(
         found[2] = [(device, position) for position, device, _ in found[2]]
         found[4] = [(device, result, drifts) for device, _, result, drifts in found[4]]
     assert right == left
+    async with open_beside(new.config, again) as beside:
+        await beside.enrolments.check("pi5", key, required=True)
+        with pytest.raises(NotAllowed, match="used by board pi5"):
+            await beside.enrolments.enroll(used, "pi4", "j")
+        assert (await beside.enrolments.enroll(token, "pi4", "j"))[1] == {"lab": "zürich"}
+        assert await beside.updates.get(await beside.updates.versions()) == [(1, update)]
     await store.close()
     await again.close()
 
@@ -152,6 +175,22 @@ async def test_a_store_that_is_there_is_not_overwritten(
     store = await where.open()
     assert len(await store.find("run-2")) == 1
     await store.close()
+
+
+async def test_tokens_that_are_there_are_not_overwritten(
+    make_place: Callable[[str, str], Place], saved: Path
+) -> None:
+    where = make_place("sqlite", "fresh")
+    async with open_enrolments(where.config) as enrolments:
+        pass
+    # A file without a row is none.
+    where.restore(saved)
+    where.where.unlink()
+    async with open_enrolments(where.config) as enrolments:
+        await enrolments.create()
+    with pytest.raises(StoreUnavailable, match=r"enrolments\.db is there already, with something in it"):
+        where.restore(saved)
+    assert not where.where.exists()
 
 
 async def test_a_running_collectors_folder_is_left_alone(
@@ -304,11 +343,15 @@ async def test_both_kinds_of_store_have_the_same_tables(make_place: Callable[[st
     found = {}
     for kind in KINDS:
         where = make_place(kind, "a")
-        await (await where.open()).close()
+        store = await where.open()
+        async with open_beside(where.config, store):
+            pass
+        await store.close()
         with where.moment() as source:
             found[kind] = {table.name: set(table.columns) for table in source.tables()}
     assert found["sqlite"] == found["postgres"]
     assert set(found["sqlite"]) >= {"results", "series", "jobs", "labels", "progress"}
+    assert set(found["sqlite"]) >= {"enrolment_tokens", "device_keys", "updates"}
     assert set(postgres_schema.DERIVED) <= set(found["sqlite"])
 
 

@@ -225,6 +225,7 @@ def whole(make_result: MakeResult, board: Callable[..., DeviceView]) -> Snapshot
             ForwardView("mimir:9009", 0, {}, 0, None, 9),
         ),
         retention=RetentionView(40, 3, 123_456, 1 << 20),
+        certificate_ends_at=NOW + 30 * 86400,
     )
 
 

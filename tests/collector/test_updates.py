@@ -13,7 +13,9 @@ import pytest
 
 from boardbench.collector.errors import InvalidRequest, NotFound, Occupied, StoreUnavailable
 from boardbench.collector.files import Files
-from boardbench.collector.stores.updates import UpdateStore
+from boardbench.collector.stores.beside import FleetTables, TablesFile
+from boardbench.collector.stores.postgres import PostgresResultStore
+from boardbench.collector.stores.updates import MIGRATIONS, UpdateStore
 from boardbench.collector.updates import UpdateDesk, Updater
 from boardbench.v1 import agent_pb2, collector_pb2, update_pb2
 
@@ -41,6 +43,15 @@ class Boards:
             device = collector_pb2.Device(agent_version="0.1.0", up=up)
             device.board.device_id, device.board.architecture = name, architecture
             self.known.append(device)
+
+
+class Moving:
+    """A clock that moves when it is told to."""
+
+    now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @dataclass
@@ -113,15 +124,15 @@ async def stage(tmp_path: Path, release_packages: Any) -> AsyncIterator[Stage]:
         release_packages.build(tmp_path, "0.2.0", {"release.json": "{}"})
     )
     sha256 = await keep(files, package)
-    boards, store = Boards(), UpdateStore(tmp_path / "updates.db")
+    boards, tables = Boards(), TablesFile(tmp_path / "updates.db", MIGRATIONS)
+    store = UpdateStore(tables)
     updater = Updater(store, files, boards)  # type: ignore[arg-type]
     made = Stage(tmp_path, files, boards, store, updater, sha256)
     made.task = asyncio.create_task(updater.run())
     yield made
     made.task.cancel()
     await asyncio.gather(made.task, return_exceptions=True)
-    with contextlib.suppress(StoreUnavailable):
-        store.close()
+    tables.close()
 
 
 async def keep(files: Files, path: Path) -> str:
@@ -267,15 +278,15 @@ async def test_a_store_that_fails_loses_nothing(stage: Stage, monkeypatch: pytes
     stage.connect("a")
     await stage.start()
     await stage.until(lambda: "a" in stage.heard)
-    put, failures = stage.store.put, []
+    change, failures = stage.store.change, []
 
-    def failing(update: update_pb2.Update) -> None:
+    async def failing(update_id: str, make: Any) -> Any:
         if not failures:
-            failures.append(update)
+            failures.append(update_id)
             raise StoreUnavailable("the disk is full")
-        put(update)
+        return await change(update_id, make)
 
-    monkeypatch.setattr(stage.store, "put", failing)
+    monkeypatch.setattr(stage.store, "change", failing)
     stage.say("a", DONE)
     await stage.until(lambda: stage.states()["a"] == DONE)
     assert failures
@@ -283,14 +294,137 @@ async def test_a_store_that_fails_loses_nothing(stage: Stage, monkeypatch: pytes
     assert stage.states()["a"] == DONE
 
 
-def test_old_updates_make_room(tmp_path: Path) -> None:
-    store = UpdateStore(tmp_path / "updates.db")
-    with contextlib.closing(store):
+@contextlib.asynccontextmanager
+async def two_stages(stage: Stage, url: str) -> AsyncIterator[tuple[Stage, Stage]]:
+    """Two collectors on one database, over the same files and with the same boards known."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = []
+        for _ in range(2):
+            results = await PostgresResultStore.open(url)
+            stack.push_async_callback(results.close)
+            store = UpdateStore(FleetTables(results))
+            updater = Updater(store, stage.files, stage.boards)  # type: ignore[arg-type]
+            each = Stage(stage.folder, stage.files, stage.boards, store, updater, stage.sha256)
+            each.task = asyncio.create_task(updater.run())
+            stack.push_async_callback(asyncio.gather, each.task, return_exceptions=True)
+            stack.callback(each.task.cancel)
+            made.append(each)
+        yield made[0], made[1]
+
+
+async def test_boards_of_another_collector_hear_of_it(stage: Stage, postgres_url: str) -> None:
+    stage.boards.add("a", "b", "c", "d")
+    async with two_stages(stage, postgres_url) as (one, other):
+        one.connect("a", "c")
+        other.connect("b", "d")
+        begun = await one.start(canary=2)
+        assert [board.device_id for board in begun.boards if board.canary] == ["a", "b"]
+        await other.until(lambda: set(other.heard) == {"b"})
+        await one.until(lambda: set(one.heard) == {"a"})
+        seen: list[dict[str, int]] = []
+
+        async def watch() -> None:
+            async for update in one.updater.watch("u1"):
+                seen.append({board.device_id: board.state for board in update.boards})  # noqa: PERF401
+
+        watching = asyncio.create_task(watch())
+        # One of those that go first is done: the others still wait, at both.
+        other.say("b", DONE)
+        await one.until(lambda: one.states()["b"] == DONE)
+        assert set(one.heard) == {"a"}
+        assert set(other.heard) == {"b"}
+        one.say("a", FETCHING)
+        one.say("a", DONE)
+        await one.until(lambda: set(one.heard) == {"a", "c"})
+        await other.until(lambda: set(other.heard) == {"b", "d"})
+        # It is known of only once, wherever somebody asks for it.
+        await other.updater.refresh()
+        assert other.updater.find("u1").package_sha256 == stage.sha256
+        assert await other.start(canary=2) == other.updater.find("u1")
+        with pytest.raises(Occupied, match="is in update u1"):
+            await other.start(request_id="u2")
+        # A board that moves says there how far it is.
+        one.connect("d")
+        await one.until(lambda: "d" in one.heard)
+        one.say("d", DONE)
+        one.say("c", DONE)
+        await asyncio.wait_for(watching, 10)
+        assert set(seen[-1].values()) == {DONE}
+        await other.until(lambda: set(other.states().values()) == {DONE})
+        assert [len(offers) for offers in (*one.heard.values(), *other.heard.values())] == [1] * 5
+
+
+async def test_nobody_begins_at_either_after_one_has_failed(stage: Stage, postgres_url: str) -> None:
+    stage.boards.add(*(f"a{number}" for number in range(10)), *(f"b{number}" for number in range(10)))
+    async with two_stages(stage, postgres_url) as (one, other):
+        one.connect(*(f"a{number}" for number in range(10)))
+        other.connect(*(f"b{number}" for number in range(10)))
+        await one.start()
+        await other.until(lambda: len(one.heard) + len(other.heard) == 16)
+        await other.settle()
+        # Sixteen at once, and not ten at each.
+        assert len(one.heard) + len(other.heard) == 16
+        name = next(iter(one.heard))
+        one.say(name, FAILED, "no room")
+        await other.until(lambda: list(other.states().values()).count(STOPPED) == 19)
+        heard = len(one.heard) + len(other.heard)
+        assert other.updater.find("u1").halted == f"{name} failed: no room"
+        stopped = await other.updater.stop("u1")
+        assert stopped.halted == f"{name} failed: no room"
+        await one.settle()
+        assert len(one.heard) + len(other.heard) == heard == 16
+
+
+async def test_two_that_begin_at_once_share_no_board(stage: Stage, postgres_url: str) -> None:
+    stage.boards.add("a", "b", "c")
+    async with two_stages(stage, postgres_url) as (one, other):
+        outcomes = await asyncio.gather(
+            one.start("device_id=a", "device_id=b", request_id="u1"),
+            other.start("device_id=b", "device_id=c", request_id="u2"),
+            return_exceptions=True,
+        )
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Occupied", "Update"]
+
+
+async def test_a_board_that_was_asked_and_went_away_holds_nobody_up(stage: Stage) -> None:
+    clock = Moving()
+    stage.updater._clock = clock
+    stage.boards.add(*(f"a{number}" for number in range(17)))
+    stage.connect(*(f"a{number}" for number in range(17)))
+    await stage.start()
+    await stage.until(lambda: len(stage.heard) == 16)
+    await stage.settle()
+    assert len(stage.heard) == 16
+    clock.now += 61
+    stage.updater._poke.set()
+    await stage.until(lambda: len(stage.heard) == 17)
+
+
+async def test_how_far_a_board_is_reaches_those_who_follow_it_elsewhere(
+    stage: Stage, postgres_url: str
+) -> None:
+    stage.boards.add("a")
+    async with two_stages(stage, postgres_url) as (one, other):
+        one.connect("a")
+        await one.start()
+        await one.until(lambda: "a" in one.heard)
+        for fraction in (0.41, 0.57):
+            one.desks["a"].report(update_pb2.UpdateReport(update_id="u1", state=FETCHING, fraction=fraction))
+            await one.until(lambda fraction=fraction: one.updater.find("u1").boards[0].fraction == fraction)
+        await other.until(
+            lambda: other.updater.updates() and other.updater.find("u1").boards[0].fraction == 0.5
+        )
+
+
+async def test_old_updates_make_room(tmp_path: Path) -> None:
+    tables = TablesFile(tmp_path / "updates.db", MIGRATIONS)
+    with contextlib.closing(tables):
+        store = UpdateStore(tables)
         for number in range(130):
             update = update_pb2.Update(update_id=f"u{number}")
             update.created_at.FromNanoseconds(number * 10**9)
-            store.put(update)
-            store.put(update)
-        kept = [update.update_id for update in store.all()]
-    assert kept == [f"u{number}" for number in range(129, 29, -1)]
+            await store.add(update, lambda _: None)
+            await store.add(update, lambda _: pytest.fail("it is there already"))
+        kept = await store.versions()
+    assert kept == {f"u{number}": 1 for number in range(30, 130)}
     assert (tmp_path / "updates.db").stat().st_mode & 0o777 == 0o600

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from boardbench.agent.errors import ConfigurationError
+from boardbench.inspect import tls
 
 DEFAULT_PATH = Path("/etc/boardbench/agent.toml")
 SYSTEM_DATA_DIR = Path("/var/lib/boardbench")
@@ -309,8 +310,12 @@ class AgentConfig:
     listen: str = "127.0.0.1:7341"
     # Models, inputs, the spool and the journal of runs.
     data_dir: Path = field(default_factory=lambda: default_data_dir(os.environ))
-    # HOST:PORT of the collector; empty: results stay in the spool.
+    # HOST:PORT of the collector, or tls://HOST:PORT where it has a certificate; empty: results stay in the
+    # spool.
     collector: str = ""
+    # File with the certificate (PEM) of the authority that the collector's must be of; empty: what enrolment
+    # brought, or with tls:// any that this system trusts.
+    collector_ca: str = ""
     # HOST:PORT that the collector tells others for pushing here; empty: what `listen` says.
     address: str = ""
     # Identity of the board; empty: made from the machine id.
@@ -335,7 +340,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         for key in ("listen", "collector", "address"):
             if getattr(self, key):
-                parse_address(getattr(self, key), key)
+                text = getattr(self, key)
+                parse_address(tls.split(text)[1] if key == "collector" else text, key)
         if self.metrics.listen:
             parse_address(self.metrics.listen, "metrics.listen")
         _check_text("device_id", self.device_id)

@@ -20,6 +20,7 @@ import grpc
 from boardbench.agent import folder
 from boardbench.agent.config import AgentConfig, parse_address
 from boardbench.agent.errors import ConfigurationError, EnrolmentRefused, StorageError
+from boardbench.inspect import tls
 from boardbench.v1 import board_pb2, collector_pb2, collector_pb2_grpc
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class _Key:
     collector: str
     device_key: str
     labels: Mapping[str, str]
+    # Certificate of its authority in PEM; empty: none was named.
+    ca: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class _Token:
 
     collector: str
     token: str
+    ca: str = ""
 
 
 class Enrolment:
@@ -79,6 +83,18 @@ class Enrolment:
             return token.collector
         return self._key.collector if self._key is not None else ""
 
+    def ca(self, config: AgentConfig) -> bytes:
+        """Certificate (PEM) of the authority that the collector's must be of; empty: no certain one.
+
+        Raises ConfigurationError.
+        """
+        if config.collector_ca:
+            return _authority(config.collector_ca).encode()
+        for known in (self._read_token(), self._key):
+            if known is not None and _same(known.collector, config.collector):
+                return known.ca.encode()
+        return b""
+
     @property
     def enrolled(self) -> bool:
         """Whether the board has a key."""
@@ -96,7 +112,7 @@ class Enrolment:
         Raises AioRpcError when the collector can't be reached for that, StorageError.
         """
         token = self._read_token()
-        if token is not None and token.collector == address:
+        if token is not None and _same(token.collector, address):
             try:
                 await self._show(channel, token, board(), instance_id)
             except EnrolmentRefused as refused:
@@ -105,7 +121,7 @@ class Enrolment:
                 self._remove_token()
         if self._key is None:
             return ()
-        if self._key.collector != address:
+        if not _same(self._key.collector, address):
             if not self._warned:
                 _log.warning(
                     "the board was enrolled at %s: its key is not shown to %s; enrol it there as well "
@@ -117,17 +133,23 @@ class Enrolment:
             return ()
         return ((KEY_METADATA, self._key.device_key),)
 
-    async def enroll(self, collector: str, token: str, board: board_pb2.Board, instance_id: str) -> None:
-        """Shows the token and keeps the key. Raises EnrolmentRefused, ConfigurationError, StorageError."""
-        parse_address(collector, "--collector")
+    async def enroll(
+        self, collector: str, token: str, board: board_pb2.Board, instance_id: str, *, ca: str = ""
+    ) -> None:
+        """Shows the token and keeps the key. Raises EnrolmentRefused, ConfigurationError, StorageError.
+
+        ``ca`` is the file of the authority that the collector's certificate must be of; its text is kept.
+        """
+        parse_address(tls.split(collector)[1], "--collector")
+        authority = _authority(ca) if ca else ""
         # For a moment a file, so that a power cut after the collector's answer does not lose the board: the
         # token is good for the same instance again.
-        waiting = _Token(collector, token)
-        self._store(_TOKEN_FILE, {"collector": collector, "token": token})
-        from boardbench.agent.stream import open_channel
+        waiting = _Token(collector, token, authority)
+        self._store(_TOKEN_FILE, {"collector": collector, "token": token, **_with(authority)})
+        from boardbench.agent.stream import open_channel, refusal
 
         try:
-            async with open_channel(collector) as channel:
+            async with open_channel(collector, ca=authority.encode()) as channel:
                 await self._show(channel, waiting, board, instance_id)
         except EnrolmentRefused:
             self._remove_token()
@@ -135,8 +157,9 @@ class Enrolment:
         except grpc.aio.AioRpcError as error:
             self._remove_token()
             raise EnrolmentRefused(
-                f"the collector at {collector} can't be reached: {error.details() or 'no reason given'} "
-                f"({error.code().name}); is it running, and does it listen to the network (--listen 0.0.0.0)?"
+                f"the collector at {collector} can't be reached: "
+                f"{refusal(error, collector, authority.encode())} ({error.code().name}); "
+                "is it running, and does it listen to the network (--listen 0.0.0.0)?"
             ) from error
 
     async def _show(
@@ -162,9 +185,10 @@ class Enrolment:
                 "collector": token.collector,
                 "device_key": answer.device_key,
                 "labels": dict(answer.labels),
+                **_with(token.ca),
             },
         )
-        self._key = _Key(token.collector, answer.device_key, dict(answer.labels))
+        self._key = _Key(token.collector, answer.device_key, dict(answer.labels), token.ca)
         self._remove_token()
         _log.info("enrolled at %s", token.collector)
 
@@ -174,9 +198,11 @@ class Enrolment:
             return None
         labels = content.get("labels", {})
         texts = (content.get("collector"), content.get("device_key"))
+        ca = str(content.get("collector_ca", ""))
         if not all(isinstance(text, str) and text for text in texts) or not isinstance(labels, dict):
             raise self._damaged(_KEY_FILE)
-        return _Key(str(texts[0]), str(texts[1]), {str(name): str(value) for name, value in labels.items()})
+        given = {str(name): str(value) for name, value in labels.items()}
+        return _Key(str(texts[0]), str(texts[1]), given, ca)
 
     def _read_token(self) -> _Token | None:
         content = self._read(_TOKEN_FILE)
@@ -186,10 +212,10 @@ class Enrolment:
         if not all(isinstance(text, str) and text for text in texts):
             raise self._damaged(_TOKEN_FILE)
         try:
-            parse_address(str(texts[0]), "collector")
+            parse_address(tls.split(str(texts[0]))[1], "collector")
         except ConfigurationError as error:
             raise self._damaged(_TOKEN_FILE) from error
-        return _Token(str(texts[0]), str(texts[1]))
+        return _Token(str(texts[0]), str(texts[1]), str(content.get("collector_ca", "")))
 
     def _read(self, name: str) -> dict[str, object] | None:
         path = self._data_dir / name
@@ -229,3 +255,19 @@ class Enrolment:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
             folder.sync(self._data_dir)
+
+
+def _authority(path: str) -> str:
+    try:
+        return tls.read_authorities(Path(path).expanduser()).decode()
+    except ValueError as error:
+        raise ConfigurationError(f"collector_ca: {error}") from error
+
+
+def _with(ca: str) -> dict[str, str]:
+    return {"collector_ca": ca} if ca else {}
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether both are the same collector, reached with TLS or without."""
+    return tls.split(one)[1] == tls.split(other)[1]

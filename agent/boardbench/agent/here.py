@@ -114,7 +114,7 @@ async def enroll(config: AgentConfig, token: str) -> str:
     """
     board = _board(config)
     instance = instance_id(config.data_dir, config.sys_root)
-    await Enrolment(config.data_dir).enroll(config.collector, token, board, instance)
+    await Enrolment(config.data_dir).enroll(config.collector, token, board, instance, ca=config.collector_ca)
     return board.device_id
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -281,6 +282,8 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
         if config.collector and rest is not None:
             instance = await asyncio.to_thread(instance_id, data_dir, config.sys_root)
             life = os.urandom(16).hex()
+            ca = await asyncio.to_thread(enrolment.ca, config)
+            channel = functools.partial(open_channel, ca=ca)
 
             async def credentials(channel: grpc.aio.Channel) -> tuple[tuple[str, str], ...]:
                 return await enrolment.metadata(channel, config.collector, describe_board, instance)
@@ -294,6 +297,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 runs=runs,
                 spool=spool,
                 credentials=credentials,
+                channel=channel,
             )
             stack.push_async_callback(jobs.close)
             updates = Updates(
@@ -305,6 +309,7 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 health=lambda: _health(link, _near(config.listen, port) if port else ""),
                 free_floor_bytes=config.store.free_floor_bytes,
                 credentials=credentials,
+                channel=channel,
             )
             stack.push_async_callback(updates.close)
             kinds, parties = rest.kinds, (jobs, updates, rest)
@@ -327,6 +332,8 @@ async def _running(config: AgentConfig) -> AsyncIterator[_Agent]:
                 ),
                 parties=parties,
                 credentials=credentials,
+                channel=channel,
+                ca=ca,
             )
             jobs.speak = updates.speak = link.speak
             jobs.recover()

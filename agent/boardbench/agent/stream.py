@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError
 
 from boardbench.agent.errors import StorageError
 from boardbench.agent.spool import Spool
+from boardbench.inspect import tls
 from boardbench.v1 import collector_pb2, collector_pb2_grpc, result_pb2
 
 if TYPE_CHECKING:
@@ -91,28 +92,45 @@ class Pace:
 def open_channel(
     address: str,
     *,
+    ca: bytes = b"",
     # Collectors allow a ping every 30 s.
     keepalive_seconds: float = 60.0,
     keepalive_timeout_seconds: float = 20.0,
 ) -> grpc.aio.Channel:
-    """A channel to the collector at ``HOST:PORT``; the one place where the agent makes channels."""
-    return grpc.aio.insecure_channel(
-        address,
-        options=(
-            # Notices a peer that is gone without a word: by a ping, and sooner by a heartbeat that nobody
-            # takes, as gRPC sets Linux's TCP_USER_TIMEOUT to the same timeout.
-            ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
-            ("grpc.keepalive_timeout_ms", int(keepalive_timeout_seconds * 1000)),
-            # A keepalive ping waits for a ping that is on its way (one that measures bandwidth, say), whose
-            # own timeout is a minute.
-            ("grpc.http2.ping_timeout_ms", int(keepalive_timeout_seconds * 1000)),
-            ("grpc.http2.max_pings_without_data", 0),
-            # A channel of its own: with the shared pool a new one inherits the old one's connection.
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_send_message_length", -1),
-        ),
+    """A channel to the collector at ``HOST:PORT``; the one place where the agent makes channels.
+
+    It is encrypted where the address says so (``tls://HOST:PORT``), or ``ca`` names the authority that the
+    collector's certificate must be of (PEM); else it may be of any that this system trusts.
+    """
+    secure, target = tls.split(address)
+    options = (
+        # Notices a peer that is gone without a word: by a ping, and sooner by a heartbeat that nobody
+        # takes, as gRPC sets Linux's TCP_USER_TIMEOUT to the same timeout.
+        ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
+        ("grpc.keepalive_timeout_ms", int(keepalive_timeout_seconds * 1000)),
+        # A keepalive ping waits for a ping that is on its way (one that measures bandwidth, say), whose
+        # own timeout is a minute.
+        ("grpc.http2.ping_timeout_ms", int(keepalive_timeout_seconds * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        # A channel of its own: with the shared pool a new one inherits the old one's connection.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.max_send_message_length", -1),
     )
+    if not (secure or ca):
+        return grpc.aio.insecure_channel(target, options=options)
+    trusted = grpc.ssl_channel_credentials(ca or tls.system_authorities())
+    return grpc.aio.secure_channel(target, trusted, options=options)
+
+
+def refusal(error: grpc.aio.AioRpcError, address: str, ca: bytes) -> str:
+    """What a call's failure says, and what to do where it is one of TLS."""
+    details = error.details() or "no reason given"
+    secure = bool(ca) or tls.split(address)[0]
+    advice = tls.advice(details, tls=secure, option="collector_ca (--collector-ca FILE)")
+    if error.code() != grpc.StatusCode.UNAVAILABLE or not advice:
+        return details
+    return f"{details}: {advice}"
 
 
 class CollectorLink:
@@ -132,9 +150,11 @@ class CollectorLink:
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Coroutine[object, object, None]] = asyncio.sleep,
         monotonic: Callable[[], float] = time.monotonic,
+        ca: bytes = b"",
     ) -> None:
         """Calls ``hello`` at every connection and ``heartbeat`` at every beat; adds what the spool knows."""
         self._address = address
+        self._ca = ca
         self._spool = spool
         self._hello = hello
         self._heartbeat = heartbeat
@@ -207,7 +227,7 @@ class CollectorLink:
                     f"another agent reports as this board: {error.details()}. Give one of them another "
                     "device_id; results stay in the spool meanwhile"
                 )
-            return f"{error.details() or 'no reason given'} ({error.code().name})"
+            return f"{refusal(error, self._address, self._ca)} ({error.code().name})"
         except _Broken as error:
             return str(error)
         except StorageError as error:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from boardbench.inspect import tls
 
 AGENT_PORT = 7341
 COLLECTOR_PORT = 7342
@@ -20,15 +25,23 @@ class Address:
 
     host: str
     port: int
+    tls: bool = False
+    """Whether it has a certificate to show."""
+    ca: Path | None = None
+    """File of the authority that the certificate must be of; None: any that this system trusts."""
 
     def __str__(self) -> str:
-        """``host:port``, an IPv6 literal in brackets."""
+        """``host:port``, an IPv6 literal in brackets; ``tls://`` before it where it has a certificate."""
+        return f"{tls.SCHEME if self.tls else ''}{self._place}"
+
+    @property
+    def _place(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def target(self) -> str:
         """The same for gRPC; a zone (``%eth0``) is escaped, since gRPC reads a URI."""
-        return f"dns:///{str(self).replace('%', '%25')}"
+        return f"dns:///{self._place.replace('%', '%25')}"
 
     @property
     def is_loopback(self) -> bool:
@@ -118,11 +131,59 @@ class AddressType(_AddressParameter):
         """``default_port`` is taken when none is written."""
         self.default_port = default_port
 
+    def read(self, text: str, ctx: click.Context | None) -> Address:
+        """The address. Raises ValueError."""
+        del ctx
+        return parse_address(text, self.default_port)
+
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Address:
         """The address; fails with a usage error."""
         if isinstance(value, Address):
             return value
         try:
-            return parse_address(str(value), self.default_port)
+            return self.read(str(value), ctx)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class CollectorType(AddressType):
+    """Reads ``HOST[:PORT]`` or ``tls://HOST[:PORT]``; :func:`ca_option` makes the second of the first."""
+
+    def __init__(self) -> None:
+        super().__init__(COLLECTOR_PORT)
+
+    def read(self, text: str, ctx: click.Context | None) -> Address:
+        """The address. Raises ValueError."""
+        secure, place = tls.split(text.strip())
+        ca = ctx.meta.get(_CA) if ctx is not None else None
+        address = parse_address(place, self.default_port)
+        return dataclasses.replace(address, tls=secure or ca is not None, ca=ca)
+
+
+_CA = "boardbench.ca"
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def ca_option(command: _Command) -> _Command:
+    """Adds ``--ca``, which every :class:`CollectorType` of the command knows of."""
+
+    def keep(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+        if path is None:
+            return
+        try:
+            tls.read_authorities(path)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+        ctx.meta[_CA] = path
+
+    return click.option(
+        "--ca",
+        envvar="BOARDBENCH_CA",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=keep,
+        metavar="FILE",
+        help="Certificate (PEM) of the authority that the collector's must be of; implies tls://.  "
+        "[default: with tls://HOST any that this system trusts]",
+    )(command)

@@ -22,6 +22,7 @@ import grpc
 from boardbench.cli.address import AGENT_PORT, COLLECTOR_PORT, Address
 from boardbench.cli.errors import CliError, Interrupted, Refused, RunLost, Unreachable
 from boardbench.cli.source import Source
+from boardbench.inspect import tls
 from boardbench.v1 import (
     agent_pb2,
     agent_pb2_grpc,
@@ -71,7 +72,14 @@ class _Unary(Protocol[_Request, _Response]):
 
 def open_channel(address: Address) -> grpc.Channel:
     """A channel to a board or collector; it connects with its first call."""
-    return grpc.insecure_channel(address.target, options=_CHANNEL_OPTIONS)
+    if not address.tls:
+        return grpc.insecure_channel(address.target, options=_CHANNEL_OPTIONS)
+    try:
+        trusted = tls.read_authorities(address.ca) if address.ca else tls.system_authorities()
+    except ValueError as error:
+        raise CliError(str(error)) from error
+    credentials = grpc.ssl_channel_credentials(trusted)
+    return grpc.secure_channel(address.target, credentials, options=_CHANNEL_OPTIONS)
 
 
 class Client:
@@ -136,6 +144,9 @@ class Client:
 
     def _unavailable(self, details: str) -> str:
         low = details.lower()
+        advice = tls.advice(details, tls=self.address.tls, option="--ca FILE")
+        if advice and self.address.tls:
+            return f"the connection to {self.address} failed: {advice} ({details})"
         if "resolv" in low or "lookup" in low or "dns" in low:
             return (
                 f"the name {self.address.host!r} is not known: look at its spelling, or give the IP address"
@@ -163,7 +174,9 @@ class Client:
                 f"{self.address} does not answer: is it on, is this its address, "
                 f"and does no firewall block port {self.address.port}? ({details})"
             )
-        return f"the connection to {self.address} failed: {details or 'unavailable'}"
+        # Boards themselves have no certificates.
+        hint = f"; {advice}" if advice and self.port == COLLECTOR_PORT else ""
+        return f"the connection to {self.address} failed: {details or 'unavailable'}{hint}"
 
 
 class LongClient(Client):

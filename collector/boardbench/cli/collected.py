@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from boardbench.cli.address import COLLECTOR_PORT, AddressType
+from boardbench.cli.address import COLLECTOR_PORT, CollectorType, ca_option
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -23,15 +23,16 @@ def via_option(command: _Command) -> _Command:
 
 
 def _option(*names: str) -> Callable[[_Command], _Command]:
-    return click.option(
+    option = click.option(
         *names,
         "collector",
         envvar="BOARDBENCH_COLLECTOR",
         default=f"127.0.0.1:{COLLECTOR_PORT}",
         show_default=True,
-        type=AddressType(COLLECTOR_PORT),
-        help=f"The collector; port {COLLECTOR_PORT} when none is given.",
+        type=CollectorType(),
+        help=f"The collector; port {COLLECTOR_PORT} when none is given; tls://HOST where it is encrypted.",
     )
+    return lambda command: option(ca_option(command))
 
 
 def on_option(help: str) -> Callable[[_Command], _Command]:

@@ -83,6 +83,7 @@ EPILOG = (
 Environment:
   BOARDBENCH_AGENT      boards for --to, separated by spaces
   BOARDBENCH_COLLECTOR  the collector for --collector, and for --via of jobs, devices and suite
+  BOARDBENCH_CA         the authority of the collector's certificate, for --ca
   BOARDBENCH_HOLDER     who asks, for --holder
   BOARDBENCH_DEBUG=1    show the traceback of an error
   NO_COLOR              no colour and no other terminal styling

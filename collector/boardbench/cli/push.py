@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from boardbench.cli.address import AGENT_PORT, COLLECTOR_PORT, Address, AddressType
+from boardbench.cli.address import AGENT_PORT, Address, AddressType, CollectorType, ca_option
 from boardbench.cli.collected import holder_option, on_option, pairs
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, Refused, Unreachable, worst
 from boardbench.cli.require import Requirement, all_hold, require_option
@@ -60,9 +60,10 @@ Examples:
 )
 @click.option(
     "--via",
-    type=AddressType(COLLECTOR_PORT),
+    type=CollectorType(),
     help="Let this collector hand the runs to boards that it knows, reachable or not, instead of --to.",
 )
+@ca_option
 @on_option("With --via: which boards.")
 @click.option(
     "--count",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from boardbench.cli.address import COLLECTOR_PORT, Address, AddressType
+from boardbench.cli.address import Address, CollectorType, ca_option
 from boardbench.cli.collected import holder_option, via_option
 from boardbench.cli.errors import CliError, ExitCode, Unreachable, WrongUse, worst
 from boardbench.cli.spec import Seconds
@@ -68,9 +68,10 @@ def _case_option(command: Any) -> Any:
 @click.option(
     "--via",
     "collector",
-    type=AddressType(COLLECTOR_PORT),
+    type=CollectorType(),
     help="Ask this collector which boards each case would get.",
 )
+@ca_option
 @_case_option
 @output_options
 def check(path: Path, collector: Address | None, patterns: tuple[str, ...], **values: Any) -> ExitCode:

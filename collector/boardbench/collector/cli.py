@@ -131,6 +131,27 @@ def _store(command: _Command) -> _Command:
     return _store_url(password(command))
 
 
+def _tls_options(command: _Command) -> _Command:
+    """Adds the options that encrypt what comes and goes."""
+    for option in (
+        _option(
+            "--tls-key",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="The certificate's key in PEM, without a passphrase.",
+        ),
+        _option(
+            "--tls-cert",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Encrypt gRPC and HTTP with this certificate in PEM, and those behind it up to its CA;"
+            " it is read again when it changes.  [default: nothing is encrypted]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def _keep_options(command: _Command) -> _Command:
     """Adds the options that say how long what is kept."""
     days = click.FloatRange(min=0, min_open=True)
@@ -229,6 +250,7 @@ def main() -> None:
     show_default=True,
     help="Address for /metrics, /api/v1 and the page; port 0: any free one.",
 )
+@_tls_options
 @_data_dir
 @_store
 @_keep_options
@@ -316,6 +338,8 @@ def serve(
     *,
     listen: Address,
     http: Address,
+    tls_cert: Path | None,
+    tls_key: Path | None,
     data_dir: Path | None,
     store: str,
     keep_samples: float | None,
@@ -343,6 +367,8 @@ def serve(
     config = CollectorConfig(
         listen=listen,
         http=http,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
         data_dir=data_dir or default_data_dir(),
         store=store,
         keep_samples_days=keep_samples,
@@ -386,8 +412,9 @@ def serve(
     gc.set_threshold(20_000, 50, 100)
 
     def ready(listening: Listening) -> None:
-        click.echo(f"gRPC: {listening.grpc}")
-        click.echo(f"HTTP: http://{listening.http}/")
+        tls = config.tls_certificate is not None
+        click.echo(f"gRPC: {'tls://' if tls else ''}{listening.grpc}")
+        click.echo(f"HTTP: {'https' if tls else 'http'}://{listening.http}/")
         click.echo(f"Store: {name_of(config)}")
 
     _run(run(config, ready=ready))
@@ -425,8 +452,8 @@ def check(*, data_dir: Path | None, store: str, file: Path | None) -> None:
 def backup(*, data_dir: Path | None, store: str, target: Path) -> None:
     """Write everything that the store holds into a file, while the collector runs or not.
 
-    TARGET is the file; in a folder that is there, one is made whose name is the time. Tokens and keys of
-    boards, and files that wait for them, are not in it.
+    TARGET is the file; in a folder that is there, one is made whose name is the time. Of tokens and keys of
+    boards only SHA-256 sums are kept, and are in it; files that wait for boards are not.
     """
     from importlib import metadata
 
@@ -538,6 +565,7 @@ def token() -> None:
 
 @token.command()
 @_data_dir
+@_store
 @click.option(
     "--hours",
     type=click.FloatRange(min=0, max=24, min_open=True),
@@ -548,7 +576,7 @@ def token() -> None:
 @click.option(
     "--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label that the board gets. Repeatable."
 )
-def create(*, data_dir: Path | None, hours: float, labels: tuple[str, ...]) -> None:
+def create(*, data_dir: Path | None, store: str, hours: float, labels: tuple[str, ...]) -> None:
     """Make a token, good for one board, and print it; it is kept nowhere."""
     given = {}
     for label in labels:
@@ -556,16 +584,17 @@ def create(*, data_dir: Path | None, hours: float, labels: tuple[str, ...]) -> N
         if not equals or not name.strip():
             raise click.UsageError(f"--label: {label!r} is not NAME=VALUE")
         given[name.strip()] = value
-    click.echo(_enrolments(data_dir, lambda kept: kept.create(hours, given)))
+    click.echo(_enrolments(data_dir, store, lambda kept: kept.create(hours, given)))
 
 
 @token.command("list")
 @_data_dir
-def list_tokens(*, data_dir: Path | None) -> None:
+@_store
+def list_tokens(*, data_dir: Path | None, store: str) -> None:
     """List the tokens by their beginning: until when each is good, and which board has used it."""
     import time
 
-    for kept in _enrolments(data_dir, lambda enrolments: enrolments.tokens()):
+    for kept in _enrolments(data_dir, store, lambda enrolments: enrolments.tokens()):
         if kept.used is not None:
             state = f"used by {kept.device_id}"
         else:
@@ -577,34 +606,37 @@ def list_tokens(*, data_dir: Path | None) -> None:
 
 @token.command()
 @_data_dir
+@_store
 @click.argument("beginning")
-def revoke(*, data_dir: Path | None, beginning: str) -> None:
+def revoke(*, data_dir: Path | None, store: str, beginning: str) -> None:
     """Make a token that was not used yet worth nothing; its BEGINNING is what `token list` shows."""
-    if not _enrolments(data_dir, lambda enrolments: enrolments.revoke(beginning.rstrip("…"))):
+    if not _enrolments(data_dir, store, lambda enrolments: enrolments.revoke(beginning.rstrip("…"))):
         raise click.ClickException(f"no token that was not used begins with {beginning!r}")
 
 
 @main.command()
 @_data_dir
+@_store
 @click.argument("device_id")
-def forget(*, data_dir: Path | None, device_id: str) -> None:
+def forget(*, data_dir: Path | None, store: str, device_id: str) -> None:
     """Make the key of a board worth nothing: it must be enrolled again. Its results stay."""
-    if not _enrolments(data_dir, lambda enrolments: enrolments.forget(device_id)):
+    if not _enrolments(data_dir, store, lambda enrolments: enrolments.forget(device_id)):
         raise click.ClickException(f"no board {device_id!r} is enrolled")
 
 
-def _enrolments(data_dir: Path | None, ask: Callable[[Enrolments], _Answer]) -> _Answer:
+def _enrolments(
+    data_dir: Path | None, store: str, ask: Callable[[Enrolments], Coroutine[Any, Any, _Answer]]
+) -> _Answer:
     """What is asked of the tokens and keys; the collector may run meanwhile."""
-    import contextlib
+    from boardbench.collector.stores.opening import open_enrolments
 
-    from boardbench.collector.stores.enrolments import Enrolments
+    config = CollectorConfig(data_dir=data_dir or default_data_dir(), store=store)
 
-    path = CollectorConfig(data_dir=data_dir or default_data_dir()).enrolments_path
-    try:
-        with contextlib.closing(Enrolments(path)) as enrolments:
-            return ask(enrolments)
-    except CollectorError as error:
-        raise click.ClickException(str(error)) from error
+    async def run() -> _Answer:
+        async with open_enrolments(config) as enrolments:
+            return await ask(enrolments)
+
+    return _guarded(lambda: asyncio.run(run()))
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

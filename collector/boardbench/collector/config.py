@@ -79,6 +79,13 @@ class CollectorConfig:
     http: Address = Address("127.0.0.1", HTTP_PORT)
     """HTTP: ``/metrics``, ``/api/v1``, the page. Loopback for the same reason."""
 
+    tls_certificate: Path | None = None
+    """The collector's certificate in PEM, and behind it those that lead to its CA: then gRPC and HTTP are
+    encrypted. None: neither is, as there is no certificate that everybody would trust by default."""
+
+    tls_key: Path | None = None
+    """The key of that certificate in PEM, without a passphrase."""
+
     data_dir: Path = field(default_factory=default_data_dir)
     """Folder of the store; made if it is not there."""
 

@@ -4,8 +4,9 @@
     files/<sha256>.json         name, kind, format and size; written first, so bytes with it are whole
     arriving/<sha256>.part      what has come of a file; it goes on there, and is hashed whole at its end
 
-What no open job needs goes, the least recently used first, when there is no room. Several collectors over
-one database share this folder, or a board that is connected to the other one can't fetch its model.
+What no open job needs goes, the least recently used first, when there is no room. A board may be connected to
+another collector than the one that took its model in: collectors over one database share a shelf in it, from
+which each fills its own folder, or they share the folder itself.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from boardbench.collector.errors import InvalidRequest, NoRoom, NotFound, StoreUnavailable
 from boardbench.inspect import sniff
@@ -47,6 +48,10 @@ _YOUNG_SECONDS = 900.0
 _LEFT_SECONDS = 7 * 86400.0
 """How long an unfinished file may be taken up again."""
 
+_LOOK_SECONDS = 60.0
+"""How long a file that is used again and again is taken to be on the shelf still; well below the youth that
+keeps it there."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME_LENGTH = 255
 
@@ -68,6 +73,33 @@ class _Door:
     users: int = 0
 
 
+class Shelf(Protocol):
+    """Where collectors keep files for each other."""
+
+    async def find(self, sha256: str) -> tuple[model_pb2.Model, int] | None:
+        """Returns the file and its kind; None when it is not there whole."""
+
+    async def use(self, sha256: str, at: float) -> bool:
+        """Returns whether it is there whole; it is taken as used then."""
+
+    async def put(self, model: model_pb2.Model, kind: int, path: Path, at: float) -> None:
+        """Returns once every collector can have the file; what is there of it is not sent again."""
+
+    def read(self, sha256: str, offset_bytes: int) -> AsyncIterator[bytes]:
+        """Yields the bytes from there on; ends early where it was removed meanwhile."""
+
+    async def make_room(
+        self,
+        model: model_pb2.Model,
+        *,
+        limit_bytes: int,
+        kept: Collection[str],
+        used_before: float,
+        at: float,
+    ) -> None:
+        """Removes what is neither ``kept`` nor young until the file fits; NoRoom when it does not then."""
+
+
 class Files:
     """The folder of files. Belongs to one event loop; the disk is used in threads."""
 
@@ -78,12 +110,16 @@ class Files:
         limit_bytes: int,
         free_bytes: int,
         in_use: Callable[[], Awaitable[frozenset[str]]],
+        shelf: Shelf | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Keeps at most ``limit_bytes`` and leaves ``free_bytes`` free on the disk.
+        """Keeps at most ``limit_bytes`` here, as many on the shelf, and leaves ``free_bytes`` of the disk.
 
         ``in_use`` returns which files open jobs need.
         """
+        self._shelf = shelf
+        self._shelved: dict[str, float] = {}
+        """When a file was last known to be on the shelf."""
         self._files = root / "files"
         self._arriving = root / "arriving"
         self._limit_bytes = limit_bytes
@@ -156,7 +192,7 @@ class Files:
         entry = self._entries.get(digest)
         if entry is None:
             # Another collector may have taken it in.
-            entry = await asyncio.to_thread(self._read_card, self._card(digest))
+            entry = await asyncio.to_thread(self._read_card, self._card(digest)) or await self._bring(digest)
             if entry is None:
                 raise NotFound(f"no file with SHA-256 {digest[:12]} is on this collector; send it first")
             self._entries[digest] = entry
@@ -169,6 +205,48 @@ class Files:
             entry.used_at = now
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(os.utime, self._card(sha256), (now, now))
+        if self._shelf is None or now - self._shelved.get(sha256, -_LOOK_SECONDS) < _LOOK_SECONDS:
+            return
+        if await self._shelf.use(sha256, now):
+            self._shelved[sha256] = now
+        else:
+            await self._shelve(entry)
+
+    async def _shelve(self, entry: _Entry) -> None:
+        """Returns once every collector can have the file."""
+        if self._shelf is None:
+            return
+        now, model = self._clock(), entry.model
+        await self._shelf.make_room(
+            model,
+            limit_bytes=self._limit_bytes,
+            kept=await self._in_use(),
+            used_before=now - _YOUNG_SECONDS,
+            at=now,
+        )
+        await self._shelf.put(model, entry.kind, self._path(model.sha256), now)
+        self._shelved[model.sha256] = now
+
+    async def _bring(self, sha256: str) -> _Entry | None:
+        """Returns the file that another collector has put on the shelf, once it is here as well."""
+        found = await self._shelf.find(sha256) if self._shelf is not None else None
+        if self._shelf is None or found is None:
+            return None
+        model, kind = found
+        header = agent_pb2.PushHeader(
+            sha256=sha256,
+            name=model.name,
+            size_bytes=model.size_bytes,
+            kind=kind,  # type: ignore[arg-type]
+        )
+        async with self.receive(header) as transfer:
+            if transfer.stored is None:
+                async for data in self._shelf.read(sha256, transfer.offset_bytes):
+                    await transfer.append(data)
+                if not transfer.complete:
+                    raise StoreUnavailable(f"{model.name} was removed while it was fetched; send it again")
+                await transfer.finish(brought=True)
+        return self._entries.get(sha256)
 
     async def read(self, sha256: str, offset_bytes: int) -> AsyncGenerator[agent_pb2.PushChunk, None]:
         """Yields the bytes of a file from there on, in order.
@@ -302,8 +380,8 @@ class Files:
             with contextlib.suppress(FileNotFoundError):
                 await asyncio.to_thread(path.unlink)
 
-    async def settle(self, transfer: Transfer) -> model_pb2.Model:
-        """Returns the file, named and synced, once its bytes are the right ones.
+    async def settle(self, transfer: Transfer, *, brought: bool) -> model_pb2.Model:
+        """Returns the file, named and synced, once its bytes are the right ones, and on the shelf.
 
         InvalidRequest when they are not; then nothing of them is kept.
         """
@@ -326,6 +404,8 @@ class Files:
         self._entries[transfer.sha256] = entry
         self._transfers.pop(transfer.sha256, None)
         _log.info("%s (%s): %d bytes came in", model.name, model.sha256[:12], model.size_bytes)
+        if not brought:
+            await self._shelve(entry)
         return model
 
     def _settle(self, entry: _Entry) -> None:
@@ -415,9 +495,14 @@ class Transfer:
             raise InvalidRequest(
                 f"{self.name}: the bytes at {chunk.offset_bytes} came damaged; send them again"
             )
-        await asyncio.to_thread(self._write, self._file, chunk.data)
-        self.offset_bytes += len(chunk.data)
+        await self.append(chunk.data)
         self._files.received_bytes += len(chunk.data)
+
+    async def append(self, data: bytes) -> None:
+        """Takes the next bytes as they are; the file is hashed whole at its end."""
+        assert self._file is not None
+        await asyncio.to_thread(self._write, self._file, data)
+        self.offset_bytes += len(data)
 
     @staticmethod
     def _write(file: BinaryIO, data: bytes) -> None:
@@ -425,12 +510,15 @@ class Transfer:
         while rest:
             rest = rest[file.write(rest) :]
 
-    async def finish(self) -> model_pb2.Model:
-        """Returns the file once it is verified and would survive a power cut."""
+    async def finish(self, *, brought: bool = False) -> model_pb2.Model:
+        """Returns the file once it is verified and would survive a power cut.
+
+        One that was ``brought`` from the shelf is not put there again.
+        """
         assert self._file is not None
         await asyncio.to_thread(os.fsync, self._file.fileno())
         self.close()
-        self.stored = await self._files.settle(self)
+        self.stored = await self._files.settle(self, brought=brought)
         return self.stored
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -33,7 +33,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         dispatcher: Dispatcher,
         files: Files,
         *,
-        admit: Callable[[str, Any], None],
+        admit: Callable[[str, Any], Awaitable[None]],
     ) -> None:
         """``admit`` is called with a board's identity and its call, and raises when it may not ask."""
         self._config = config
@@ -90,7 +90,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     ) -> None:
         """Hands the bytes of a file to a board."""
         async with answering(context):
-            self._admit(request.device_id, context)
+            await self._admit(request.device_id, context)
             async with contextlib.aclosing(self._files.read(request.sha256, request.offset_bytes)) as chunks:
                 async for chunk in chunks:
                     await context.write(job_pb2.FetchFileResponse(chunk=chunk))

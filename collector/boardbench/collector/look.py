@@ -113,6 +113,8 @@ class Snapshot:
     forwarded: tuple[ForwardView, ...] = ()
     retention: RetentionView | None = None
     """None: everything is kept for ever."""
+    certificate_ends_at: float | None = None
+    """Unix seconds; None: the collector has no certificate."""
 
 
 class ReadModel:
@@ -128,6 +130,7 @@ class ReadModel:
         queue: Callable[[], Awaitable[QueueView]] | None = None,
         forwarded: Callable[[], tuple[ForwardView, ...]] = tuple,
         retention: Callable[[], RetentionView | None] = lambda: None,
+        certificate_ends_at: Callable[[], float | None] = lambda: None,
         silence_seconds: float = CollectorConfig.heartbeat_seconds * CollectorConfig.missed_heartbeats,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -136,6 +139,7 @@ class ReadModel:
         self._fleet = fleet
         self._queue = queue
         self._retention = retention
+        self._certificate_ends_at = certificate_ends_at
         self._silence_seconds = silence_seconds
         self._forwarded = forwarded
         self._result_ttl_seconds = result_ttl_seconds
@@ -279,6 +283,7 @@ class ReadModel:
             queue=None if self._queue is None else await self._queue(),
             forwarded=self._forwarded(),
             retention=self._retention(),
+            certificate_ends_at=self._certificate_ends_at(),
         )
 
     async def probe(self) -> None:

@@ -443,6 +443,12 @@ METRICS: tuple[Metric, ...] = (
         "Bytes of records that were removed or made smaller since the collector started.",
     ),
     Metric(
+        "boardbench_collector_certificate_expiry_timestamp_seconds",
+        "gauge",
+        (),
+        "When the collector's certificate ends, or the first of its chain, in Unix time; absent without TLS.",
+    ),
+    Metric(
         "boardbench_collector_forwarded_samples_total",
         "counter",
         ("receiver",),

@@ -414,6 +414,12 @@ def collector_group(snapshot: Snapshot, version: str, python: str) -> Group:
             yield "boardbench_collector_results_removed_total", (), kept.results_removed
             yield "boardbench_collector_samples_dropped_total", (), kept.samples_dropped
             yield "boardbench_collector_removed_bytes_total", (), kept.bytes_removed
+        if snapshot.certificate_ends_at is not None:
+            yield (
+                "boardbench_collector_certificate_expiry_timestamp_seconds",
+                (),
+                snapshot.certificate_ends_at,
+            )
         for forwarded in snapshot.forwarded:
             receiver = texts(forwarded.receiver)
             yield "boardbench_collector_forwarded_samples_total", (receiver,), forwarded.samples

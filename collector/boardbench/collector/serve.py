@@ -21,11 +21,12 @@ from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from boardbench.collector.certificate import Certificate
 from boardbench.collector.config import Address, CollectorConfig
 from boardbench.collector.dispatch import Dispatcher, Rules
 from boardbench.collector.errors import StartError, StoreError
 from boardbench.collector.expose import MIN_SERIES_PER_RESULT, Exposition, Scrapes
-from boardbench.collector.files import Files
+from boardbench.collector.files import Files, Shelf
 from boardbench.collector.fleet import Fleet
 from boardbench.collector.forward import Forwarder, posting
 from boardbench.collector.job_service import JOB_SERVICE_NAME, JobService
@@ -34,7 +35,7 @@ from boardbench.collector.retention import Policy, Retention
 from boardbench.collector.service import SERVICE_NAME, CollectorService
 from boardbench.collector.store import ResultStore
 from boardbench.collector.stores.enrolments import Enrolments
-from boardbench.collector.stores.opening import open_store
+from boardbench.collector.stores.opening import open_beside, open_store
 from boardbench.collector.stores.updates import UpdateStore
 from boardbench.collector.update_service import UPDATE_SERVICE_NAME, UpdateService
 from boardbench.collector.updates import Updater
@@ -80,14 +81,14 @@ async def serve(
     with _signals(stop):
         store = await open_store(config)
         try:
-            enrolments = await asyncio.to_thread(Enrolments, config.enrolments_path)
-            updates = await asyncio.to_thread(UpdateStore, config.updates_path)
-            with contextlib.closing(enrolments), contextlib.closing(updates):
-                async with running(config, store, enrolments, updates) as listening:
-                    with _port_file(config.port_file, listening):
-                        ready(listening)
-                        await stop.wait()
-                        _log.info("stopping")
+            async with (
+                open_beside(config, store) as beside,
+                running(config, store, beside.enrolments, beside.updates, beside.files) as listening,
+            ):
+                with _port_file(config.port_file, listening):
+                    ready(listening)
+                    await stop.wait()
+                    _log.info("stopping")
         finally:
             await store.close()
 
@@ -98,8 +99,10 @@ async def running(
     store: ResultStore,
     enrolments: Enrolments | None = None,
     updates: UpdateStore | None = None,
+    shelf: Shelf | None = None,
 ) -> AsyncIterator[Listening]:
     """Both faces over a store, listening inside the context; leaving it drains them. The store stays open."""
+    certificate = _certificate(config)
     fleet = Fleet(store, silence_seconds=config.silence_seconds)
     forwarders: list[Forwarder | OtlpForwarder] = []
     retention = Retention(
@@ -113,6 +116,7 @@ async def running(
         queue=lambda: dispatcher.view(),
         forwarded=lambda: tuple(forwarder.view() for forwarder in forwarders),
         retention=lambda: retention.view(),
+        certificate_ends_at=lambda: certificate.ends_at if certificate is not None else None,
         silence_seconds=config.silence_seconds,
     )
 
@@ -125,6 +129,7 @@ async def running(
         limit_bytes=config.files_limit_bytes,
         free_bytes=config.files_free_bytes,
         in_use=files_in_use,
+        shelf=shelf,
     )
     await files.open()
     updater = None
@@ -147,10 +152,13 @@ async def running(
         if not address.is_loopback:
             _log.warning("%s is open to the network, and whoever reaches it may read and report", address)
     async with contextlib.AsyncExitStack() as stack:
+        if certificate is not None:
+            _run_within(certificate.watch(), stack)
         grpc_address = await _start_grpc(
-            config, store, fleet, look, dispatcher, files, enrolments, updater, stack
+            config, store, fleet, look, dispatcher, files, enrolments, updater, certificate, stack
         )
-        http_address = await _start_http(config, look, _scrapes(config, look), dispatcher, stack)
+        scrapes = _scrapes(config, look)
+        http_address = await _start_http(config, look, scrapes, dispatcher, certificate, stack)
         await _start_forwarders(config, store, forwarders, stack)
         await _start_otlp(config, store, forwarders, stack)
         tasks = [asyncio.create_task(work) for work in (fleet.watch(), dispatcher.run(), retention.run())]
@@ -178,6 +186,7 @@ async def _start_grpc(
     files: Files,
     enrolments: Enrolments | None,
     updater: Updater | None,
+    certificate: Certificate | None,
     stack: contextlib.AsyncExitStack,
 ) -> Address:
     limit = config.max_result_bytes * _RECEIVE_FACTOR
@@ -221,7 +230,10 @@ async def _start_grpc(
         server,
     )
     try:
-        port = server.add_insecure_port(str(config.listen))
+        if certificate is None:
+            port = server.add_insecure_port(str(config.listen))
+        else:
+            port = server.add_secure_port(str(config.listen), certificate.for_grpc())
     except RuntimeError as error:
         raise _cannot_listen(config.listen, "--listen", "") from error
     if not port:
@@ -307,6 +319,7 @@ async def _start_http(
     look: ReadModel,
     scrapes: Scrapes,
     dispatcher: Dispatcher,
+    certificate: Certificate | None,
     stack: contextlib.AsyncExitStack,
 ) -> Address:
     runner = web.AppRunner(
@@ -318,7 +331,8 @@ async def _start_http(
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, config.http.host, config.http.port, reuse_port=False)
+    context = certificate.for_http if certificate is not None else None
+    site = web.TCPSite(runner, config.http.host, config.http.port, ssl_context=context, reuse_port=False)
     try:
         await site.start()
     except OSError as error:
@@ -342,6 +356,15 @@ def _shorten(record: logging.LogRecord) -> bool:
         record.msg, record.args, record.exc_info = f"{record.getMessage()}: not HTTP: {reason}", (), None
         record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
     return True
+
+
+def _certificate(config: CollectorConfig) -> Certificate | None:
+    """The collector's certificate; StartError when only half of it is given, or it can't be used."""
+    if config.tls_certificate is None and config.tls_key is None:
+        return None
+    if config.tls_certificate is None or config.tls_key is None:
+        raise StartError("a certificate and its key go together: give both --tls-cert and --tls-key")
+    return Certificate(config.tls_certificate, config.tls_key)
 
 
 def _cannot_listen(address: Address, option: str, reason: str) -> StartError:

@@ -132,7 +132,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         """Takes a board's results; see collector.proto."""
         async with answering(context):
             hello = await self._hello(context)
-            self.admit(hello.board.device_id, context)
+            await self.admit(hello.board.device_id, context)
             await self._fleet.check_elsewhere(context.peer(), hello)
             session = self._fleet.join(hello.board.device_id, context.peer(), hello)
             wire = _Wire(context)
@@ -174,19 +174,19 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
                     check_identity("instance_id", request.instance_id)
             except ValueError as error:
                 raise InvalidRequest(str(error)) from error
-            key, labels = await asyncio.to_thread(
-                self._enrolments.enroll, request.token, request.board.device_id, request.instance_id
+            key, labels = await self._enrolments.enroll(
+                request.token, request.board.device_id, request.instance_id
             )
             _log.info("board %s was enrolled from %s", request.board.device_id, context.peer())
             return collector_pb2.EnrollResponse(device_key=key, labels=labels)
 
-    def admit(self, device_id: str, context: Any) -> None:
+    async def admit(self, device_id: str, context: Any) -> None:
         """Returns when the board may report; NotAllowed when not."""
         if self._enrolments is None:
             return
         shown = dict(context.invocation_metadata() or ())
         key = shown.get(KEY_METADATA, "")
-        self._enrolments.check(device_id, str(key), required=self._config.require_enrolment)
+        await self._enrolments.check(device_id, str(key), required=self._config.require_enrolment)
 
     async def ListDevices(
         self, request: collector_pb2.ListDevicesRequest, context: _Context

@@ -42,6 +42,7 @@ class UpdateService(update_pb2_grpc.UpdateServiceServicer):
         """Updates, the latest first."""
         del request
         async with answering(context):
+            await self._updater.refresh()
             return update_pb2.ListUpdatesResponse(updates=self._updater.updates())
 
     # grpc.aio also takes a coroutine that writes through the context; the stub does not know.
@@ -49,10 +50,12 @@ class UpdateService(update_pb2_grpc.UpdateServiceServicer):
         self, request: update_pb2.WatchUpdateRequest, context: _Context
     ) -> None:
         """The update as it is now, then each change, until every board has ended it."""
-        async with (
-            answering(context),
-            contextlib.aclosing(self._updater.watch(request.update_id)) as updates,
-        ):
+        async with answering(context):
+            await self._updater.refresh()
+            await self._watch(request.update_id, context)
+
+    async def _watch(self, update_id: str, context: _Context) -> None:
+        async with contextlib.aclosing(self._updater.watch(update_id)) as updates:
             while True:
                 coming = asyncio.ensure_future(anext(updates, None))
                 closing = asyncio.ensure_future(self._closing.wait())
@@ -74,4 +77,5 @@ class UpdateService(update_pb2_grpc.UpdateServiceServicer):
     ) -> update_pb2.StopUpdateResponse:
         """Boards that have not begun are left as they are."""
         async with answering(context):
+            await self._updater.refresh()
             return update_pb2.StopUpdateResponse(update=await self._updater.stop(request.update_id))

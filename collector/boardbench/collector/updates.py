@@ -1,17 +1,17 @@
 """Brings releases of the agent onto boards: a few first, then the others, and none after one has failed.
 
 A board hears of a release on the stream that it holds open, and says on it how far it is. One task takes that
-in and hands releases on; everything is written down before it is told.
+in and hands releases on; everything is written down before it is told. Where several collectors share a
+database, each speaks with the boards that are connected to it, and what is written down decides for all.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import BinaryIO
 
 from boardbench.collector.errors import InvalidRequest, NotFound, Occupied, StoreError
@@ -27,6 +27,12 @@ _log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
 """Boards that are in an update at one moment: what the rest would fetch is not fetched when one fails."""
+
+_OFFER_SECONDS = 60.0
+"""How long a board that was asked to begin counts as one that does: it answers at once, or it went away."""
+
+_LOOK_SECONDS = 1.0
+"""How often a collector looks for what others have written down: one small query."""
 
 _GATHER_SECONDS = 0.02
 _RETRY_SECONDS = 1.0
@@ -106,7 +112,8 @@ class Updater:
         self._look = look
         self._clock = clock
         self._updates: dict[str, update_pb2.Update] = {}
-        self._sizes: dict[str, int] = {}
+        """As they were when they were last read; fractions are finer."""
+        self._versions: dict[str, int] = {}
         self._desks: dict[str, UpdateDesk] = {}
         self._reports: dict[tuple[str, str], update_pb2.UpdateReport] = {}
         self._poke = asyncio.Event()
@@ -114,9 +121,23 @@ class Updater:
         self._watchers: set[asyncio.Event] = set()
 
     async def load(self) -> None:
-        """Takes up what an earlier collector left. Raises StoreError."""
-        for update in reversed(await asyncio.to_thread(self._store.all)):
-            self._updates[update.update_id] = update
+        """Takes up what is written down. Raises StoreError."""
+        async with self._turn:
+            await self._look_again()
+
+    async def refresh(self) -> None:
+        """Returns when what other collectors wrote down before is known here, too. Raises StoreError."""
+        if self._store.shared:
+            await self.load()
+
+    async def _look_again(self) -> None:
+        versions = await self._store.versions()
+        for gone in self._updates.keys() - versions.keys():
+            del self._updates[gone]
+        news = [name for name, version in versions.items() if self._versions.get(name) != version]
+        self._versions = {name: version for name, version in self._versions.items() if name in versions}
+        for version, update in await self._store.get(news):
+            self._learn(version, update)
 
     def files_in_use(self) -> frozenset[str]:
         """Packages that boards are still to fetch."""
@@ -141,23 +162,34 @@ class Updater:
 
     def reported(self, device_id: str, report: update_pb2.UpdateReport) -> None:
         """A board says how far it is; the latest word counts."""
-        if report.update_id in self._updates:
-            self._reports[(device_id, report.update_id)] = report
-            self._poke.set()
+        self._reports[(device_id, report.update_id)] = report
+        self._poke.set()
 
     async def run(self) -> None:
         """Does the work until cancelled; survives whatever the store does."""
         self._poke.set()
+        failing = False
         while True:
-            await self._poke.wait()
+            # What others write down pokes nobody here; nor does a board that was asked and went away.
+            pause = _LOOK_SECONDS if self._store.shared else _OFFER_SECONDS / 4
+            alarm = asyncio.get_running_loop().call_later(pause, self._poke.set)
+            try:
+                await self._poke.wait()
+            finally:
+                alarm.cancel()
             await asyncio.sleep(_GATHER_SECONDS)
             self._poke.clear()
             try:
                 async with self._turn:
+                    if self._store.shared:
+                        await self._look_again()
                     await self._take_in()
                     await self._hand_out()
+                failing = False
             except StoreError as error:
-                _log.warning("updates have to wait: %s", error)
+                if not failing:
+                    _log.warning("updates have to wait: %s", error)
+                failing = True
                 await asyncio.sleep(_RETRY_SECONDS)
                 self._poke.set()
             except Exception:
@@ -167,49 +199,68 @@ class Updater:
     async def _take_in(self) -> None:
         while self._reports:
             key, report = next(iter(self._reports.items()))
-            before = self._updates[key[1]]
-            after = update_pb2.Update()
-            after.CopyFrom(before)
-            board = next((each for each in after.boards if each.device_id == key[0]), None)
-            if board is not None and _heard(board, report, self._clock()):
-                _judge(after, self._clock())
-                await self._keep(before, after)
+            await self._hear(*key, report)
             # Only then: what could not be written down is taken in again.
             if self._reports.get(key) is report:
                 del self._reports[key]
 
+    async def _hear(self, device_id: str, update_id: str, report: update_pb2.UpdateReport) -> None:
+        before = self._updates.get(update_id)
+        at = self._clock()
+
+        def take(update: update_pb2.Update) -> bool:
+            board = next((each for each in update.boards if each.device_id == device_id), None)
+            if board is None or not _heard(board, report, at):
+                return False
+            _judge(update, at)
+            return True
+
+        if before is None:
+            return
+        after = _copied(before)
+        if not take(after):
+            return
+        if _lasting(before) != _lasting(after):
+            await self._change(update_id, take)
+            # How far a board is exactly is written down by nobody.
+            after = _copied(self._updates.get(update_id, after))
+            _say_fraction(after, device_id, report)
+        self._tell(after)
+
     async def _hand_out(self) -> None:
         for update in self._open():
-            going = sum(1 for board in update.boards if self._is_going(update, board))
-            first = [board for board in update.boards if board.canary and board.state != _DONE]
-            for board in first or update.boards:
-                desk = self._desks.get(board.device_id)
-                if board.state in ENDED or desk is None or update.update_id in desk.offered:
-                    continue
-                if board.state == _WAITING:
-                    if update.halted or going >= _AT_ONCE:
-                        continue
-                    going += 1
-                offer = await self._offer(update)
-                if offer is None:
-                    return
-                desk.offer(offer)
+            here = {
+                device_id for device_id, desk in self._desks.items() if update.update_id not in desk.offered
+            }
+            if not _next(update, here, self._clock()):
+                continue
+            offer = await self._offer(update)
+            if offer is None:
+                return
+            chosen: list[str] = []
 
-    def _is_going(self, update: update_pb2.Update, board: update_pb2.BoardUpdate) -> bool:
-        if board.state in ENDED:
-            return False
-        desk = self._desks.get(board.device_id)
-        return board.state != _WAITING or (desk is not None and update.update_id in desk.offered)
+            def ask(
+                kept: update_pb2.Update, here: Collection[str] = here, chosen: list[str] = chosen
+            ) -> bool:
+                at = self._clock()
+                boards = _next(kept, here, at)
+                chosen[:] = [board.device_id for board in boards]
+                for board in boards:
+                    board.offered_at.FromNanoseconds(int(at * 1e9))
+                return bool(boards)
+
+            await self._change(update.update_id, ask)
+            for device_id in chosen:
+                desk = self._desks.get(device_id)
+                if desk is not None:
+                    desk.offer(offer)
 
     async def _offer(self, update: update_pb2.Update) -> update_pb2.UpdateOffer | None:
         try:
             file = await self._files.find(update.package_sha256)
         except NotFound:
-            halted = update_pb2.Update()
-            halted.CopyFrom(update)
-            halted.halted = f"{update.package_name} is no longer on this collector: start the update again"
-            _stop(halted, halted.halted, self._clock())
-            await self._keep(update, halted)
+            why = f"{update.package_name} is no longer on this collector: start the update again"
+            await self._halt(update.update_id, why)
             return None
         return update_pb2.UpdateOffer(
             update_id=update.update_id,
@@ -219,10 +270,45 @@ class Updater:
             package_name=update.package_name,
         )
 
-    async def _keep(self, before: update_pb2.Update | None, after: update_pb2.Update) -> None:
-        if before is None or _lasting(before) != _lasting(after):
-            await asyncio.to_thread(self._store.put, after)
-        self._updates[after.update_id] = after
+    async def _change(self, update_id: str, change: Callable[[update_pb2.Update], bool]) -> None:
+        """Changes what is written down, and takes over what that is then."""
+
+        def lasting(update: update_pb2.Update) -> bool:
+            before = _lasting(update)
+            if not change(update):
+                return False
+            update.ParseFromString(_lasting(update))
+            return update.SerializeToString(deterministic=True) != before
+
+        changed = await self._store.change(update_id, lasting)
+        if changed is not None:
+            self._learn(*changed)
+
+    async def _halt(self, update_id: str, why: str) -> None:
+        """Boards that have not begun are left as they are."""
+
+        def halt(update: update_pb2.Update) -> bool:
+            if not update.halted and any(board.state not in ENDED for board in update.boards):
+                update.halted = why
+            _stop(update, update.halted, self._clock())
+            return True
+
+        await self._change(update_id, halt)
+
+    def _learn(self, version: int, update: update_pb2.Update) -> None:
+        """Takes over what is written down, and keeps the finer fractions that are the same there."""
+        known = self._updates.get(update.update_id)
+        if known is not None:
+            fractions = {board.device_id: board for board in known.boards if board.HasField("fraction")}
+            for board in (each for each in update.boards if each.HasField("fraction")):
+                finer = fractions.get(board.device_id)
+                if finer is not None and _coarse(finer.fraction) == board.fraction:
+                    board.fraction = finer.fraction
+        self._versions[update.update_id] = version
+        self._tell(update)
+
+    def _tell(self, update: update_pb2.Update) -> None:
+        self._updates[update.update_id] = update
         for watcher in self._watchers:
             watcher.set()
 
@@ -247,13 +333,14 @@ class Updater:
         package = await self._files.find(request.package_sha256)
         manifest = await self._manifest(package)
         async with self._turn:
+            await self._look_again()
             there = self._updates.get(request.request_id)
             if there is not None:
                 return there
             devices = list(await self._look.devices(request.on))
             if not devices:
                 raise InvalidRequest(f"no board meets {', '.join(request.on)}")
-            self._check(devices, manifest)
+            _check_architecture(devices, manifest)
             # Those that are there go first: of one that is off nothing can be learnt.
             devices.sort(key=lambda device: (not device.up, device.board.device_id))
             update = update_pb2.Update(
@@ -271,7 +358,9 @@ class Updater:
                     canary=place < request.canary,
                 )
                 board.changed_at.CopyFrom(update.created_at)
-            await self._keep(None, update)
+            names = {device.board.device_id for device in devices}
+            version, update = await self._store.add(update, lambda kept: _check_free(kept, names))
+            self._learn(version, update)
         _log.info("update %s: release %s for %d boards", update.update_id, update.version, len(update.boards))
         self._poke.set()
         return update
@@ -284,27 +373,6 @@ class Updater:
             return await self._files.look_into(package.sha256, read)
         except InspectError as error:
             raise InvalidRequest(f"{package.name}: {error}") from error
-
-    def _check(self, devices: Iterable[collector_pb2.Device], manifest: release.Manifest) -> None:
-        machines = _MACHINES.get(manifest.architecture, (manifest.architecture,))
-        other = [
-            f"{device.board.device_id} ({device.board.architecture})"
-            for device in devices
-            if device.board.architecture and device.board.architecture not in machines
-        ]
-        if other:
-            raise InvalidRequest(
-                f"the package is for {manifest.architecture}, and {len(other)} of the boards are not: "
-                f"{', '.join(other[:5])}; choose the others, with architecture={machines[0]} say"
-            )
-        for update in self._open():
-            busy = {board.device_id for board in update.boards if board.state not in ENDED}
-            for device in devices:
-                if device.board.device_id in busy:
-                    raise Occupied(
-                        f"{device.board.device_id} is in update {update.update_id[:12]} to {update.version}: "
-                        "wait for its end, or stop it"
-                    )
 
     def updates(self) -> list[update_pb2.Update]:
         """All that are known, the latest first."""
@@ -328,9 +396,12 @@ class Updater:
         try:
             while True:
                 came.clear()
-                update = self._updates[update_id]
-                if update is not told:
-                    told = update
+                update = self._updates.get(update_id)
+                if update is None:
+                    return
+                shown = _shown(update)
+                if shown != told:
+                    told = shown
                     yield update
                 if all(board.state in ENDED for board in update.boards):
                     return
@@ -341,14 +412,56 @@ class Updater:
     async def stop(self, update_id: str) -> update_pb2.Update:
         """Boards that have not begun are left as they are. NotFound."""
         async with self._turn:
-            before = self.find(update_id)
-            after = update_pb2.Update()
-            after.CopyFrom(before)
-            if not after.halted and any(board.state not in ENDED for board in after.boards):
-                after.halted = "it was stopped"
-            _stop(after, after.halted, self._clock())
-            await self._keep(before, after)
-        return after
+            update_id = self.find(update_id).update_id
+            await self._halt(update_id, "it was stopped")
+            return self.find(update_id)
+
+
+def _check_architecture(devices: Iterable[collector_pb2.Device], manifest: release.Manifest) -> None:
+    machines = _MACHINES.get(manifest.architecture, (manifest.architecture,))
+    other = [
+        f"{device.board.device_id} ({device.board.architecture})"
+        for device in devices
+        if device.board.architecture and device.board.architecture not in machines
+    ]
+    if other:
+        raise InvalidRequest(
+            f"the package is for {manifest.architecture}, and {len(other)} of the boards are not: "
+            f"{', '.join(other[:5])}; choose the others, with architecture={machines[0]} say"
+        )
+
+
+def _check_free(kept: Sequence[update_pb2.Update], device_ids: Collection[str]) -> None:
+    """Returns when none of these boards is in an update already."""
+    for update in kept:
+        for board in update.boards:
+            if board.state not in ENDED and board.device_id in device_ids:
+                raise Occupied(
+                    f"{board.device_id} is in update {update.update_id[:12]} to {update.version}: "
+                    "wait for its end, or stop it"
+                )
+
+
+def _next(update: update_pb2.Update, here: Collection[str], at: float) -> list[update_pb2.BoardUpdate]:
+    """Returns which of the boards that are ``here`` are to be told of the update now."""
+    room = _AT_ONCE - sum(1 for board in update.boards if _is_going(board, at))
+    first = [board for board in update.boards if board.canary and board.state != _DONE]
+    chosen = []
+    for board in first or update.boards:
+        if board.state in ENDED or board.device_id not in here:
+            continue
+        if board.state == _WAITING and not _is_going(board, at):
+            if update.halted or room <= 0:
+                continue
+            room -= 1
+        chosen.append(board)
+    return chosen
+
+
+def _is_going(board: update_pb2.BoardUpdate, at: float) -> bool:
+    if board.state != _WAITING:
+        return board.state not in ENDED
+    return board.HasField("offered_at") and at - board.offered_at.ToNanoseconds() / 1e9 < _OFFER_SECONDS
 
 
 def _heard(board: update_pb2.BoardUpdate, report: update_pb2.UpdateReport, at: float) -> bool:
@@ -385,11 +498,34 @@ def _stop(update: update_pb2.Update, reason: str, at: float) -> None:
             board.changed_at.FromNanoseconds(int(at * 1e9))
 
 
-def _lasting(update: update_pb2.Update) -> bytes:
-    """What of it is written down: how much of a package has come is for eyes."""
+def _copied(update: update_pb2.Update) -> update_pb2.Update:
     copy = update_pb2.Update()
     copy.CopyFrom(update)
+    return copy
+
+
+def _shown(update: update_pb2.Update) -> bytes:
+    """What of it somebody who follows it sees: when a board was asked is between collectors."""
+    copy = _copied(update)
     for board in copy.boards:
-        with contextlib.suppress(ValueError):
-            board.ClearField("fraction")
+        board.ClearField("offered_at")
     return copy.SerializeToString(deterministic=True)
+
+
+def _coarse(fraction: float) -> float:
+    return int(fraction * 10) / 10
+
+
+def _lasting(update: update_pb2.Update) -> bytes:
+    """What of it is written down: of how much of a package has come only the tenths, which is for eyes."""
+    copy = _copied(update)
+    for board in copy.boards:
+        if board.HasField("fraction"):
+            board.fraction = _coarse(board.fraction)
+    return copy.SerializeToString(deterministic=True)
+
+
+def _say_fraction(update: update_pb2.Update, device_id: str, report: update_pb2.UpdateReport) -> None:
+    for board in update.boards:
+        if board.device_id == device_id and board.state == report.state and report.HasField("fraction"):
+            board.fraction = min(1.0, max(0.0, report.fraction))

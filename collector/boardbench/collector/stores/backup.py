@@ -26,9 +26,13 @@ MAGIC = b"boardbench-backup-1\n"
 """What the file begins with, before it is compressed."""
 
 LEFT_OUT = frozenset(
-    ("schema_version", "boardbench_schema", "probe", "counters", "streams", "sqlite_sequence")
+    (
+        *("schema_version", "boardbench_schema", "probe", "counters", "streams", "sqlite_sequence"),
+        *("files", "file_chunks"),
+    )
 )
-"""Tables that belong to one store, and not to what it keeps."""
+"""Tables that belong to one store, and not to what it keeps; and files that wait for boards, which whoever
+queues a job sends again."""
 
 _FRAME = struct.Struct("<II")
 _MAX_RECORD_BYTES = 256 * 1024 * 1024

@@ -1,49 +1,68 @@
 """Which boards may report: tokens that each enrol one board, and the keys that boards have got for them.
 
-One small SQLite file of its own beside the results, because ``boardbench-collector token`` writes into it
-while the collector runs, which has the results to itself. Neither tokens nor keys are in it, only their
-SHA-256: both are random and long enough that no salt is needed. The SQL is the plain kind that every
-database has.
+Neither tokens nor keys are kept, only their SHA-256: both are random and long enough that no salt is needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from boardbench.collector.errors import InvalidRequest, NotAllowed, StoreUnavailable
+from boardbench.collector.errors import InvalidRequest, NotAllowed
+from boardbench.collector.stores.beside import Session, Tables
 
 LONGEST_HOURS = 24.0
 """A token can be read by whoever has the card that it is on: it must not be of use for long."""
 
 _TOKEN_BYTES = 24
-_BUSY_SECONDS = 10.0
-_TABLES = (
-    """CREATE TABLE IF NOT EXISTS tokens (
-        token_sha256 TEXT NOT NULL PRIMARY KEY,
-        name TEXT NOT NULL,
-        created REAL NOT NULL,
-        expires REAL NOT NULL,
-        labels TEXT NOT NULL,
-        used REAL,
-        device_id TEXT,
-        instance_id TEXT
-    )""",
-    """CREATE TABLE IF NOT EXISTS devices (
-        device_id TEXT NOT NULL PRIMARY KEY,
-        key_sha256 TEXT NOT NULL,
-        enrolled REAL NOT NULL
-    )""",
+_MAKE = "make one with `boardbench-collector token create`"
+
+
+def _version_1(db: sqlite3.Connection) -> None:
+    """The names that the tables have in a database that they share with results."""
+    found = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "tokens" in found:
+        db.execute("ALTER TABLE tokens RENAME TO enrolment_tokens")
+        db.execute("ALTER TABLE devices RENAME TO device_keys")
+        return
+    db.execute(
+        """CREATE TABLE enrolment_tokens (
+            token_sha256 TEXT NOT NULL PRIMARY KEY,
+            name TEXT NOT NULL,
+            created REAL NOT NULL,
+            expires REAL NOT NULL,
+            labels TEXT NOT NULL,            -- JSON
+            used REAL,                       -- NULL: not yet
+            device_id TEXT,
+            instance_id TEXT                 -- NULL: the agent told none
+        )"""
+    )
+    db.execute(
+        """CREATE TABLE device_keys (
+            device_id TEXT NOT NULL PRIMARY KEY,
+            key_sha256 TEXT NOT NULL,
+            enrolled REAL NOT NULL
+        )"""
+    )
+
+
+MIGRATIONS = (_version_1,)
+"""Of the SQLite file: the step to version n is at n - 1. PostgreSQL's are in ``postgres_schema.py``."""
+
+_NEW_KEY = (
+    "ON CONFLICT (device_id) DO UPDATE SET key_sha256 = excluded.key_sha256, enrolled = excluded.enrolled"
 )
+
+TABLES = {
+    "enrolment_tokens": "ON CONFLICT DO NOTHING",
+    "device_keys": f"{_NEW_KEY} WHERE excluded.enrolled > device_keys.enrolled",
+}
+"""What becomes of a row that is taken over from another collector's file and is there already."""
 
 
 @dataclass(frozen=True)
@@ -59,75 +78,63 @@ class Token:
 
 
 class Enrolments:
-    """Tokens and keys in one file. Calls are quick and may come from any thread."""
+    """Tokens and keys, of one collector or of all that share a database."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """Makes the file where there is none. Raises StoreUnavailable."""
-        self._path = path
+    def __init__(self, tables: Tables, clock: Callable[[], float] = time.time) -> None:
+        self._tables = tables
         self._clock = clock
-        self._turn = threading.Lock()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Made with its mode: what SQLite makes anybody may read.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            for statement in _TABLES:
-                self._db.execute(statement)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreUnavailable(f"{path}: can't be used: {error}") from error
 
-    def close(self) -> None:
-        """Lets the file go."""
-        with self._turn:
-            self._db.close()
-
-    def create(self, hours: float = LONGEST_HOURS, labels: Mapping[str, str] | None = None) -> str:
+    async def create(self, hours: float = LONGEST_HOURS, labels: Mapping[str, str] | None = None) -> str:
         """A new token, which is kept nowhere; good for one board and for so many hours."""
         if not 0 < hours <= LONGEST_HOURS:
             raise InvalidRequest(f"a token is good for up to {LONGEST_HOURS:g} hours, not {hours:g}")
         token = f"bbt_{secrets.token_urlsafe(_TOKEN_BYTES)}"
         now = self._clock()
-        with self._writing() as db:
+        told = json.dumps(dict(labels or {}), sort_keys=True)
+        row = (_sha256(token), token[:10], now, now + hours * 3600, told)
+
+        def write(db: Session) -> None:
             # Those that expired long ago say nothing any more.
-            db.execute("DELETE FROM tokens WHERE expires < ?", (now - 30 * 86400,))
+            db.execute("DELETE FROM enrolment_tokens WHERE expires < ?", (now - 30 * 86400,))
             db.execute(
-                "INSERT INTO tokens (token_sha256, name, created, expires, labels) VALUES (?,?,?,?,?)",
-                (
-                    _sha256(token),
-                    token[:10],
-                    now,
-                    now + hours * 3600,
-                    json.dumps(dict(labels or {}), sort_keys=True),
-                ),
+                "INSERT INTO enrolment_tokens (token_sha256, name, created, expires, labels)"
+                " VALUES (?,?,?,?,?)",
+                row,
             )
+
+        await self._tables.write(write)
         return token
 
-    def tokens(self) -> list[Token]:
+    async def tokens(self) -> list[Token]:
         """All that are known, the latest first."""
-        with self._turn, self._failing():
-            rows = self._db.execute(
-                "SELECT name, created, expires, labels, used, device_id FROM tokens ORDER BY created DESC"
+
+        def read(db: Session) -> list[Token]:
+            rows = db.execute(
+                "SELECT name, created, expires, labels, used, device_id FROM enrolment_tokens"
+                " ORDER BY created DESC"
             ).fetchall()
-        return [
-            Token(name, created, expires, json.loads(labels), used, device_id or "")
-            for name, created, expires, labels, used, device_id in rows
-        ]
+            return [
+                Token(name, created, expires, json.loads(labels), used, device_id or "")
+                for name, created, expires, labels, used, device_id in rows
+            ]
 
-    def revoke(self, name: str) -> bool:
+        return await self._tables.read(read)
+
+    async def revoke(self, name: str) -> bool:
         """Whether there was a token that begins like this and was not used; it is of no use from now on."""
-        with self._writing() as db:
-            done = db.execute("DELETE FROM tokens WHERE name = ? AND used IS NULL", (name[:10],))
-        return done.rowcount > 0
+        return await self._removed("enrolment_tokens WHERE name = ? AND used IS NULL", name[:10])
 
-    def forget(self, device_id: str) -> bool:
+    async def forget(self, device_id: str) -> bool:
         """Whether the board had a key; it has none from now on."""
-        with self._writing() as db:
-            done = db.execute("DELETE FROM devices WHERE device_id = ?", (device_id,))
-        return done.rowcount > 0
+        return await self._removed("device_keys WHERE device_id = ?", device_id)
 
-    def enroll(self, token: str, device_id: str, instance_id: str) -> tuple[str, dict[str, str]]:
+    async def _removed(self, which: str, value: str) -> bool:
+        def write(db: Session) -> bool:
+            return bool(db.execute(f"DELETE FROM {which}", (value,)).rowcount > 0)
+
+        return await self._tables.write(write)
+
+    async def enroll(self, token: str, device_id: str, instance_id: str) -> tuple[str, dict[str, str]]:
         """The key and the labels of the board that shows the token. Raises NotAllowed.
 
         The same agent may show its token again while it is good: the answer to the first time may have been
@@ -135,44 +142,42 @@ class Enrolments:
         """
         now, digest = self._clock(), _sha256(token)
         key = secrets.token_urlsafe(32)
-        with self._writing() as db:
-            row = db.execute(
-                "SELECT expires, labels, used, device_id, instance_id FROM tokens WHERE token_sha256 = ?",
-                (digest,),
-            ).fetchone()
-            if row is None:
-                raise NotAllowed("there is no such token: make one with `boardbench-collector token create`")
-            expires, labels, used, by_device, by_instance = row
-            if expires < now:
-                raise NotAllowed("the token has expired: make one with `boardbench-collector token create`")
-            if used is not None and (by_device, by_instance) != (device_id, instance_id or None):
-                raise NotAllowed(
-                    f"the token was used by board {by_device}: make another with "
-                    "`boardbench-collector token create`"
-                )
+
+        def write(db: Session) -> dict[str, str]:
+            # One statement takes the token: of two that show it at once, at one collector or at two, the
+            # database lets one have it.
+            taken = db.execute(
+                "UPDATE enrolment_tokens SET used = ?, device_id = ?, instance_id = ?"
+                " WHERE token_sha256 = ? AND expires >= ? AND (used IS NULL"
+                " OR (device_id = ? AND COALESCE(instance_id, '') = ?)) RETURNING labels",
+                (now, device_id, instance_id or None, digest, now, device_id, instance_id),
+            ).fetchall()
+            if not taken:
+                raise NotAllowed(_why_not(db, digest, now))
             db.execute(
-                "UPDATE tokens SET used = ?, device_id = ?, instance_id = ? WHERE token_sha256 = ?",
-                (now, device_id, instance_id or None, digest),
-            )
-            db.execute("DELETE FROM devices WHERE device_id = ?", (device_id,))
-            db.execute(
-                "INSERT INTO devices (device_id, key_sha256, enrolled) VALUES (?,?,?)",
+                f"INSERT INTO device_keys (device_id, key_sha256, enrolled) VALUES (?,?,?) {_NEW_KEY}",
                 (device_id, _sha256(key), now),
             )
-        return key, json.loads(labels)
+            return dict(json.loads(taken[0][0]))
 
-    def check(self, device_id: str, key: str, *, required: bool) -> None:
+        return key, await self._tables.write(write)
+
+    async def check(self, device_id: str, key: str, *, required: bool) -> None:
         """Returns when the board may report; NotAllowed says what it lacks."""
         if not key and not required:
             return
-        with self._turn, self._failing():
-            row = self._db.execute(
-                "SELECT key_sha256 FROM devices WHERE device_id = ?", (device_id,)
+
+        def read(db: Session) -> str | None:
+            row = db.execute(
+                "SELECT key_sha256 FROM device_keys WHERE device_id = ?", (device_id,)
             ).fetchone()
-        if key and row is not None and secrets.compare_digest(row[0], _sha256(key)):
+            return None if row is None else str(row[0])
+
+        kept = await self._tables.read(read)
+        if key and kept is not None and secrets.compare_digest(kept, _sha256(key)):
             return
         if not key:
-            problem = "is not enrolled here" if row is None else "is enrolled here and shows no key"
+            problem = "is not enrolled here" if kept is None else "is enrolled here and shows no key"
         else:
             problem = "shows a key that is not its own, or no longer"
         raise NotAllowed(
@@ -180,24 +185,17 @@ class Enrolments:
             "board run `boardbench-agent enroll --collector HOST --token TOKEN`"
         )
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._turn, self._failing():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
 
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreUnavailable(f"{self._path}: {error}") from error
+def _why_not(db: Session, digest: str, now: float) -> str:
+    """Returns what is wrong with a token that could not be taken."""
+    row = db.execute(
+        "SELECT expires, device_id FROM enrolment_tokens WHERE token_sha256 = ?", (digest,)
+    ).fetchone()
+    if row is None:
+        return f"there is no such token: {_MAKE}"
+    if row[0] < now:
+        return f"the token has expired: {_MAKE}"
+    return f"the token was used by board {row[1]}: {_MAKE.replace('one', 'another')}"
 
 
 def _sha256(text: str) -> str:

@@ -85,7 +85,7 @@ def restore(url: str, backup: Path) -> Told:
     with _database(url) as db, db.transaction():
         # Collectors that run take places here first, and wait.
         db.execute("SELECT value FROM counters ORDER BY name FOR UPDATE")
-        for table in ("results", "devices", "jobs"):
+        for table in ("results", "devices", "jobs", "enrolment_tokens", "device_keys", "updates"):
             if db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None:
                 raise StoreUnavailable(
                     f"there is a store in {place(url)} already; name an empty database with --store"

@@ -160,7 +160,59 @@ def _jobs(db: Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_version_1,)
+def _version_2(db: Connection) -> None:
+    """Tokens, keys and updates, which each collector had in files of its own; files that wait for boards."""
+    db.execute(
+        """CREATE TABLE enrolment_tokens (
+            token_sha256 TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+            name TEXT COLLATE "C" NOT NULL,
+            created DOUBLE PRECISION NOT NULL,
+            expires DOUBLE PRECISION NOT NULL,
+            labels TEXT COLLATE "C" NOT NULL,
+            used DOUBLE PRECISION,
+            device_id TEXT COLLATE "C",
+            instance_id TEXT COLLATE "C"
+        )"""
+    )
+    db.execute(
+        """CREATE TABLE device_keys (
+            device_id TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+            key_sha256 TEXT COLLATE "C" NOT NULL,
+            enrolled DOUBLE PRECISION NOT NULL
+        )"""
+    )
+    db.execute(
+        """CREATE TABLE updates (
+            update_id TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+            created BIGINT NOT NULL,
+            content BYTEA NOT NULL,
+            version BIGINT NOT NULL DEFAULT 1
+        )"""
+    )
+    db.execute("INSERT INTO counters (name, value) VALUES ('updates', 0)")
+    db.execute(
+        """CREATE TABLE files (
+            sha256 TEXT COLLATE "C" NOT NULL PRIMARY KEY,
+            name TEXT COLLATE "C" NOT NULL,
+            format TEXT COLLATE "C" NOT NULL,
+            kind INTEGER NOT NULL,
+            size_bytes BIGINT NOT NULL,
+            whole INTEGER NOT NULL,
+            used DOUBLE PRECISION NOT NULL
+        )"""
+    )
+    # Rows, and not large objects, which some databases that speak PostgreSQL's language lack.
+    db.execute(
+        """CREATE TABLE file_chunks (
+            sha256 TEXT COLLATE "C" NOT NULL,
+            place BIGINT NOT NULL,
+            content BYTEA NOT NULL,
+            PRIMARY KEY (sha256, place)
+        )"""
+    )
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_version_1, _version_2)
 """The step to version n is at n - 1."""
 
 LATEST_VERSION = len(MIGRATIONS)

@@ -1,4 +1,4 @@
-"""The SQLite store as the source and the target of a backup."""
+"""The SQLite store, and the small files beside it, as the source and the target of a backup."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from boardbench.collector.errors import StoreError, StoreForeign, StoreUnavailable
+from boardbench.collector.stores import enrolments, updates
 from boardbench.collector.stores.backup import LEFT_OUT, Table, Told, load
+from boardbench.collector.stores.beside import TablesFile
 from boardbench.collector.stores.sqlite import connect, told
 from boardbench.collector.stores.sqlite_schema import APPLICATION_ID, LATEST_VERSION, migrate
 
+_BESIDE = {"enrolments": enrolments, "updates": updates}
+"""Files beside the store, by their names without the ending."""
+
 
 class _Tables:
-    """What there is in a file."""
+    """What there is in the files."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, beside: Sequence[str]) -> None:
         self._db = db
+        self._schemas = ("main", *beside)
 
     def tables(self) -> Sequence[Table]:
         """See ``backup.Source.tables``."""
         names = [
             name
+            for schema in self._schemas
             for (name,) in self._db.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+                f"SELECT name FROM {schema}.sqlite_master WHERE type = 'table' ORDER BY name"
             )
             if name not in LEFT_OUT and not name.startswith("sqlite_")
         ]
@@ -57,8 +64,12 @@ def moment(path: Path) -> Iterator[_Tables]:
     try:
         with contextlib.closing(connect(path, "ro")) as db:
             _check_version(db)
+            there = [name for name in _BESIDE if _file(path, name).is_file()]
+            for name in there:
+                _attach(db, name, _file(path, name), "ro")
+                _check_beside(db, name)
             db.execute("BEGIN")
-            yield _Tables(db)
+            yield _Tables(db, there)
             db.execute("COMMIT")
     except StoreForeign as error:
         raise StoreForeign(f"can't use {path}: {error}") from error
@@ -72,10 +83,29 @@ def _check_version(db: sqlite3.Connection) -> None:
         raise StoreForeign("it is an SQLite file, but no store of boardbench-collector")
     (version,) = db.execute("SELECT MAX(version) FROM schema_version").fetchone()
     if version != LATEST_VERSION:
-        raise StoreForeign(
-            f"it has version {version}, and this boardbench-collector writes version {LATEST_VERSION};"
-            " start the collector of this version once, which brings it up to date"
-        )
+        raise _older(f"it has version {version}", LATEST_VERSION)
+
+
+def _check_beside(db: sqlite3.Connection, name: str) -> None:
+    (version,) = db.execute(f"PRAGMA {name}.user_version").fetchone()
+    latest = len(_BESIDE[name].MIGRATIONS)
+    if version != latest:
+        raise _older(f"{name}.db beside it has version {version}", latest)
+
+
+def _older(what: str, latest: int) -> StoreForeign:
+    return StoreForeign(
+        f"{what}, and this boardbench-collector writes version {latest};"
+        " start the collector of this version once, which brings it up to date"
+    )
+
+
+def _file(path: Path, name: str) -> Path:
+    return path.with_name(f"{name}.db")
+
+
+def _attach(db: sqlite3.Connection, name: str, path: Path, mode: str) -> None:
+    db.execute(f"ATTACH ? AS {name}", (f"{path.absolute().as_uri()}?mode={mode}",))
 
 
 def restore(path: Path, backup: Path) -> Told:
@@ -83,18 +113,19 @@ def restore(path: Path, backup: Path) -> Told:
 
     StoreUnavailable when a store is there already, or a collector is about to make one.
     """
-    fresh = path.with_name(f".{path.name}.restoring")
+    # The store itself last: while it is not there, nothing was restored.
+    files = {**{name: _file(path, name) for name in _BESIDE}, "main": path}
+    fresh = {name: file.with_name(f".{file.name}.restoring") for name, file in files.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(path):
-            if path.exists():
-                raise StoreUnavailable(
-                    f"there is a store {path} already; move it away first, or name another --data-dir"
-                )
-            for left in (fresh, *(fresh.with_name(fresh.name + end) for end in ("-wal", "-shm", "-journal"))):
-                left.unlink(missing_ok=True)
+            _check_free(path)
+            for file in fresh.values():
+                for end in ("", "-wal", "-shm", "-journal"):
+                    file.with_name(file.name + end).unlink(missing_ok=True)
             held = _fill(fresh, backup)
-            fresh.replace(path)
+            for name, file in files.items():
+                fresh[name].replace(file)
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -106,24 +137,49 @@ def restore(path: Path, backup: Path) -> Told:
     except (sqlite3.Error, OSError) as error:
         raise told(error, path) from error
     finally:
-        fresh.unlink(missing_ok=True)
+        for file in fresh.values():
+            file.unlink(missing_ok=True)
 
 
-def _fill(fresh: Path, backup: Path) -> Told:
-    os.close(os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(connect(fresh, "rw")) as db:
-        # A file that nobody else sees; it is synced as a whole at its end.
+def _check_free(path: Path) -> None:
+    """Returns when nothing would be lost; a file without a row is none."""
+    if path.exists():
+        raise StoreUnavailable(
+            f"there is a store {path} already; move it away first, or name another --data-dir"
+        )
+    for name in _BESIDE:
+        file = _file(path, name)
+        if not file.exists():
+            continue
+        with contextlib.closing(connect(file, "ro")) as db:
+            tables = [table for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            if any(db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables):
+                raise StoreUnavailable(
+                    f"{file} is there already, with something in it; move it away first, or name another"
+                    " --data-dir"
+                )
+
+
+def _fill(fresh: Mapping[str, Path], backup: Path) -> Told:
+    for name, module in _BESIDE.items():
+        TablesFile(fresh[name], module.MIGRATIONS).close()
+    os.close(os.open(fresh["main"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(connect(fresh["main"], "rw")) as db:
+        for name in _BESIDE:
+            _attach(db, name, fresh[name], "rw")
+        # Files that nobody else sees; they are synced as a whole at their end.
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("PRAGMA synchronous = OFF")
         migrate(db, now=time.time())
         db.execute("BEGIN")
-        held = load(backup, _Tables(db))
+        held = load(backup, _Tables(db, tuple(_BESIDE)))
         db.execute("COMMIT")
-    descriptor = os.open(fresh, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for file in fresh.values():
+        descriptor = os.open(file, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     return held
 
 
