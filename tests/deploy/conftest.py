@@ -58,6 +58,7 @@ def debian() -> Callable[..., Path]:
     """Makes a root file system, once, and keeps it."""
 
     def make(name: str, *options: str) -> Path:
+        """The suite is the last of the options."""
         place = CACHE / "debian" / name
         if place.exists():
             return place
@@ -67,8 +68,14 @@ def debian() -> Callable[..., Path]:
         fresh = place.with_name(f"{name}.part")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.parent.mkdir(parents=True, exist_ok=True)
+        *options, suite = options
+        # The archive alone: that of security may be in the middle of a change, and this lives for minutes.
+        mirror = f"deb {_archive()} {suite} main"
         done = subprocess.run(
-            [program, "--quiet", *options, str(fresh)], capture_output=True, text=True, check=False
+            [program, "--quiet", *options, suite, str(fresh), mirror],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             pytest.skip(f"mmdebstrap failed: {done.stderr[-500:]}")
@@ -76,6 +83,19 @@ def debian() -> Callable[..., Path]:
         return place
 
     return make
+
+
+def _archive() -> str:
+    """The mirror of Debian that this machine uses."""
+    told = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Label: Debian"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    if not told:
+        pytest.skip("apt knows no mirror of Debian here")
+    return told[0]
 
 
 @pytest.fixture(scope="session")
