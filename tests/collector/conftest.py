@@ -51,6 +51,18 @@ def wait_until(
         time.sleep(0.02)
 
 
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs boardbench-collector to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "boardbench.collector", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
 @pytest.fixture(name="wait_until")
 def _wait_until() -> Callable[..., None]:
     return wait_until
@@ -526,11 +538,12 @@ class CollectorProcess:
 
 @pytest.fixture
 def start_collector(tmp_path: Path) -> Iterator[Callable[..., CollectorProcess]]:
-    """Starts collectors as processes over one folder; ends those that still run."""
+    """Starts collectors as processes, over one folder unless another is named; ends those that still run."""
     started: list[CollectorProcess] = []
 
-    def start(*arguments: str) -> CollectorProcess:
-        started.append(CollectorProcess(tmp_path, *arguments))
+    def start(*arguments: str, folder: Path = tmp_path) -> CollectorProcess:
+        folder.mkdir(exist_ok=True)
+        started.append(CollectorProcess(folder, *arguments))
         return started[-1]
 
     yield start

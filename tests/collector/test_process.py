@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import socket
 import subprocess
@@ -19,20 +18,10 @@ import pytest
 
 from boardbench.v1 import collector_pb2, collector_pb2_grpc, result_pb2
 
+from .conftest import run
+
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs boardbench-collector to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "boardbench.collector", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=os.environ | environment,
-    )
 
 
 def test_help_names_every_option_with_its_environment_variable() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,20 +14,10 @@ import pytest
 
 from boardbench.v1 import collector_pb2, collector_pb2_grpc, result_pb2
 
+from .conftest import run
+
 MakeResult = Callable[..., result_pb2.RunResult]
 MakeHello = Callable[..., collector_pb2.Hello]
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs boardbench-collector to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "boardbench.collector", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=os.environ | environment,
-    )
 
 
 async def send(address: str, hello: collector_pb2.Hello, *results: result_pb2.RunResult) -> None:
