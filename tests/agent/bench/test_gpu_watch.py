@@ -203,6 +203,21 @@ def test_engine_time_of_this_process_settles_it(
     assert all(reading.name.startswith("/proc/self/fdinfo i915") for reading in report.counters)
 
 
+@pytest.mark.parametrize(("moved", "said"), [(0, None), (10**8, Verdict.ACCELERATED)])
+def test_a_driver_that_work_goes_past_says_nothing_by_standing_still(
+    tmp_path: Path, moved: int, said: Verdict | None
+) -> None:
+    """With amdgpu compute may go through queues of its own, which fdinfo does not count."""
+    amdgpu = I915.replace("i915", "amdgpu")
+    fdinfo(tmp_path, amdgpu.format(render=0, compute=0))
+    watch = GpuWatch("MIGraphXExecutionProvider", Unit.GPU, ("amdgpu",), sys_root=tmp_path)
+    found = outcome(watch, lambda: fdinfo(tmp_path, amdgpu.format(render=0, compute=moved)))
+    report = counters(found)
+    assert (report.verdict if report is not None else None) == said
+    assert found.placement.verdict is Verdict.ACCELERATED
+    assert not any(each.complete for each in busy(tmp_path))
+
+
 def test_a_device_that_was_opened_meanwhile_began_at_nothing(tmp_path: Path) -> None:
     watch = GpuWatch("OpenVINOExecutionProvider", Unit.GPU, ("xe",), sys_root=tmp_path)
     report = counters(outcome(watch, lambda: fdinfo(tmp_path, XE.format(cycles=30, total=400))))
