@@ -31,6 +31,7 @@ ORDER = Order(
     hostname="pi-01",
     wifi=Wifi("Café 'net'", wifi_key("Café 'net'", "geheimes Wort"), "CH"),
     update_keys=b"boardbench-ed25519 11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo= fleet\n",
+    authority=b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
 )
 BOOKWORM = {
     "cmdline.txt": b"console=serial0,115200 console=tty1 root=PARTUUID=4e639091-02 rootwait\n",
@@ -75,7 +76,7 @@ def test_the_same_again_changes_nothing_and_another_order_everything_needed(
     other = Order(package=b"!<arch>\nnewer", collector="other:1")
     again = planned(other, form, once)
     assert again[first_boot.PACKAGE] == b"!<arch>\nnewer"
-    assert first_boot.ENROLMENT not in again and first_boot.UPDATE_KEYS not in again
+    assert not set(first_boot.MAYBE) & set(again) and set(first_boot.MAYBE) <= set(once)
     assert again[first_boot.SUMS].count(b"\n") == 1
     assert again["cmdline.txt"].count(b"systemd.run=") == (form is Format.SYSTEMD)
     assert again["cmdline.txt"].count(b"ds=nocloud") == (form is Format.CLOUD_INIT)
@@ -169,6 +170,7 @@ def test_the_boards_settings_are_what_was_asked_for(tmp_path: Path) -> None:
     path.write_text(first_boot.settings(ORDER), encoding="utf-8")
     config = load(path, {})
     assert (config.listen, config.collector) == ("0.0.0.0:7341", "collector.lab:7342")
+    assert config.collector_ca == "/etc/boardbench/collector-ca.pem"
     assert config.labels == ORDER.labels
 
 
@@ -384,11 +386,30 @@ def test_what_is_no_key_for_updates_is_refused(card: Path, package: Path, tmp_pa
     assert tree(card).keys() == BOOKWORM.keys()
 
 
-def test_the_first_boot_installs_the_key(tmp_path: Path, update_key: Path) -> None:
+def test_the_collectors_authority_comes_onto_the_card(card: Path, package: Path, tmp_path: Path) -> None:
+    authority = tmp_path / "lab-ca.pem"
+    authority.write_bytes(ORDER.authority)
+    given = ("pi", "--boot", card, "--package", package, "--token", "bbt_x", "--collector")
+    run(*given, "lab", "--ca", authority)
+    assert (card / first_boot.AUTHORITY).read_bytes() == ORDER.authority
+    settings = (card / first_boot.SETTINGS).read_text()
+    assert 'collector = "tls://lab:7342"\ncollector_ca = "/etc/boardbench/collector-ca.pem"\n' in settings
+    assert '"collector": "tls://lab:7342"' in (card / first_boot.ENROLMENT).read_text()
+    # One that the board's own system trusts.
+    run(*given, "tls://collector.example:443")
+    assert not (card / first_boot.AUTHORITY).exists()
+    assert 'collector = "tls://collector.example:443"\n' in (card / first_boot.SETTINGS).read_text()
+    authority.write_bytes(b"something else")
+    assert "holds no certificate" in run(*given, "lab", "--ca", authority, code=2).output
+
+
+def test_the_first_boot_installs_what_it_is_to_trust(tmp_path: Path, update_key: Path) -> None:
     """install.sh as it is, with programs in the place of dpkg and of root's own."""
     card = tmp_path / "card"
     card.mkdir()
-    order = Order(package=b"!<arch>\n", collector="c:1", update_keys=update_key.read_bytes())
+    order = Order(
+        package=b"!<arch>\n", collector="c:1", update_keys=update_key.read_bytes(), authority=ORDER.authority
+    )
     for path, data in first_boot.bundle(order).items():
         (card / path).parent.mkdir(exist_ok=True)
         (card / path).write_bytes(data)
@@ -406,8 +427,10 @@ def test_the_first_boot_installs_the_key(tmp_path: Path, update_key: Path) -> No
     done = subprocess.run(command, env=environment, check=False)
     said = (card / first_boot.LOG).read_text()
     assert done.returncode == 0, said
-    assert "-m 0644 update.pub /etc/boardbench/update.pub" in (tmp_path / "installed").read_text()
-    assert "update.pub: OK" in said
+    installed = (tmp_path / "installed").read_text()
+    for name in ("update.pub", "collector-ca.pem"):
+        assert f"-m 0644 {name} /etc/boardbench/{name}\n" in installed
+        assert f"{name}: OK" in said
     # A key that the card has damaged is none that a board trusts.
     (card / first_boot.DONE).unlink()
     (card / first_boot.UPDATE_KEYS).write_bytes(b"something else")

@@ -24,12 +24,14 @@ SUMS = f"{FOLDER}/SHA256SUMS"
 SETTINGS = f"{FOLDER}/agent.toml"
 ENROLMENT = f"{FOLDER}/enrolment.json"
 UPDATE_KEYS = f"{FOLDER}/update.pub"
+AUTHORITY = f"{FOLDER}/collector-ca.pem"
 INSTALL = f"{FOLDER}/install.sh"
 LOG = f"{FOLDER}/install.log"
 DONE = f"{FOLDER}/installed"
-MAYBE = (ENROLMENT, UPDATE_KEYS)
+MAYBE = (ENROLMENT, UPDATE_KEYS, AUTHORITY)
 """Files of a bundle that not every order has, and that an earlier one may have left."""
 
+_AUTHORITY_PLACE = "/etc/boardbench/collector-ca.pem"
 _MARK = "# Written by `boardbench flash`."
 _BEFORE = f"{FOLDER}/before"
 _RUN = "systemd.run=/boot/firmware/firstrun.sh"
@@ -67,6 +69,8 @@ class Order:
     wifi: Wifi | None = None
     update_keys: bytes = b""
     """Public keys of those who may sign its releases, one a line; empty: what the board has stays."""
+    authority: bytes = b""
+    """Certificate (PEM) that the collector's must be of; empty: with TLS any that the board trusts."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,9 @@ def bundle(order: Order) -> dict[str, bytes]:
         files[ENROLMENT] = _json({"collector": order.collector, "token": order.token})
     if order.update_keys:
         files[UPDATE_KEYS] = order.update_keys
-    summed = [path for path in (PACKAGE, UPDATE_KEYS) if path in files]
+    if order.authority:
+        files[AUTHORITY] = order.authority
+    summed = [path for path in (PACKAGE, UPDATE_KEYS, AUTHORITY) if path in files]
     files[SUMS] = "".join(
         f"{hashlib.sha256(files[path]).hexdigest()}  {path.removeprefix(f'{FOLDER}/')}\n" for path in summed
     ).encode()
@@ -131,6 +137,8 @@ def bundle(order: Order) -> dict[str, bytes]:
 def settings(order: Order) -> str:
     """What goes into /etc/boardbench/agent.d of the board."""
     lines = [_MARK, f"listen = {_quoted(order.listen)}", f"collector = {_quoted(order.collector)}"]
+    if order.authority:
+        lines.append(f"collector_ca = {_quoted(_AUTHORITY_PLACE)}")
     if order.labels:
         lines += ["", "[labels]"]
         lines += [f"{_quoted(name)} = {_quoted(value)}" for name, value in sorted(order.labels.items())]
@@ -368,6 +376,9 @@ install_agent() {{
     fi
     if [ -f update.pub ]; then
         install -m 0644 update.pub /etc/boardbench/update.pub || return 1
+    fi
+    if [ -f collector-ca.pem ]; then
+        install -m 0644 collector-ca.pem {_AUTHORITY_PLACE} || return 1
     fi
     if [ -f enrolment.json ]; then
         install -m 0600 -o boardbench -g boardbench enrolment.json "$state/enrolment-pending.json" || return 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from boardbench.cli.address import COLLECTOR_PORT, Address, AddressType
+from boardbench.cli.address import Address, CollectorType, ca_option
 from boardbench.cli.errors import ExitCode, WrongUse
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class _Settings:
             hostname=hostname,
             wifi=wifi,
             update_keys=self.update_keys,
+            authority=self.collector.ca.read_bytes() if self.collector.ca is not None else b"",
         )
 
     def arrival(self) -> Arrival | None:
@@ -103,9 +104,11 @@ def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
                 "--collector",
                 envvar="BOARDBENCH_COLLECTOR",
                 required=True,
-                type=AddressType(COLLECTOR_PORT),
-                help="The collector, as the board reaches it; port 7342 when none is given.",
+                type=CollectorType(),
+                help="The collector, as the board reaches it; port 7342 when none is given, tls://HOST where "
+                "it has a certificate.",
             ),
+            ca_option,
             click.option(
                 "--token",
                 envvar="BOARDBENCH_TOKEN",
