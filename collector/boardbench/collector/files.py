@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
-from boardbench.collector.errors import InvalidRequest, NoRoom, NotFound, StoreUnavailable
+from boardbench.collector.errors import InvalidRequest, NoRoom, NotFound, StoreDamaged, StoreUnavailable
 from boardbench.inspect import sniff
 from boardbench.inspect.errors import InspectError
 from boardbench.v1 import agent_pb2, model_pb2
@@ -87,6 +87,9 @@ class Shelf(Protocol):
 
     def read(self, sha256: str, offset_bytes: int) -> AsyncIterator[bytes]:
         """Yields the bytes from there on; ends early where it was removed meanwhile."""
+
+    async def remove(self, sha256: str) -> None:
+        """Takes the file away; whoever has it puts it there again when it is used."""
 
     async def make_room(
         self,
@@ -245,7 +248,13 @@ class Files:
                     await transfer.append(data)
                 if not transfer.complete:
                     raise StoreUnavailable(f"{model.name} was removed while it was fetched; send it again")
-                await transfer.finish(brought=True)
+                try:
+                    await transfer.finish(brought=True)
+                except InvalidRequest as error:
+                    await self._shelf.remove(sha256)
+                    raise StoreDamaged(
+                        f"{model.name} is damaged in the database, and was removed there: send it again"
+                    ) from error
         return self._entries.get(sha256)
 
     async def read(self, sha256: str, offset_bytes: int) -> AsyncGenerator[agent_pb2.PushChunk, None]:

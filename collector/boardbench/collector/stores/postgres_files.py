@@ -123,6 +123,10 @@ class PostgresFiles:
                 yield data[skip:]
             place, skip = place + 1, 0
 
+    async def remove(self, sha256: str) -> None:
+        """Takes the file away; whoever has it puts it there again when it is used."""
+        await self._access.write(lambda db: _delete(db, [sha256]))
+
     async def make_room(
         self,
         model: model_pb2.Model,
@@ -150,8 +154,7 @@ class PostgresFiles:
                 if left or (over > 0 and sha256 not in kept and used < used_before):
                     gone.append(sha256)
                     over -= size_bytes
-            for table in ("file_chunks", "files"):
-                db.execute(f"DELETE FROM {table} WHERE sha256 = ANY(%s)", (gone,))
+            _delete(db, gone)
             return over <= 0
 
         if not await self._access.write(write):
@@ -160,6 +163,11 @@ class PostgresFiles:
                 f" keep at most {limit_bytes:,} bytes there, and the files that are there are young or open"
                 " jobs need them; cancel some, or raise --files-limit"
             )
+
+
+def _delete(db: Connection, sha256s: list[str]) -> None:
+    for table in ("file_chunks", "files"):
+        db.execute(f"DELETE FROM {table} WHERE sha256 = ANY(%s)", (sha256s,))
 
 
 def _piece(descriptor: int, offset_bytes: int) -> bytes:
