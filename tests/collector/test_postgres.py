@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -22,8 +24,9 @@ from boardbench.collector.errors import (
 )
 from boardbench.collector.jobs import Batch, Booking, new_record, run_id_of
 from boardbench.collector.store import ResultFilter, ResultStore, Sighting
-from boardbench.collector.stores import postgres, postgres_schema
-from boardbench.collector.stores.postgres import PostgresResultStore, place
+from boardbench.collector.stores import postgres_connection, postgres_schema
+from boardbench.collector.stores.postgres import PostgresResultStore
+from boardbench.collector.stores.postgres_connection import place
 from boardbench.v1 import collector_pb2, job_pb2, result_pb2
 
 MakeResult = Callable[..., result_pb2.RunResult]
@@ -332,7 +335,7 @@ async def test_a_server_that_would_lose_commits_is_told_not_to(
     finally:
         ask(postgres_url, "ALTER ROLE tester RESET synchronous_commit")
     with caplog.at_level(logging.WARNING), psycopg.connect(postgres_url, autocommit=True) as db:
-        postgres._keep_promises(_Says(db, "off"), "there")  # type: ignore[arg-type]
+        postgres_connection._keep_promises(_Says(db, "off"), "there")  # type: ignore[arg-type]
     assert "there runs with fsync = off" in caplog.text
 
 
@@ -421,6 +424,34 @@ async def test_one_commit_takes_what_came_meanwhile(postgres_url: str, make_resu
 
 
 # Opening
+
+
+async def test_who_stops_waiting_for_a_store_leaves_no_connection(postgres_url: str) -> None:
+    await (await PostgresResultStore.open(postgres_url)).close()
+    there = "SELECT COUNT(*) FROM pg_stat_activity WHERE application_name = 'boardbench-collector'"
+    with psycopg.connect(postgres_url) as db, warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always")
+        # Whoever opens the store comes as far as this, and then waits.
+        db.execute("LOCK TABLE boardbench_schema")
+        for _ in range(3):
+            opening = asyncio.create_task(PostgresResultStore.open(postgres_url))
+            await until(lambda: ask(postgres_url, there) == [(1,)], "it connects")
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            db.rollback()
+            await until(lambda: ask(postgres_url, there) == [(0,)], "the connection is closed")
+            gc.collect()
+            db.execute("LOCK TABLE boardbench_schema")
+    assert not [str(each.message) for each in left if "deleted while still open" in str(each.message)]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Returns when the condition holds; fails when it never does."""
+    deadline = asyncio.get_running_loop().time() + 20
+    while not await asyncio.to_thread(condition):
+        assert asyncio.get_running_loop().time() < deadline, what
+        await asyncio.sleep(0.01)
 
 
 async def test_a_store_of_a_newer_program_is_left_alone(postgres_url: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -29,14 +30,22 @@ class HeldStore(MemoryResultStore):
         self.failing = False
 
     def append(
-        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
+        self,
+        device_id: str,
+        spool_id: str,
+        sequence: int,
+        result: result_pb2.RunResult,
+        *,
+        after: int = 0,
+        content: bytes | None = None,
     ) -> asyncio.Future[bool]:
         self.asked.append(sequence)
         shown: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self.failing:
             shown.set_exception(StoreUnavailable("no space left for results.db"))
             return shown
-        self._held.append((shown, super().append(device_id, spool_id, sequence, result, after=after)))
+        outcome = super().append(device_id, spool_id, sequence, result, after=after, content=content)
+        self._held.append((shown, outcome))
         return shown
 
     def commit(self, count: int | None = None) -> None:
@@ -46,6 +55,18 @@ class HeldStore(MemoryResultStore):
             if not shown.done():
                 shown.set_result(outcome.result())
         del self._held[:count]
+
+
+@pytest.fixture
+async def wire_call(collector) -> AsyncIterator[Callable[[], Any]]:
+    """Opens streams on which bytes are sent as they are."""
+    address = str(collector.listening.grpc)
+    async with grpc.aio.insecure_channel(address) as channel:
+        report = channel.stream_stream(
+            "/boardbench.v1.CollectorService/Report",
+            response_deserializer=collector_pb2.ReportResponse.FromString,
+        )
+        yield report
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -160,6 +181,84 @@ async def test_a_poisoned_record_is_rejected_and_the_rest_goes_on(collector, mak
     await board.leave()
     listing = await collector.stub.ListResults(collector_pb2.ListResultsRequest())
     assert sorted(result.run_id for result in listing.results) == ["run-1", "run-6"]
+
+
+async def test_a_record_that_is_none_is_rejected_not_the_stream(
+    collector, make_result: MakeResult, make_hello: Callable[[], Any], wire_call: Callable[[], Any]
+) -> None:
+    call = wire_call()
+    await call.write(collector_pb2.ReportRequest(hello=make_hello()).SerializeToString())
+    assert (await call.read()).WhichOneof("response") == "welcome"
+    spooled = collector_pb2.SpooledResult(spool_id="spool-1", sequence=1, result=make_result("run-1"))
+    good = collector_pb2.ReportRequest(result=spooled).SerializeToString()
+    # Field 6 of RunResult is a message: a length beyond the end makes it none.
+    bad = b"\x0a\x07spool-1\x10\x02\x1a\x03\x32\x7f\x00"
+    await call.write(good)
+    await call.write(b"\x12" + bytes((len(bad),)) + bad)
+    spooled.sequence, spooled.result.run_id = 3, "run-3"
+    await call.write(collector_pb2.ReportRequest(result=spooled).SerializeToString())
+    answers = [await call.read() for _ in range(3)]
+    assert [answer.WhichOneof("response") for answer in answers] == [
+        "acknowledgement",
+        "rejection",
+        "acknowledgement",
+    ]
+    assert answers[1].rejection.sequence == 2 and "it is no RunResult" in answers[1].rejection.reason
+    assert answers[2].acknowledgement.sequence == 3
+    await call.done_writing()
+
+
+async def test_fields_in_any_order_are_the_same_result(
+    collector, make_result: MakeResult, make_hello: Callable[[], Any], wire_call: Callable[[], Any]
+) -> None:
+    call = wire_call()
+    await call.write(collector_pb2.ReportRequest(hello=make_hello()).SerializeToString())
+    await call.read()
+    result = make_result("run-1", samples=300)
+    content = result.SerializeToString()
+    size = bytes((0x80 | len(content) & 0x7F, len(content) >> 7))
+    assert 128 <= len(content) < 1 << 14
+    # Once the result comes before its place, and once the message is cut in two, which parsers put together.
+    shuffled = b"\x1a" + size + content + b"\x10\x01" + b"\x0a\x07spool-1"
+    size = bytes((0x80 | len(shuffled) & 0x7F, len(shuffled) >> 7))
+    await call.write(b"\x12" + size + shuffled)
+    assert (await call.read()).acknowledgement.sequence == 1
+    latency, rest = result_pb2.RunResult(), make_result("run-2", samples=300)
+    latency.latency.CopyFrom(rest.latency)
+    rest.ClearField("latency")
+    for part in (rest, latency):
+        part = collector_pb2.SpooledResult(spool_id="spool-1", sequence=2, result=part)
+        content = collector_pb2.ReportRequest(result=part).SerializeToString()
+        if part.result.run_id:
+            first = content
+    await call.write(first + content)
+    assert (await call.read()).acknowledgement.sequence == 2
+    await call.done_writing()
+    for run_id in ("run-1", "run-2"):
+        got = await collector.stub.GetResult(collector_pb2.GetResultRequest(run_id=run_id))
+        assert got.result == make_result(run_id, samples=300)
+
+
+async def test_one_acknowledgement_is_for_what_was_committed_meanwhile(
+    collector_over, make_result: MakeResult
+) -> None:
+    store = HeldStore()
+    async with collector_over(store) as collector:
+        board = collector.board()
+        await board.join()
+        await _send_all(board, [make_result(f"run-{n}", samples=0) for n in range(1, 21)])
+        await until(lambda: len(store.asked) == 20, "all were handed to the store")
+        # Not each is answered alone while others are on their way, and none is kept back for long.
+        for _ in range(7):
+            store.commit(1)
+            await asyncio.sleep(0)
+        first = (await board.read()).acknowledgement.sequence
+        assert first <= 7
+        if first < 7:
+            await board.acknowledged(7)
+        store.commit()
+        assert (await board.read()).acknowledgement.sequence == 20
+        await board.leave()
 
 
 async def test_a_record_beyond_every_limit_is_rejected_not_the_stream(

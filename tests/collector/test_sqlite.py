@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from boardbench.collector.errors import OutOfOrder, StoreDamaged, StoreForeign, StoreUnavailable
+from boardbench.collector.errors import (
+    OutOfOrder,
+    ResultRefused,
+    StoreDamaged,
+    StoreError,
+    StoreForeign,
+    StoreUnavailable,
+)
 from boardbench.collector.store import ResultFilter
 from boardbench.collector.stores import sqlite_schema
 from boardbench.collector.stores.sqlite import SqliteResultStore
@@ -143,8 +150,15 @@ async def test_places_that_are_damaged_are_forgotten(path: Path, make_result: Ma
     for sequence, damage in enumerate(
         (b"", b"\x01", b"\x01\x00\x09", b"\x09\x00\x00", b"\x01\x00\x00abc"), 2
     ):
-        await store.write(lambda db, damage=damage: db.execute("UPDATE series SET places = ?", (damage,)))
-        assert await store.append("pi5", "spool-1", sequence, make_result(f"run-{sequence}"))
+        await store.write(
+            lambda db, damage=damage: db.execute("UPDATE series SET places = ?", (damage,)).rowcount
+        )
+        # The writer remembers what it wrote: only another one reads it.
+        await store.close()
+        store = await SqliteResultStore.open(path)
+        moved = make_result(f"run-{sequence}")
+        moved.placement.ops[sequence].unit = placement_pb2.UNIT_GPU
+        assert await store.append("pi5", "spool-1", sequence, moved)
     assert (await store.latest(received_since=0, per_device=9)).results[0].drifts == 0
     await store.close()
 
@@ -315,6 +329,68 @@ async def test_one_commit_takes_what_came_within_the_window(path: Path, make_res
     store._db.set_trace_callback(lambda text: commits.append(text) if text == "COMMIT" else None)
     await asyncio.gather(*(store.append("pi5", "spool-1", n, make_result(f"run-{n}")) for n in range(1, 101)))
     assert len(commits) <= 2  # one, or two when the writer woke between the first append and the others
+    await store.close()
+
+
+async def test_a_batch_is_stored_in_pieces_and_each_result_told_its_own(
+    path: Path, make_result: MakeResult
+) -> None:
+    store = await SqliteResultStore.open(path, commit_window_seconds=0.05)
+    known = [store.append("pi5", "old", n, make_result(f"run-{n}")) for n in (3, 40, 77)]
+    assert await asyncio.gather(*known) == [True] * 3
+    refuses = (
+        "CREATE TRIGGER seven BEFORE INSERT ON results WHEN new.run_id LIKE 'run-%7' BEGIN SELECT {}; END"
+    )
+    await store.write(lambda db: db.execute(refuses.format("RAISE(ABORT, 'no seven')")).rowcount)
+    answers = await asyncio.gather(
+        *(
+            store.append("pi5", "spool", n, make_result(f"run-{n}", p50=0.5 if n == 40 else 0.0125))
+            for n in range(1, 81)
+        ),
+        return_exceptions=True,
+    )
+    for n, answer in enumerate(answers, 1):
+        if n == 40:
+            assert isinstance(answer, ResultRefused) and answer.code == "conflict"
+        elif n % 10 == 7:
+            # The one that is there already meets the trigger first.
+            assert isinstance(answer, ResultRefused) and answer.code == "unfit", n
+        else:
+            assert answer is (n != 3), n
+    assert await store.acknowledged("pi5", "spool") == 80
+    assert [outcome.total for outcome in await store.outcomes()] == [73]
+    arrived = await store.arrivals(0, limit=1000, max_bytes=10**9)
+    assert [arrival.result.run_id for arrival in arrived[3:]] == [
+        f"run-{n}" for n in range(1, 81) if n not in (3, 40) and n % 10 != 7
+    ]
+    await store.check()
+    await store.close()
+
+
+async def test_whoever_writes_something_that_does_not_fit_disturbs_nobody(
+    path: Path, make_result: MakeResult
+) -> None:
+    store = await SqliteResultStore.open(path, commit_window_seconds=0.05)
+
+    def spoils(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO labels (device_id, name, value) VALUES ('pi5', 'a', 'b')")
+        db.execute("INSERT INTO labels (device_id, name, value) VALUES ('pi5', 'a', NULL)")
+
+    def refuses(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO labels (device_id, name, value) VALUES ('pi5', 'c', 'd')")
+        raise StoreForeign("not this one")
+
+    answers = await asyncio.gather(
+        store.append("pi5", "spool-1", 1, make_result("run-1")),
+        store.write(spoils),
+        store.write(refuses),
+        store.append("pi5", "spool-1", 2, make_result("run-2"), after=1),
+        return_exceptions=True,
+    )
+    assert (answers[0], answers[3]) == (True, True)
+    assert isinstance(answers[1], StoreError) and "NOT NULL" in str(answers[1])
+    assert isinstance(answers[2], StoreForeign)
+    assert await store.jobs.labels() == {}
     await store.close()
 
 

@@ -25,6 +25,21 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+def read_varint(content: bytes, at: int) -> tuple[int, int]:
+    """Returns the number that begins there and where it ends; IndexError when there is none."""
+    byte = content[at]
+    at += 1
+    value, shift = byte & 0x7F, 7
+    while byte & 0x80:
+        byte = content[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if shift > 70:
+            raise IndexError("a number has ten bytes at most")
+    return value, at
+
+
 def zigzag(value: int) -> int:
     """Returns the number as sint32 and sint64 have it."""
     return value * 2 if value >= 0 else -value * 2 - 1

@@ -32,7 +32,7 @@ from boardbench.collector.forward import Forwarder, posting
 from boardbench.collector.job_service import JOB_SERVICE_NAME, JobService
 from boardbench.collector.look import ReadModel
 from boardbench.collector.retention import Policy, Retention
-from boardbench.collector.service import SERVICE_NAME, CollectorService
+from boardbench.collector.service import SERVICE_NAME, CollectorService, add_service
 from boardbench.collector.store import ResultStore
 from boardbench.collector.stores.enrolments import Enrolments
 from boardbench.collector.stores.opening import open_beside, open_store
@@ -40,7 +40,7 @@ from boardbench.collector.stores.updates import UpdateStore
 from boardbench.collector.update_service import UPDATE_SERVICE_NAME, UpdateService
 from boardbench.collector.updates import Updater
 from boardbench.collector.web.app import create_app
-from boardbench.v1 import collector_pb2_grpc, job_pb2_grpc, update_pb2_grpc
+from boardbench.v1 import job_pb2_grpc, update_pb2_grpc
 
 if TYPE_CHECKING:
     from boardbench.collector.otlp import OtlpForwarder
@@ -211,7 +211,7 @@ async def _start_grpc(
         enrolments=enrolments,
         updater=updater,
     )
-    collector_pb2_grpc.add_CollectorServiceServicer_to_server(service, server)
+    add_service(service, server)
     job_service = JobService(config, dispatcher, files, admit=service.admit)
     job_pb2_grpc.add_JobServiceServicer_to_server(job_service, server)
     update_service = UpdateService(updater) if updater is not None else None

@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.dispatch import Desk, Dispatcher
@@ -40,10 +40,11 @@ from boardbench.collector.errors import (
 )
 from boardbench.collector.fleet import Fleet, Session
 from boardbench.collector.look import ReadModel
+from boardbench.collector.protowire import read_varint
 from boardbench.collector.store import MAX_SEQUENCE, ResultStore, check_identity
 from boardbench.collector.stores.enrolments import Enrolments
 from boardbench.collector.updates import UpdateDesk, Updater
-from boardbench.v1 import collector_pb2, collector_pb2_grpc
+from boardbench.v1 import collector_pb2, collector_pb2_grpc, result_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,12 @@ _MAX_HEARTBEAT_BYTES = 4096
 
 _MAX_REPORT_BYTES = 4096
 """What a board says of a job: real ones have 60 bytes, and a reason at times."""
+
+_TOGETHER = 8
+"""One acknowledgement is for so many results, where more are on their way: half of what agents send ahead."""
+
+_TOGETHER_SECONDS = 0.05
+"""How long a committed result may wait for those: a message costs as much as the result."""
 
 _STATUS: tuple[tuple[type[CollectorError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
@@ -98,6 +105,22 @@ async def answering(context: Any) -> AsyncIterator[None]:
             return
         _log.exception("a call from %s failed", context.peer())
         await context.abort(grpc.StatusCode.INTERNAL, "the collector failed; its log says how")
+
+
+def add_service(service: CollectorService, server: grpc.aio.Server) -> None:
+    """Has the server answer with the service."""
+    handlers = {}
+    for method in collector_pb2.DESCRIPTOR.services_by_name["CollectorService"].methods:
+        # What the generated code does, but for reports: it would parse each result for its message, and a
+        # bad one would end the stream.
+        streams = method.client_streaming and method.server_streaming
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        handlers[method.name] = make(
+            getattr(service, method.name),
+            request_deserializer=_request if streams else GetMessageClass(method.input_type).FromString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
 
 class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
@@ -215,7 +238,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
             request = await asyncio.wait_for(_receive(context), self._config.silence_seconds)
         except asyncio.TimeoutError:
             raise SilentAgent(f"no hello came within {self._config.silence_seconds:.0f} s") from None
-        if request is None or request.WhichOneof("request") != "hello":
+        if not isinstance(request, collector_pb2.ReportRequest) or request.WhichOneof("request") != "hello":
             raise InvalidRequest("the first message of a report must be a hello")
         hello = request.hello
         try:
@@ -231,8 +254,15 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
         return hello
 
 
-@dataclass
-class _Waiting:
+class _Spooled(NamedTuple):
+    """A result on its way in, as the bytes that it came in."""
+
+    spool_id: str
+    sequence: int
+    content: bytes
+
+
+class _Waiting(NamedTuple):
     """A result that was handed over and is not answered yet."""
 
     spool_id: str
@@ -246,6 +276,8 @@ class _Waiting:
 class _Wire:
     """The way to the agent, for several tasks: gRPC takes one message at a time."""
 
+    __slots__ = ("_context", "_lock")
+
     def __init__(self, context: _Context) -> None:
         self._context = context
         self._lock = asyncio.Lock()
@@ -257,7 +289,34 @@ class _Wire:
 
 
 class _Conversation:
-    """A stream after its hello: one task reads, one answers, both bounded by the same window."""
+    """A stream after its hello: one task reads, one answers, both bounded by the same window.
+
+    There are as many as boards, and most have nothing to say: what is needed only then is made only then.
+    """
+
+    __slots__ = (
+        "_came",
+        "_committed",
+        "_config",
+        "_context",
+        "_copied",
+        "_desk",
+        "_due",
+        "_fleet",
+        "_handed_over",
+        "_loop",
+        "_no_more",
+        "_session",
+        "_store",
+        "_timer",
+        "_unanswered",
+        "_updates",
+        "_waiting",
+        "_waiting_bytes",
+        "_watched",
+        "_went",
+        "_wire",
+    )
 
     def __init__(
         self,
@@ -273,18 +332,29 @@ class _Conversation:
         self._updates = updates
         self._wire = wire
         self._desk = desk
-        self._copied: set[str] = set()
+        self._copied: frozenset[str] = frozenset()
         self._config = config
         self._store = store
         self._fleet = fleet
         self._session = session
         self._context = context
-        self._waiting: deque[_Waiting] = deque()
+        self._loop = asyncio.get_running_loop()
+        # Not a deque: one without anything in it has 700 bytes.
+        self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
-        self._came = asyncio.Event()
-        self._went = asyncio.Event()
+        self._watched: asyncio.Future[bool] | None = None
+        """What wakes the answering when it is done."""
+        self._came: asyncio.Future[None] | None = None
+        self._went: asyncio.Future[None] | None = None
         self._no_more = False
         self._handed_over: dict[str, int] = {}
+        self._committed: _Waiting | None = None
+        """The last that was committed and is not acknowledged yet."""
+        self._unanswered = 0
+        """How many are; the acknowledgement of the last is one for all of them."""
+        self._due = False
+        """Whether they have waited long enough for others."""
+        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Returns when the agent has ended the stream and has every answer; raises why it ended otherwise."""
@@ -296,7 +366,7 @@ class _Conversation:
             # What was handed over will be committed: the agent should know, as far as it still listens.
             reader.cancel()
             self._no_more = True
-            self._came.set()
+            self._wake()
             await asyncio.wait((answerer, ended), return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 await asyncio.wait((answerer,), timeout=self._config.drain_seconds)
@@ -309,61 +379,70 @@ class _Conversation:
             for task in (reader, answerer):
                 task.cancel()
             await asyncio.gather(reader, answerer, return_exceptions=True)
+            if self._timer is not None:
+                self._timer.cancel()
             for entry in self._waiting:
                 entry.outcome.add_done_callback(self._count)
 
     async def _read(self) -> None:
         """Hands results to the store in their order, until the agent ends the stream."""
         while (request := await _receive(self._context)) is not None:
-            kind = request.WhichOneof("request")
-            if kind == "result":
+            if isinstance(request, _Spooled):
                 self._fleet.heard(self._session)
-                await self._take(request.result)
-            elif kind == "heartbeat":
-                if request.heartbeat.ByteSize() > _MAX_HEARTBEAT_BYTES:
-                    raise InvalidRequest(
-                        f"a heartbeat has {request.heartbeat.ByteSize():,} bytes;"
-                        f" at most {_MAX_HEARTBEAT_BYTES:,} are taken"
-                    )
-                self._fleet.heard(self._session, request.heartbeat)
-                self._desk.heartbeat(request.heartbeat)
-            elif kind == "job":
-                if request.job.ByteSize() > _MAX_REPORT_BYTES:
-                    raise InvalidRequest(
-                        f"what a board says of a job has {request.job.ByteSize():,} bytes;"
-                        f" at most {_MAX_REPORT_BYTES:,} are taken"
-                    )
-                self._fleet.heard(self._session)
-                self._desk.report(request.job)
-            elif kind == "update":
-                if request.update.ByteSize() > _MAX_REPORT_BYTES:
-                    raise InvalidRequest(
-                        f"what a board says of an update has {request.update.ByteSize():,} bytes;"
-                        f" at most {_MAX_REPORT_BYTES:,} are taken"
-                    )
-                self._fleet.heard(self._session)
-                if self._updates is not None:
-                    self._updates.report(request.update)
-            elif kind == "hello":
-                raise InvalidRequest("a report has one hello, at its beginning")
-            # Anything else is from a newer agent: what it means can't be known, that it lives can.
+                await self._take(request)
             else:
-                self._fleet.heard(self._session)
+                self._listen(request)
+            # While the next one is waited for, nobody needs it.
+            del request
 
-    async def _take(self, spooled: collector_pb2.SpooledResult) -> None:
-        spool_id, sequence = spooled.spool_id, spooled.sequence
+    def _listen(self, request: collector_pb2.ReportRequest) -> None:
+        """Takes what is no result."""
+        kind = request.WhichOneof("request")
+        if kind == "heartbeat":
+            if request.heartbeat.ByteSize() > _MAX_HEARTBEAT_BYTES:
+                raise InvalidRequest(
+                    f"a heartbeat has {request.heartbeat.ByteSize():,} bytes;"
+                    f" at most {_MAX_HEARTBEAT_BYTES:,} are taken"
+                )
+            self._fleet.heard(self._session, request.heartbeat)
+            self._desk.heartbeat(request.heartbeat)
+        elif kind == "job":
+            if request.job.ByteSize() > _MAX_REPORT_BYTES:
+                raise InvalidRequest(
+                    f"what a board says of a job has {request.job.ByteSize():,} bytes;"
+                    f" at most {_MAX_REPORT_BYTES:,} are taken"
+                )
+            self._fleet.heard(self._session)
+            self._desk.report(request.job)
+        elif kind == "update":
+            if request.update.ByteSize() > _MAX_REPORT_BYTES:
+                raise InvalidRequest(
+                    f"what a board says of an update has {request.update.ByteSize():,} bytes;"
+                    f" at most {_MAX_REPORT_BYTES:,} are taken"
+                )
+            self._fleet.heard(self._session)
+            if self._updates is not None:
+                self._updates.report(request.update)
+        elif kind == "hello":
+            raise InvalidRequest("a report has one hello, at its beginning")
+        # Anything else is from a newer agent: what it means can't be known, that it lives can.
+        else:
+            self._fleet.heard(self._session)
+
+    async def _take(self, spooled: _Spooled) -> None:
+        spool_id, sequence, content = spooled
         if spool_id in self._copied:
             # The agent was asked for a new identity of this spool, and sends it again under that.
             return
-        size = spooled.ByteSize()
+        size = len(content)
         came_at = time.monotonic()
         while len(self._waiting) >= self._config.in_flight_results or (
             self._waiting and self._waiting_bytes + size > self._config.in_flight_bytes
         ):
             # Meanwhile nothing is read, which is not the board's silence.
             self._session.held_up = True
-            self._went.clear()
-            await self._went.wait()
+            self._went = self._loop.create_future()
+            await self._went
             self._session.held_up = False
             self._fleet.heard(self._session)
         try:
@@ -372,57 +451,76 @@ class _Conversation:
                 self._session.device_id,
                 spool_id,
                 sequence,
-                spooled.result,
+                _parsed(content),
                 after=self._handed_over.get(spool_id, 0),
+                content=content,
             )
             self._handed_over[spool_id] = sequence
         except ResultRefused as refusal:
-            outcome = asyncio.get_running_loop().create_future()
+            outcome = self._loop.create_future()
             outcome.set_exception(refusal)
+        if not self._waiting:
+            self._watch(outcome)
         self._waiting.append(_Waiting(spool_id, sequence, size, outcome, came_at))
         self._waiting_bytes += size
-        outcome.add_done_callback(self._wake)
 
-    def _wake(self, _outcome: asyncio.Future[bool]) -> None:
-        """Something can be answered, as far as everything before it can; cheaper than a task that waits."""
-        self._came.set()
+    def _watch(self, outcome: asyncio.Future[bool]) -> None:
+        """Has the answering woken when this one is done: what is behind it has to wait for it anyway."""
+        if outcome is not self._watched:
+            self._watched = outcome
+            outcome.add_done_callback(self._wake)
+
+    def _wake(self, _outcome: object = None) -> None:
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)
+
+    def _ring(self) -> None:
+        """What is held back has waited long enough."""
+        self._timer = None
+        self._due = True
+        self._wake()
 
     async def _answer(self) -> None:
         """Acknowledges in order what was committed; one message may answer for many results."""
         while True:
-            if not (self._waiting and self._waiting[0].outcome.done()):
-                if self._no_more and not self._waiting:
-                    return
-                self._came.clear()
-                await self._came.wait()
-                continue
-            acknowledged: _Waiting | None = None
             while self._waiting and self._waiting[0].outcome.done():
-                entry = self._waiting[0]
-                if acknowledged is not None and acknowledged.spool_id != entry.spool_id:
-                    await self._acknowledge(acknowledged)
-                    acknowledged = None
-                error = entry.outcome.exception()
-                if error is not None and acknowledged is not None:
-                    await self._acknowledge(acknowledged)
-                    acknowledged = None
-                if error is None:
-                    # What came behind a place that was taken is stored, and the place is not: it is sent
-                    # again under another name, and known by its run.
-                    acknowledged = entry if entry.spool_id not in self._copied else None
-                elif isinstance(error, ResultRefused):
-                    await self._refuse(entry, error)
-                elif isinstance(error, PlaceTaken):
-                    await self._renew(entry, error)
-                else:
-                    raise error
-                self._waiting.popleft()
-                self._waiting_bytes -= entry.size_bytes
-                self._count(entry.outcome)
-                self._fleet.tally.acknowledge.add(time.monotonic() - entry.came_at)
-                self._went.set()
-            if acknowledged is not None:
-                await self._acknowledge(acknowledged)
+                await self._settle(self._waiting[0])
+            if self._committed is not None:
+                if not self._waiting or self._unanswered >= _TOGETHER or self._due:
+                    await self._acknowledge()
+                    continue
+                if self._timer is None:
+                    self._timer = self._loop.call_later(_TOGETHER_SECONDS, self._ring)
+            if self._waiting:
+                self._watch(self._waiting[0].outcome)
+            elif self._no_more:
+                return
+            self._came = self._loop.create_future()
+            await self._came
+
+    async def _settle(self, entry: _Waiting) -> None:
+        """Deals with the first of those that wait, whose outcome is known."""
+        error = entry.outcome.exception()
+        if self._committed is not None and (error is not None or self._committed.spool_id != entry.spool_id):
+            await self._acknowledge()
+        if error is None:
+            # What came behind a place that was taken is stored, and the place is not: it is sent
+            # again under another name, and known by its run.
+            if entry.spool_id not in self._copied:
+                self._committed = entry
+                self._unanswered += 1
+        elif isinstance(error, ResultRefused):
+            await self._refuse(entry, error)
+        elif isinstance(error, PlaceTaken):
+            await self._renew(entry, error)
+        else:
+            raise error
+        del self._waiting[0]
+        self._waiting_bytes -= entry.size_bytes
+        self._count(entry.outcome)
+        self._fleet.tally.acknowledge.add(time.monotonic() - entry.came_at)
+        if self._went is not None and not self._went.done():
+            self._went.set_result(None)
 
     def _count(self, outcome: asyncio.Future[bool]) -> None:
         """Counts what became of a result, told to its agent or not."""
@@ -439,15 +537,18 @@ class _Conversation:
         else:
             tally.store_failures += 1
 
-    async def _acknowledge(self, entry: _Waiting) -> None:
-        acknowledgement = collector_pb2.Acknowledgement(spool_id=entry.spool_id, sequence=entry.sequence)
-        await self._wire.send(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
+    async def _acknowledge(self) -> None:
+        """Tells of all that is committed."""
+        entry, self._committed, self._unanswered, self._due = self._committed, None, 0, False
+        if entry is not None:
+            acknowledgement = collector_pb2.Acknowledgement(spool_id=entry.spool_id, sequence=entry.sequence)
+            await self._wire.send(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
 
     async def _renew(self, entry: _Waiting, error: PlaceTaken) -> None:
         """Asks for a new identity of the spool, once: what follows under the old one is not taken."""
         if entry.spool_id in self._copied:
             return
-        self._copied.add(entry.spool_id)
+        self._copied |= {entry.spool_id}
         self._fleet.tally.renewals += 1
         _log.warning("%s", error)
         renewal = collector_pb2.Renewal(spool_id=entry.spool_id, sequence=entry.sequence)
@@ -467,10 +568,17 @@ class _Conversation:
         await self._wire.send(collector_pb2.ReportResponse(rejection=rejection))
 
 
-async def _receive(context: _Context) -> collector_pb2.ReportRequest | None:
+async def _receive(context: _Context) -> collector_pb2.ReportRequest | _Spooled | None:
     """Returns the agent's next message, None at the end of the stream."""
     request: Any = await context.read()
     return None if request is grpc.aio.EOF else request
+
+
+def _parsed(content: bytes) -> result_pb2.RunResult:
+    try:
+        return result_pb2.RunResult.FromString(content)
+    except DecodeError as error:
+        raise ResultRefused("unreadable", f"it is no RunResult: {error}") from error
 
 
 def _check_place(spool_id: str, sequence: int) -> None:
@@ -480,6 +588,52 @@ def _check_place(spool_id: str, sequence: int) -> None:
         raise ResultRefused("place", str(error)) from error
     if not 1 <= sequence <= MAX_SEQUENCE:
         raise ResultRefused("place", f"{sequence} is no place in a spool; they count from 1")
+
+
+def _request(message: bytes) -> collector_pb2.ReportRequest | _Spooled:
+    """Returns what the message of an agent says; a result as its bytes, which are kept as they are.
+
+    One that can't be parsed is no reason to end the stream, on which it would come again for ever.
+    """
+    try:
+        spooled = _spooled(message)
+    except (IndexError, UnicodeDecodeError):
+        spooled = None
+    if spooled is not None:
+        return spooled
+    request = collector_pb2.ReportRequest.FromString(message)
+    if request.WhichOneof("request") != "result":
+        return request
+    result = request.result
+    return _Spooled(result.spool_id, result.sequence, result.result.SerializeToString())
+
+
+_RESULT_TAG = collector_pb2.ReportRequest.RESULT_FIELD_NUMBER << 3 | 2
+_SPOOL_ID_TAG = collector_pb2.SpooledResult.SPOOL_ID_FIELD_NUMBER << 3 | 2
+_SEQUENCE_TAG = collector_pb2.SpooledResult.SEQUENCE_FIELD_NUMBER << 3
+_CONTENT_TAG = collector_pb2.SpooledResult.RESULT_FIELD_NUMBER << 3 | 2
+
+
+def _spooled(message: bytes) -> _Spooled | None:
+    """Returns the result of a message that is written as every protobuf library writes one; None: it is not.
+
+    Fields in their order, each once, as https://protobuf.dev/programming-guides/encoding/ has them.
+    """
+    if message[0] != _RESULT_TAG:
+        return None
+    size, at = read_varint(message, 1)
+    if at + size != len(message) or message[at] != _SPOOL_ID_TAG:
+        return None
+    size, at = read_varint(message, at + 1)
+    begin, at = at, at + size
+    spool_id = message[begin:at].decode()
+    if message[at] != _SEQUENCE_TAG:
+        return None
+    sequence, at = read_varint(message, at + 1)
+    if message[at] != _CONTENT_TAG:
+        return None
+    size, at = read_varint(message, at + 1)
+    return _Spooled(spool_id, sequence, message[at:]) if at + size == len(message) else None
 
 
 _Context = grpc.aio.ServicerContext[collector_pb2.ReportRequest, collector_pb2.ReportResponse]

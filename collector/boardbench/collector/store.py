@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import operator
 import struct
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 from boardbench.collector.errors import InvalidRequest, ResultRefused
 from boardbench.collector.jobs import JobStore
@@ -148,8 +147,7 @@ class Outcomes:
     total: int
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """What two runs must share for the later one to take the place of the earlier one in a graph."""
 
     model_name: str
@@ -189,9 +187,10 @@ class Places:
 
     def packed(self) -> bytes:
         """The same as bytes."""
-        head = bytes((_PLACES_VERSION, self.verdict, len(self.units)))
-        counts = (_UNIT_COUNT.pack(unit, ops) for unit, ops in sorted(self.units.items()))
-        return b"".join((head, *counts, *(key + place for key, place in sorted(self.ops.items()))))
+        pieces = [bytes((_PLACES_VERSION, self.verdict, len(self.units)))]
+        pieces += [_UNIT_COUNT.pack(unit, ops) for unit, ops in sorted(self.units.items())]
+        pieces += [key + place for key, place in sorted(self.ops.items())]
+        return b"".join(pieces)
 
     @classmethod
     def unpacked(cls, content: bytes) -> Places | None:
@@ -312,9 +311,18 @@ class ResultStore(Protocol):
         """The jobs of the same store."""
 
     def append(
-        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
+        self,
+        device_id: str,
+        spool_id: str,
+        sequence: int,
+        result: result_pb2.RunResult,
+        *,
+        after: int = 0,
+        content: bytes | None = None,
     ) -> asyncio.Future[bool]:
         """Stores a result; the future is done once it would survive a power cut.
+
+        ``content`` is what the result was read from, where the caller has it: it need not be written anew.
 
         Calls take effect in their order. True: stored now. False: (device, spool, sequence), or the very
         same run, was there before. ``after`` is the sequence that the caller handed over just before
@@ -427,13 +435,17 @@ def check_identity(what: str, text: str) -> None:
         raise ValueError(f"{what} {text!r} has characters that can't be printed")
 
 
-def check_result(result: result_pb2.RunResult, max_bytes: int) -> None:
-    """Returns when the record can be stored and read back; ResultRefused says why it can never be."""
+def check_result(result: result_pb2.RunResult, max_bytes: int, content: bytes | None = None) -> None:
+    """Returns when the record can be stored and read back; ResultRefused says why it can never be.
+
+    ``content``: what it was read from, where that is at hand.
+    """
     try:
         check_identity("run_id", result.run_id)
     except ValueError as error:
         raise ResultRefused("run_id", str(error)) from None
-    size = result.ByteSize()
+    # Its size is not known to the message: to tell it, all of it is written down.
+    size = result.ByteSize() if content is None else len(content)
     if size > max_bytes:
         raise ResultRefused(
             "too_large",
@@ -463,16 +475,18 @@ def ending_of(result: result_pb2.RunResult) -> result_pb2.RunResult:
     return ending
 
 
-def split(result: result_pb2.RunResult) -> tuple[bytes, bytes]:
+def split(result: result_pb2.RunResult, content: bytes | None = None) -> tuple[bytes, bytes]:
     """Returns the record as (summary, detail), whose concatenation is the whole.
 
     Protobuf merges messages whose bytes are joined: the detail holds only the long lists (:data:`LONG`), so
     that everything that reads many results reads kilobytes and not megabytes.
     https://protobuf.dev/programming-guides/encoding/#last-one-wins
+
+    ``content`` is what the result was read from, and becomes the summary where there are no such lists.
     """
-    there = [path for path, found in _LISTS if found(result)]
+    there = list(_present(result, _LISTS))
     if not there:
-        return result.SerializeToString(deterministic=True), b""
+        return result.SerializeToString(deterministic=True) if content is None else content, b""
     summary, detail = result_pb2.RunResult(), result_pb2.RunResult()
     summary.CopyFrom(result)
     for path in there:
@@ -500,7 +514,26 @@ LONG = (
 """The lists of a result that grow with the run or the model."""
 
 
-_LISTS = tuple((path, operator.attrgetter(path)) for path in LONG)
+def _tree(paths: Iterable[Sequence[str]], above: str = "") -> tuple[tuple[str, str, Any], ...]:
+    """Returns (name, path, what is in it) of each field on the paths; nothing is in a list."""
+    within: dict[str, list[Sequence[str]]] = {}
+    for name, *below in paths:
+        within.setdefault(name, []).extend([below] if below else [])
+    return tuple((name, above + name, _tree(below, f"{above}{name}.")) for name, below in within.items())
+
+
+_LISTS = _tree(path.split(".") for path in LONG)
+"""The same as a tree: of most results, most of it is quickly passed over."""
+
+
+def _present(message: Any, tree: tuple[tuple[str, str, Any], ...]) -> Iterator[str]:
+    """Returns the paths of the lists that the message has."""
+    for name, path, below in tree:
+        if not below:
+            if getattr(message, name):
+                yield path
+        elif message.HasField(name):
+            yield from _present(getattr(message, name), below)
 
 
 def list_at(result: result_pb2.RunResult, path: str) -> Any:
@@ -517,36 +550,40 @@ def series_of(result: result_pb2.RunResult) -> Series:
     Options, shapes and inputs count as they were asked for, not as filled in, so that a default that
     a later version spells out does not break the series.
     """
+    spec, effective, runtime, model = result.spec, result.effective_spec, result.runtime, result.model
     threads = ""
-    if result.effective_spec.HasField("threads"):
-        threads = str(result.effective_spec.threads)
-    elif result.spec.HasField("threads"):
-        threads = str(result.spec.threads)
-    parts = [f"{name}={value}" for name, value in sorted(result.spec.options.items())]
+    if effective.HasField("threads"):
+        threads = str(effective.threads)
+    elif spec.HasField("threads"):
+        threads = str(spec.threads)
+    return Series(
+        model.name,
+        model.sha256,
+        runtime.name or effective.runtime or spec.runtime,
+        runtime.device or effective.device or spec.device,
+        threads,
+        ",".join(_variant(spec)) if result.HasField("spec") else "",
+    )
+
+
+def _variant(spec: result_pb2.BenchmarkSpec) -> list[str]:
+    parts = [f"{name}={value}" for name, value in sorted(spec.options.items())]
     parts += [
         f"{name}={'x'.join(str(size) for size in shape.dimensions)}"
-        for name, shape in sorted(result.spec.shapes.items())
+        for name, shape in sorted(spec.shapes.items())
     ]
     parts += [
         f"{name}={value}"
         for name, value in (
-            ("compute_precision", result.spec.compute_precision),
-            ("cpu_affinity", "+".join(str(number) for number in result.spec.cpu_affinity)),
-            ("power_mode", result.spec.power_mode),
+            ("compute_precision", spec.compute_precision),
+            ("cpu_affinity", "+".join(str(number) for number in spec.cpu_affinity)),
+            ("power_mode", spec.power_mode),
         )
         if value
     ]
-    if result.spec.inputs_sha256:
-        parts.append(f"inputs={result.spec.inputs_sha256[:12]}")
-    parts += scenario_parts(result.spec)
-    return Series(
-        model_name=result.model.name,
-        model_sha256=result.model.sha256,
-        runtime=result.runtime.name or result.effective_spec.runtime or result.spec.runtime,
-        target=result.runtime.device or result.effective_spec.device or result.spec.device,
-        threads=threads,
-        variant=",".join(parts),
-    )
+    if spec.inputs_sha256:
+        parts.append(f"inputs={spec.inputs_sha256[:12]}")
+    return parts + scenario_parts(spec)
 
 
 def series_id(device_id: str, series: Series) -> int:
@@ -556,21 +593,13 @@ def series_id(device_id: str, series: Series) -> int:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _series_id(device_id: str, series: Series) -> int:
-    text = "\0".join((device_id, *astuple(series))).encode()
+    text = "\0".join((device_id, *series)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
 def is_short(series: Series) -> bool:
     """Whether what follows from the series may be kept in memory: nobody can make it gigabytes."""
-    # Not dataclasses.astuple, which copies.
-    return (
-        len(series.model_name)
-        + len(series.model_sha256)
-        + len(series.runtime)
-        + len(series.target)
-        + len(series.threads)
-        + len(series.variant)
-    ) <= _MAX_KEPT_TEXT
+    return sum(map(len, series)) <= _MAX_KEPT_TEXT
 
 
 def scenario_parts(spec: result_pb2.BenchmarkSpec) -> list[str]:

@@ -12,10 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from boardbench.collector.errors import CollectorError, StoreUnavailable
-from boardbench.collector.store import Places
+from boardbench.collector.jobs import attempt_of
+from boardbench.collector.store import (
+    Places,
+    ending_of,
+    finished_microseconds,
+    places_of,
+    series_id,
+    series_of,
+    split,
+)
+from boardbench.collector.stores.sqlite_schema import series_text
 from boardbench.v1 import result_pb2
 
 _T = TypeVar("_T")
@@ -28,16 +38,32 @@ _BATCH_BYTES = 32 * 1024 * 1024
 """The same in bytes: a batch is held in memory twice, here and on its way to the database."""
 
 
-@dataclass(frozen=True)
-class Append:
-    """A result on its way to the writer."""
+class Row(NamedTuple):
+    """A result as a table holds it, without its arrival; the names are those of the columns."""
 
-    future: asyncio.Future[bool]
+    run_id: str
     device_id: str
     spool_id: str
     sequence: int
+    status: int
+    runtime: str
+    model_name: str
+    model_sha256: str
+    finished: int
+    received: float
+    summary: bytes
+    detail: bytes
+    series_id: int
+
+
+class Append(NamedTuple):
+    """A result on its way to the writer."""
+
+    future: asyncio.Future[bool]
+    spool: tuple[str, str]
+    """The board and its spool."""
     after: int
-    row: tuple[Any, ...]
+    row: Row
     series: str | None
     """None: not a measurement that a graph could show."""
     places: Places | None
@@ -50,6 +76,52 @@ class Append:
     size_bytes: int
 
 
+def new_append(
+    future: asyncio.Future[bool],
+    device_id: str,
+    spool_id: str,
+    sequence: int,
+    result: result_pb2.RunResult,
+    *,
+    after: int,
+    content: bytes | None,
+    received: float,
+    fits: Callable[[str], str] = str,
+) -> Append:
+    """Returns the result as the writer takes it; ``fits`` makes a text one that the table can index."""
+    series = series_of(result)
+    summary, detail = split(result, content)
+    job = attempt_of(result.run_id)
+    status = result.status
+    row = Row(
+        result.run_id,
+        device_id,
+        spool_id,
+        sequence,
+        status,
+        fits(series.runtime),
+        fits(series.model_name),
+        fits(series.model_sha256),
+        finished_microseconds(result, received),
+        received,
+        summary,
+        detail,
+        series_id(device_id, series),
+    )
+    return Append(
+        future,
+        (device_id, spool_id),
+        after,
+        row,
+        series_text(series) if status == result_pb2.RUN_STATUS_SUCCEEDED else None,
+        places_of(result),
+        result.HasField("finished_at"),
+        job,
+        ending_of(result) if job is not None else None,
+        len(summary) + len(detail),
+    )
+
+
 @dataclass(frozen=True)
 class Call(Generic[_Connection]):
     """Anything else that writes."""
@@ -57,16 +129,6 @@ class Call(Generic[_Connection]):
     future: asyncio.Future[Any]
     function: Callable[[_Connection], Any]
     size_bytes: int = 0
-
-
-@dataclass
-class Track:
-    """What a batch adds to one series."""
-
-    arrival: int
-    places: Places | None
-    """The last that are known, those of before the batch included."""
-    drifts: int
 
 
 class Gatherer(Generic[_Connection]):
@@ -112,6 +174,12 @@ class Gatherer(Generic[_Connection]):
         self.put(Call(future, function))
         return await future
 
+    def tell(self, function: Callable[..., object], *arguments: object) -> None:
+        """Has the loop call it; for the writer's thread."""
+        # The loop may be gone when the process is ending: then nobody waits for the answer.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
     def close(self) -> None:
         """Takes nothing more; what was taken is still committed. Idempotent."""
         if not self._closed:
@@ -130,9 +198,7 @@ class Gatherer(Generic[_Connection]):
                     outcomes = self._commit(batch)
                 except BaseException as error:
                     outcomes = [self._told(error)] * len(batch)
-                # The loop may be gone when the process is ending: then nobody waits for the answer.
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(_tell, batch, outcomes)
+                self.tell(_tell, batch, outcomes)
             if last:
                 return
 

@@ -84,19 +84,32 @@ class MemoryResultStore:
         self._thin_until = 0
 
     def append(
-        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
+        self,
+        device_id: str,
+        spool_id: str,
+        sequence: int,
+        result: result_pb2.RunResult,
+        *,
+        after: int = 0,
+        content: bytes | None = None,
     ) -> asyncio.Future[bool]:
         """See ``ResultStore.append``."""
-        check_result(result, self._max_result_bytes)
+        check_result(result, self._max_result_bytes, content)
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         try:
-            future.set_result(self._append(device_id, spool_id, sequence, result, after))
+            future.set_result(self._append(device_id, spool_id, sequence, result, after, content))
         except (ResultRefused, OutOfOrder, PlaceTaken, StoreUnavailable) as error:
             future.set_exception(error)
         return future
 
     def _append(
-        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, after: int
+        self,
+        device_id: str,
+        spool_id: str,
+        sequence: int,
+        result: result_pb2.RunResult,
+        after: int,
+        content: bytes | None,
     ) -> bool:
         self._check_open()
         mark = self._marks.get((device_id, spool_id), 0)
@@ -111,7 +124,7 @@ class MemoryResultStore:
                 f" send {after} again"
             )
         self._marks[(device_id, spool_id)] = sequence
-        summary, detail = split(result)
+        summary, detail = split(result, content)
         known = self._results.get(result.run_id)
         if known is not None:
             if known.device_id == device_id and is_same((known.summary, known.detail), (summary, detail)):

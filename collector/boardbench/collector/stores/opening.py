@@ -44,7 +44,7 @@ def is_postgres(config: CollectorConfig) -> bool:
 def name_of(config: CollectorConfig) -> str:
     """Returns where the results are, without a password."""
     if is_postgres(config):
-        from boardbench.collector.stores.postgres import place
+        from boardbench.collector.stores.postgres_connection import place
 
         return place(config.store)
     return str(config.store_path)

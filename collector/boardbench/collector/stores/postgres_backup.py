@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from boardbench.collector.errors import StoreUnavailable
 from boardbench.collector.stores.backup import LEFT_OUT, Table, Told, load
-from boardbench.collector.stores.postgres import opened, place, told
+from boardbench.collector.stores.postgres_connection import opened, place, told
 from boardbench.collector.stores.postgres_schema import DERIVED, MAX_INDEXED, series_key, storable
 
 if TYPE_CHECKING:

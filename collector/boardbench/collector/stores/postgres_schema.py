@@ -259,8 +259,8 @@ def migrate(db: Connection, *, now: float, to_version: int = LATEST_VERSION) -> 
                 "CREATE TABLE IF NOT EXISTS boardbench_schema"
                 " (version BIGINT NOT NULL PRIMARY KEY, migrated DOUBLE PRECISION NOT NULL)"
             )
-        except (errors.UniqueViolation, errors.DuplicateTable):
-            # IF NOT EXISTS is no lock: another collector made it in this moment.
+        except (errors.UniqueViolation, errors.DuplicateTable, errors.DuplicateObject):
+            # IF NOT EXISTS is no lock: another collector made it, or the type of its rows, in this moment.
             pass
     found = _version(db)
     if found > LATEST_VERSION:

@@ -14,64 +14,44 @@ import fcntl
 import json
 import os
 import queue
+import re
 import sqlite3
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import (
-    CollectorError,
-    OutOfOrder,
-    PlaceTaken,
-    ResultRefused,
     StoreDamaged,
     StoreError,
     StoreForeign,
     StoreUnavailable,
 )
-from boardbench.collector.jobs import attempt_of
 from boardbench.collector.store import (
     Arrival,
     DeviceRecord,
-    LatestResult,
-    LatestResults,
-    News,
-    Outcomes,
-    Places,
     Position,
     Removed,
     ResultFilter,
     ResultPage,
     Sighting,
     check_limit,
-    check_result,
-    ending_of,
-    finished_microseconds,
-    has_drifted,
-    places_of,
-    series_id,
-    series_of,
-    split,
 )
-from boardbench.collector.stores.removing import Thinning
+from boardbench.collector.stores.gather import Append, Call, Gatherer, Row
+from boardbench.collector.stores.removing import KEPT, Thinning, removable
 from boardbench.collector.stores.sqlite_jobs import SqliteJobStore
-from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, TRACK_SERIES, migrate, series_text
-from boardbench.collector.thinning import is_same
+from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, TRACK_SERIES, migrate
+from boardbench.collector.stores.writing import SeriesKey, Spool, SqlWriting, Track
 from boardbench.v1 import collector_pb2, result_pb2
 
 _T = TypeVar("_T")
 
 _READERS = 4
 """Connections for reading: a scrape, a page and two queries at once; the rest wait their turn."""
-
-_BATCH_ENTRIES = 4096
-"""A commit takes no more than this, so that the first record in it is not kept waiting by the last."""
 
 _BUSY_SECONDS = 10.0
 """How long a write waits for another process (a backup, a shell) that holds the file."""
@@ -85,66 +65,62 @@ _CHECKPOINT_PAGES = 4000
 _REMEMBERED_SPOOLS = 100_000
 """Marks that the writer keeps in mind, of which it is the only one to move any: 20 MB."""
 
-_BEYOND = "\U0010ffff"
-"""Sorts behind every text that begins alike: the highest code point, and SQLite compares UTF-8 bytes."""
+_REMEMBERED_BYTES = 16 * 1024 * 1024
+"""Places of series that the writer keeps in mind for the same reason, with their names."""
 
-_INSERT = (
-    "INSERT INTO results (run_id, device_id, spool_id, sequence, status, runtime, model_name, model_sha256,"
-    " finished, received, summary, detail, series_id) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_UNFIT = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError)
+"""What SQLite says of values that it can't take."""
+
+
+class _Rows:
+    """A statement over rows, many in one call.
+
+    Each call lets go of the interpreter's lock, for which another thread stands in line: with a call a row
+    that was more work than the rows. SQLite of old takes 999 values in a statement
+    (https://www.sqlite.org/limits.html).
+    """
+
+    def __init__(self, statement: str) -> None:
+        """The statement is for one row: its values are ``VALUES (?,?,…)``."""
+        before, row, behind = re.split(r"(?<=VALUES )(\([?,]+\))", statement)
+        self._by_size = {size: before + ",".join([row] * size) + behind for size in (32, 8, 1)}
+
+    def pieces(self, rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+        """Returns the rows, in pieces that :meth:`execute` takes."""
+        at = 0
+        for size in self._by_size:
+            while len(rows) - at >= size:
+                yield rows[at : at + size]
+                at += size
+
+    def execute(self, db: sqlite3.Connection, piece: Sequence[Sequence[Any]]) -> int:
+        """Returns how many rows it made or changed."""
+        return db.execute(self._by_size[len(piece)], tuple(chain.from_iterable(piece))).rowcount
+
+    def run(self, db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+        """Executes it over all of them."""
+        for piece in self.pieces(rows):
+            self.execute(db, piece)
+
+
+_COLUMNS = ("arrival", *Row._fields)
+
+_INSERT = _Rows(
+    f"INSERT INTO results ({', '.join(_COLUMNS)}) VALUES ({','.join('?' for _ in _COLUMNS)})"
     " ON CONFLICT (run_id) DO NOTHING"
 )
 
-
-_KEPT = (
-    "(arrival = (SELECT MAX(arrival) FROM results) OR EXISTS (SELECT 1 FROM series"
-    " WHERE series.device_id = results.device_id AND series.arrival = results.arrival))"
+_SET_MARKS = _Rows(
+    "INSERT INTO spools (device_id, spool_id, sequence) VALUES (?,?,?)"
+    " ON CONFLICT (device_id, spool_id) DO UPDATE SET sequence = excluded.sequence"
 )
-"""What is never removed: where the order of arrival ends, and the latest measurement of each series."""
+
+_ADD_OUTCOMES = _Rows(ADD_OUTCOMES)
+
+_TRACK_SERIES = _Rows(TRACK_SERIES)
 
 
-@dataclass(frozen=True)
-class _Append:
-    """A result on its way to the writer."""
-
-    future: asyncio.Future[bool]
-    device_id: str
-    spool_id: str
-    sequence: int
-    after: int
-    row: tuple[Any, ...]
-    series: str | None
-    """None: not a measurement that a graph could show."""
-    places: Places | None
-    says_its_end: bool
-    """Whether it says when it ended; else the end in the row is its arrival."""
-    job: tuple[str, int] | None
-    """The job and the attempt that the run is; None: of no job."""
-    ending: result_pb2.RunResult | None
-    """How the run ended, and nothing else of the result; None: of no job."""
-
-
-@dataclass
-class _Track:
-    """What a batch adds to one series."""
-
-    arrival: int
-    places: Places | None
-    """The last that are known, those of before the batch included."""
-    drifts: int
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Anything else that writes."""
-
-    future: asyncio.Future[Any]
-    function: Callable[[sqlite3.Connection], Any]
-
-
-_Entry = _Append | _Call
-
-
-class SqliteResultStore:
+class SqliteResultStore(SqlWriting[sqlite3.Connection]):
     """A ``ResultStore`` in one SQLite file. Made by :meth:`open`; belongs to the loop that opened it."""
 
     def __init__(
@@ -158,21 +134,26 @@ class SqliteResultStore:
         clock: Callable[[], float],
     ) -> None:
         self._path = path
+        self._name = str(path)
         self._lock = lock
         self._db = writer
         self._max_result_bytes = max_result_bytes
-        self._window_seconds = commit_window_seconds
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._closed = False
-        self._marks: dict[tuple[str, str], int] = {}
-        """Of spools, as they are committed; only the writer's thread looks at them."""
+        self._released = False
+        # As they are committed; only the writer's thread, which alone moves them, looks at them.
+        self._known_marks: dict[Spool, int] = {}
+        self._known_places: dict[SeriesKey, bytes | None] = {}
+        self._known_bytes = 0
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self.jobs = SqliteJobStore(self)
-        self._thread = threading.Thread(target=self._write_forever, name="store-write", daemon=True)
-        self._thread.start()
+        self._writer = Gatherer(
+            self._commit,
+            lambda error: told(error, path),
+            name=self._name,
+            window_seconds=commit_window_seconds,
+        )
 
     @classmethod
     async def open(
@@ -199,47 +180,6 @@ class SqliteResultStore:
         )
 
     # Writing.
-
-    def append(
-        self, device_id: str, spool_id: str, sequence: int, result: result_pb2.RunResult, *, after: int = 0
-    ) -> asyncio.Future[bool]:
-        """See ``ResultStore.append``."""
-        check_result(result, self._max_result_bytes)
-        received = self._clock()
-        series = series_of(result)
-        row = (
-            result.run_id,
-            device_id,
-            spool_id,
-            sequence,
-            result.status,
-            series.runtime,
-            series.model_name,
-            series.model_sha256,
-            finished_microseconds(result, received),
-            received,
-            *split(result),
-            series_id(device_id, series),
-        )
-        measured = result.status == result_pb2.RUN_STATUS_SUCCEEDED
-        job = attempt_of(result.run_id)
-        future: asyncio.Future[bool] = self._loop.create_future()
-        self._put(
-            _Append(
-                future,
-                device_id,
-                spool_id,
-                sequence,
-                after,
-                row,
-                series_text(series) if measured else None,
-                places_of(result),
-                result.HasField("finished_at"),
-                job,
-                ending_of(result) if job is not None else None,
-            )
-        )
-        return future
 
     async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
         """See ``ResultStore.greet``."""
@@ -293,189 +233,111 @@ class SqliteResultStore:
 
         await self.write(write)
 
-    async def write(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Returns what the function returns, once the transaction that it wrote in is committed."""
-        future: asyncio.Future[_T] = self._loop.create_future()
-        self._put(_Call(future, function))
-        return await future
-
-    def _put(self, entry: _Entry) -> None:
-        if self._closed:
-            entry.future.set_exception(StoreUnavailable(f"the store {self._path} is closed"))
-        else:
-            self._entries.put(entry)
-
-    def _write_forever(self) -> None:
-        """The writer's thread: takes a batch, commits it, tells the loop; ends at the None in the queue."""
-        while True:
-            batch, last = self._gather()
-            if batch:
-                outcomes: list[Any]
-                try:
-                    outcomes = self._commit(batch)
-                    touched = self.jobs.take_touched()
-                except BaseException as error:
-                    outcomes = [told(error, self._path)] * len(batch)
-                    self.jobs.take_touched()
-                    touched = []
-                # The loop may be gone when the process is ending: then nobody waits for the answer.
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(_tell, batch, outcomes)
-                    if touched:
-                        self._loop.call_soon_threadsafe(self.jobs.tell, touched)
-            if last:
-                return
-
-    def _gather(self) -> tuple[list[_Entry], bool]:
-        """Returns the next batch in the order of arrival, and whether it is the last one."""
-        first = self._entries.get()
-        if first is None:
-            return [], True
-        batch = [first]
-        if self._window_seconds > 0:
-            time.sleep(self._window_seconds)
-        while len(batch) < _BATCH_ENTRIES:
-            try:
-                entry = self._entries.get_nowait()
-            except queue.Empty:
-                break
-            if entry is None:
-                return batch, True
-            batch.append(entry)
-        return batch, False
-
-    def _commit(self, batch: list[_Entry]) -> list[Any]:
+    def _commit(self, batch: Sequence[Append | Call[sqlite3.Connection]]) -> list[Any]:
         """Returns what to tell each entry, once the batch is committed; raises when nothing was."""
         db = self._db
-        outcomes: list[Any] = []
-        marks = self._marks
-        if len(marks) > _REMEMBERED_SPOOLS:
-            marks.clear()
-        moved: set[tuple[str, str]] = set()
-        counts: Counter[tuple[str, int]] = Counter()
-        latest: dict[tuple[str, str], _Track] = {}
+        self.jobs.take_touched()
         db.execute("BEGIN IMMEDIATE")
         try:
-            for entry in batch:
-                if isinstance(entry, _Append):
-                    outcomes.append(self._insert(entry, marks, moved, counts, latest))
-                else:
-                    outcomes.append(_call(db, entry.function))
-            if moved:
-                db.executemany(
-                    "INSERT INTO spools (device_id, spool_id, sequence) VALUES (?,?,?)"
-                    " ON CONFLICT (device_id, spool_id) DO UPDATE SET sequence = excluded.sequence",
-                    [(*key, marks[key]) for key in moved],
-                )
-            if counts:
-                db.executemany(ADD_OUTCOMES, [(*key, total) for key, total in counts.items()])
-            if latest:
-                db.executemany(TRACK_SERIES, [_track_row(key, track) for key, track in latest.items()])
+            outcomes = self._batch(db, batch)
             db.execute("COMMIT")
         except BaseException:
-            marks.clear()
+            self._forget()
             # SQLite has rolled back by itself after some errors, a full disk among them.
             if db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     db.execute("ROLLBACK")
             raise
+        self._tell_touched()
         return outcomes
 
+    def _forget(self) -> None:
+        """What is kept in mind is not what is stored."""
+        self._known_marks.clear()
+        self._known_places.clear()
+        self._known_bytes = 0
+
+    def _nested(self, db: sqlite3.Connection) -> AbstractContextManager[object]:
+        return _savepoint(db)
+
+    def _unfit(self) -> tuple[type[BaseException], ...]:
+        return _UNFIT
+
+    def _marks(self, db: sqlite3.Connection, spools: set[Spool]) -> Mapping[Spool, int]:
+        if len(self._known_marks) > _REMEMBERED_SPOOLS:
+            self._known_marks.clear()
+        known = self._known_marks
+        for spool in spools:
+            if spool not in known:
+                found = db.execute(
+                    "SELECT sequence FROM spools WHERE device_id = ? AND spool_id = ?", spool
+                ).fetchone()
+                known[spool] = found[0] if found else 0
+        return {spool: known[spool] for spool in spools}
+
+    def _set_marks(self, db: sqlite3.Connection, marks: Mapping[Spool, int]) -> None:
+        _SET_MARKS.run(db, [(*spool, sequence) for spool, sequence in marks.items()])
+        self._known_marks.update(marks)
+
     def _insert(
-        self,
-        entry: _Append,
-        marks: dict[tuple[str, str], int],
-        moved: set[tuple[str, str]],
-        counts: Counter[tuple[str, int]],
-        latest: dict[tuple[str, str], _Track],
-    ) -> bool | CollectorError:
-        """Returns what to tell about one result; a record that SQLite refuses does not touch the others."""
-        db = self._db
-        spool = (entry.device_id, entry.spool_id)
-        mark = marks.get(spool)
-        if mark is None:
-            found = db.execute(
-                "SELECT sequence FROM spools WHERE device_id = ? AND spool_id = ?", spool
-            ).fetchone()
-            mark = marks[spool] = found[0] if found else 0
-        if entry.sequence <= mark:
-            return self._known(entry)
-        if entry.after > mark:
-            return OutOfOrder(
-                f"device {entry.device_id}, spool {entry.spool_id}: {entry.after} is not stored,"
-                f" so {entry.sequence} can't be; send {entry.after} again"
-            )
-        run_id, status = entry.row[0], entry.row[4]
-        try:
-            cursor = db.execute(_INSERT, entry.row)
-        except (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError) as error:
-            marks[spool] = entry.sequence
-            moved.add(spool)
-            return ResultRefused("unfit", f"run {run_id}: the record does not fit the store: {error}")
-        marks[spool] = entry.sequence
-        moved.add(spool)
-        if cursor.rowcount == 0:
-            device_id, summary, detail = db.execute(
-                "SELECT device_id, summary, detail FROM results WHERE run_id = ?", (run_id,)
-            ).fetchone()
-            if device_id == entry.device_id and is_same((summary, detail), (entry.row[10], entry.row[11])):
-                return False
-            return ResultRefused(
-                "conflict", f"run {run_id} is stored already, from device {device_id}, with other contents"
-            )
-        counts[(entry.device_id, status)] += 1
-        if entry.job is not None and entry.ending is not None:
-            self.jobs.end_by_result(db, entry.device_id, *entry.job, entry.ending, self._clock())
-        if entry.series is not None:
-            assert cursor.lastrowid is not None
-            self._track((entry.device_id, entry.series), cursor.lastrowid, entry.places, latest)
-        return True
+        self, db: sqlite3.Connection, rows: Sequence[Row]
+    ) -> tuple[Mapping[str, int], Mapping[str, BaseException]]:
+        # Numbered here, so that it need not be asked which number each has got.
+        (last,) = db.execute("SELECT COALESCE(MAX(arrival), 0) FROM results").fetchone()
+        arrivals: dict[str, int] = {}
+        unfit: dict[str, BaseException] = {}
+        for piece in _INSERT.pieces([(arrival, *row) for arrival, row in enumerate(rows, last + 1)]):
+            try:
+                _insert(db, piece, arrivals)
+            except _UNFIT:
+                # None of them is stored then, and one alone may be the reason.
+                for row in piece:
+                    try:
+                        _insert(db, [row], arrivals)
+                    except _UNFIT as error:
+                        unfit[row[1]] = error
+        return arrivals, unfit
 
-    def _known(self, entry: _Append) -> bool | CollectorError:
-        """Returns False when this very run is stored; else another one has had its place in the spool."""
-        # Not by the whole contents: of what is stored, samples may have been dropped with age.
-        run_id, status, finished = entry.row[0], entry.row[4], entry.row[8]
-        found = self._db.execute(
-            "SELECT device_id, status, finished FROM results WHERE run_id = ?", (run_id,)
-        ).fetchone()
-        there = found is not None and found[:2] == (entry.device_id, status)
-        if there and (found[2] == finished or not entry.says_its_end):
-            return False
-        return PlaceTaken(entry.device_id, entry.spool_id, entry.sequence)
+    def _add_outcomes(self, db: sqlite3.Connection, counts: Iterable[tuple[str, int, int]]) -> None:
+        _ADD_OUTCOMES.run(db, list(counts))
 
-    def _track(
-        self,
-        key: tuple[str, str],
-        arrival: int,
-        places: Places | None,
-        latest: dict[tuple[str, str], _Track],
-    ) -> None:
-        """Notes the latest result of a series, and whether its ops were elsewhere than just before."""
-        track = latest.get(key)
-        if track is None:
-            found = self._db.execute(
-                "SELECT places FROM series WHERE device_id = ? AND series = ?", key
-            ).fetchone()
-            before = Places.unpacked(found[0]) if found and found[0] is not None else None
-            track = latest[key] = _Track(arrival, before, 0)
-        track.arrival = arrival
-        if places is not None:
-            before = track.places
-            track.drifts += before is not None and has_drifted(before, places)
-            track.places = places if before is None else places.after(before)
+    def _places(self, db: sqlite3.Connection, keys: Sequence[SeriesKey]) -> Mapping[SeriesKey, bytes | None]:
+        known = self._known_places
+        if self._known_bytes > _REMEMBERED_BYTES:
+            known.clear()
+            self._known_bytes = 0
+        for key in keys:
+            if key not in known:
+                found = db.execute(
+                    "SELECT places FROM series WHERE device_id = ? AND series = ?", key
+                ).fetchone()
+                self._remember(key, found[0] if found else None)
+        return {key: known[key] for key in keys}
+
+    def _remember(self, key: SeriesKey, places: bytes | None) -> None:
+        before = self._known_places.get(key)
+        self._known_bytes += len(places or b"") - len(before or b"")
+        if key not in self._known_places:
+            self._known_bytes += 300 + len(key[0]) + len(key[1])
+        self._known_places[key] = places
+
+    def _set_tracks(self, db: sqlite3.Connection, tracks: Mapping[SeriesKey, Track]) -> None:
+        _TRACK_SERIES.run(
+            db, [(*key, track.arrival, track.places, track.drifts) for key, track in tracks.items()]
+        )
+        for key, track in tracks.items():
+            self._remember(key, track.places)
 
     # Reading.
 
-    async def acknowledged(self, device_id: str, spool_id: str) -> int:
-        """See ``ResultStore.acknowledged``."""
+    def rows(self, db: sqlite3.Connection, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """See ``Asking.rows``."""
+        return db.execute(query, values).fetchall()
 
-        def read(db: sqlite3.Connection) -> int:
-            found = db.execute(
-                "SELECT sequence FROM spools WHERE device_id = ? AND spool_id = ?", (device_id, spool_id)
-            ).fetchone()
-            return int(found[0]) if found else 0
-
-        return await self.read(read)
+    def among(self, column: str, values: Collection[Any], kind: str = "text") -> tuple[str, Any]:  # noqa: ARG002
+        """See ``Asking.among``."""
+        # As JSON: the number of values is bounded, the length of one is not.
+        return f"{column} IN (SELECT value FROM json_each(?))", json.dumps(list(values))
 
     async def devices(self) -> tuple[DeviceRecord, ...]:
         """See ``ResultStore.devices``."""
@@ -495,19 +357,6 @@ class SqliteResultStore:
 
         return await self.read(read)
 
-    async def outcomes(self) -> tuple[Outcomes, ...]:
-        """See ``ResultStore.outcomes``."""
-
-        def read(db: sqlite3.Connection) -> tuple[Outcomes, ...]:
-            return tuple(
-                Outcomes(*row)
-                for row in db.execute(
-                    "SELECT device_id, status, total FROM outcomes ORDER BY device_id, status"
-                )
-            )
-
-        return await self.read(read)
-
     async def results(
         self,
         wanted: ResultFilter,
@@ -519,36 +368,11 @@ class SqliteResultStore:
     ) -> ResultPage:
         """See ``ResultStore.results``."""
         check_limit(limit)
-        conditions: list[str] = []
-        values: list[Any] = []
-
-        def add(condition: str, *more: Any) -> None:
-            conditions.append(condition)
-            values.extend(more)
-
-        if wanted.device_id:
-            add("device_id = ?", wanted.device_id)
-        if wanted.model:
-            digits = wanted.model.lower()
-            add(
-                "(model_name = ? OR (model_sha256 >= ? AND model_sha256 < ?))",
-                wanted.model,
-                digits,
-                digits + _BEYOND,
-            )
-        if wanted.runtime:
-            add("runtime = ?", wanted.runtime)
-        if wanted.status:
-            add("status = ?", wanted.status)
-        if wanted.since_microseconds is not None:
-            add("finished >= ?", wanted.since_microseconds)
-        if after is not None:
-            add("(finished, arrival) < (?, ?)", after.finished_microseconds, after.arrival)
+        where, values = self.conditions(wanted, after)
         record = "summary, x''" if summary else "summary, detail"
         query = (
-            f"SELECT finished, arrival, {record} FROM results"
-            + (" WHERE " + " AND ".join(conditions) if conditions else "")
-            + " ORDER BY finished DESC, arrival DESC LIMIT ?"
+            f"SELECT finished, arrival, {record} FROM results{where}"
+            " ORDER BY finished DESC, arrival DESC LIMIT ?"
         )
 
         def read(db: sqlite3.Connection) -> ResultPage:
@@ -562,35 +386,6 @@ class SqliteResultStore:
                     page.append(result_pb2.RunResult.FromString(head + tail))
                     last = Position(finished, arrival)
             return ResultPage(tuple(page), None)
-
-        return await self.read(read)
-
-    async def find(self, run_id: str) -> tuple[result_pb2.RunResult, ...]:
-        """See ``ResultStore.find``."""
-
-        def read(db: sqlite3.Connection) -> tuple[result_pb2.RunResult, ...]:
-            select = "SELECT summary, detail FROM results WHERE "
-            rows = db.execute(select + "run_id = ?", (run_id,)).fetchall()
-            if not rows:
-                rows = db.execute(
-                    select + "run_id >= ? AND run_id < ? ORDER BY run_id LIMIT 2", (run_id, run_id + _BEYOND)
-                ).fetchall()
-            return tuple(result_pb2.RunResult.FromString(head + tail) for head, tail in rows)
-
-        return await self.read(read)
-
-    async def news(self, after: int) -> News:
-        """See ``ResultStore.news``."""
-
-        def read(db: sqlite3.Connection) -> News:
-            # In one transaction, so that no board is missing whose result the position counts.
-            db.execute("BEGIN")
-            try:
-                (position,) = db.execute("SELECT COALESCE(MAX(arrival), 0) FROM results").fetchone()
-                found = db.execute("SELECT DISTINCT device_id FROM results WHERE arrival > ?", (after,))
-                return News(position, frozenset(device_id for (device_id,) in found))
-            finally:
-                db.execute("COMMIT")
 
         return await self.read(read)
 
@@ -617,36 +412,46 @@ class SqliteResultStore:
 
         return await self.read(read)
 
-    async def latest(
-        self, *, received_since: float, per_device: int, devices: Collection[str] | None = None
-    ) -> LatestResults:
-        """See ``ResultStore.latest``."""
-        # As JSON: the number of parameters is bounded, the length of one is not.
-        only = None if devices is None else json.dumps(list(devices))
+    async def check(self) -> None:
+        """See ``ResultStore.check``."""
 
-        def read(db: sqlite3.Connection) -> LatestResults:
-            kept: list[LatestResult] = []
-            left_out: dict[str, int] = {}
-            chosen = " AND n.device_id IN (SELECT value FROM json_each(?))" if only is not None else ""
-            for device_id, received, summary, place, count, drifts in db.execute(
-                "SELECT s.device_id, r.received, r.summary, s.place, s.count, s.drifts FROM ("
-                " SELECT n.device_id, n.arrival,"
-                " CASE WHEN n.places IS NULL THEN NULL ELSE n.drifts END AS drifts,"
-                " ROW_NUMBER() OVER (PARTITION BY n.device_id ORDER BY n.arrival DESC) AS place,"
-                " COUNT(*) OVER (PARTITION BY n.device_id) AS count"
-                f" FROM series n JOIN results o ON o.arrival = n.arrival WHERE o.received >= ?{chosen}"
-                ") s JOIN results r ON r.arrival = s.arrival WHERE s.place <= ?"
-                " ORDER BY s.device_id, s.place",
-                (received_since, *(() if only is None else (only,)), per_device),
+        def read(db: sqlite3.Connection) -> None:
+            complaints = [text for (text,) in db.execute("PRAGMA integrity_check(10)")]
+            if complaints != ["ok"]:
+                raise StoreDamaged(f"{self._path}: " + "; ".join(complaints))
+            for run_id, device_id, status, summary, detail in db.execute(
+                "SELECT run_id, device_id, status, summary, detail FROM results"
             ):
-                if place == 1 and count > per_device:
-                    left_out[device_id] = count - per_device
-                kept.append(
-                    LatestResult(device_id, received, result_pb2.RunResult.FromString(summary), drifts)
-                )
-            return LatestResults(tuple(kept), left_out)
+                self.check_record(run_id, device_id, status, summary + detail)
 
-        return await self.read(read)
+        await self.read(read)
+
+    async def read(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Returns what the function returns, called with a connection that only reads."""
+
+        def work() -> _T:
+            with self._reader() as db:
+                return function(db)
+
+        if self._writer.closed:
+            raise StoreUnavailable(f"the store {self._path} is closed")
+        return await self._loop.run_in_executor(self._readers, work)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        try:
+            try:
+                db = self._idle_readers.get_nowait()
+            except queue.Empty:
+                db = connect(self._path, "ro")
+            try:
+                yield db
+            finally:
+                self._idle_readers.put(db)
+        except (sqlite3.Error, OSError) as error:
+            raise told(error, self._path) from error
+
+    # Removing.
 
     async def thin(self, *, received_before: float, limit: int) -> Removed:
         """See ``ResultStore.thin``."""
@@ -683,37 +488,12 @@ class SqliteResultStore:
         """See ``ResultStore.remove``."""
 
         def read(db: sqlite3.Connection) -> list[int]:
-            chosen: list[int] = []
-            last = 0
-            while received_before is not None and len(chosen) < limit:
-                # By arrival, because there is no order by age; what stays for ever is as long as the series.
-                rows = db.execute(
-                    f"SELECT arrival, received, {_KEPT} FROM results WHERE arrival > ?"
-                    " ORDER BY arrival LIMIT 500",
-                    (last,),
-                ).fetchall()
-                chosen += [
-                    arrival for arrival, received, kept in rows if received < received_before and not kept
-                ]
-                if not rows or rows[-1][1] >= received_before:
-                    break
-                last = rows[-1][0]
-            if per_series is not None and len(chosen) < limit:
-                for (series,) in db.execute(
-                    "SELECT series_id FROM results GROUP BY series_id HAVING COUNT(*) > ?", (per_series,)
-                ).fetchall():
-                    chosen += [
-                        arrival
-                        for arrival, kept in db.execute(
-                            f"SELECT arrival, {_KEPT} FROM results WHERE series_id = ?"
-                            " ORDER BY arrival DESC LIMIT ? OFFSET ?",
-                            (series, limit, per_series),
-                        )
-                        if not kept
-                    ]
-                    if len(chosen) >= limit:
-                        break
-            return sorted(set(chosen))[:limit]
+            return removable(
+                lambda query, values: self.rows(db, query, values),
+                received_before=received_before,
+                per_series=per_series,
+                limit=limit,
+            )
 
         chosen = await self.read(read)
 
@@ -721,7 +501,7 @@ class SqliteResultStore:
             count, size = 0, 0
             for arrival in chosen:
                 found = db.execute(
-                    f"SELECT length(summary) + length(detail) FROM results WHERE arrival = ? AND NOT {_KEPT}",
+                    f"SELECT length(summary) + length(detail) FROM results WHERE arrival = ? AND NOT {KEPT}",
                     (arrival,),
                 ).fetchone()
                 if found is not None:
@@ -741,68 +521,20 @@ class SqliteResultStore:
             except sqlite3.Error as error:
                 raise told(error, self._path) from error
 
-        if self._closed:
+        if self._writer.closed:
             raise StoreUnavailable(f"the store {self._path} is closed")
         await self._loop.run_in_executor(self._readers, work)
 
-    async def check(self) -> None:
-        """See ``ResultStore.check``."""
-
-        def read(db: sqlite3.Connection) -> None:
-            complaints = [text for (text,) in db.execute("PRAGMA integrity_check(10)")]
-            if complaints != ["ok"]:
-                raise StoreDamaged(f"{self._path}: " + "; ".join(complaints))
-            for run_id, device_id, status, summary, detail in db.execute(
-                "SELECT run_id, device_id, status, summary, detail FROM results"
-            ):
-                try:
-                    result = result_pb2.RunResult.FromString(summary + detail)
-                except Exception as error:
-                    raise StoreDamaged(
-                        f"{self._path}: the record of run {run_id} ({device_id}) is unreadable: {error}"
-                    ) from error
-                if (result.run_id, result.status) != (run_id, status):
-                    raise StoreDamaged(
-                        f"{self._path}: the record of run {run_id} ({device_id}) says {result.run_id!r}"
-                    )
-
-        await self.read(read)
-
-    async def read(self, function: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Returns what the function returns, called with a connection that only reads."""
-
-        def work() -> _T:
-            with self._reader() as db:
-                return function(db)
-
-        if self._closed:
-            raise StoreUnavailable(f"the store {self._path} is closed")
-        return await self._loop.run_in_executor(self._readers, work)
-
-    @contextlib.contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
-        try:
-            try:
-                db = self._idle_readers.get_nowait()
-            except queue.Empty:
-                db = connect(self._path, "ro")
-            try:
-                yield db
-            finally:
-                self._idle_readers.put(db)
-        except (sqlite3.Error, OSError) as error:
-            raise told(error, self._path) from error
-
     async def close(self) -> None:
         """See ``ResultStore.close``."""
-        if self._closed:
+        if self._released:
             return
-        self._closed = True
-        self._entries.put(None)
+        self._released = True
+        self._writer.close()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        self._thread.join()
+        self._writer.join()
         self._readers.shutdown()
         while not self._idle_readers.empty():
             self._idle_readers.get_nowait().close()
@@ -812,31 +544,31 @@ class SqliteResultStore:
         os.close(self._lock)
 
 
-def _track_row(key: tuple[str, str], track: _Track) -> tuple[Any, ...]:
-    return (*key, track.arrival, None if track.places is None else track.places.packed(), track.drifts)
+def _insert(db: sqlite3.Connection, piece: Sequence[tuple[Any, ...]], arrivals: dict[str, int]) -> None:
+    """Stores results, and notes the arrivals of those that were not there."""
+    if _INSERT.execute(db, piece) == len(piece):
+        arrivals.update((row[1], row[0]) for row in piece)
+    else:
+        arrivals.update(
+            db.execute(
+                "SELECT run_id, arrival FROM results WHERE arrival BETWEEN ? AND ?",
+                (piece[0][0], piece[-1][0]),
+            )
+        )
 
 
-def _tell(batch: list[_Entry], outcomes: list[Any]) -> None:
-    """Completes the futures of a batch; runs in the loop. Whoever has gone away is not told."""
-    for entry, outcome in zip(batch, outcomes, strict=True):
-        if entry.future.done():
-            continue
-        if isinstance(outcome, BaseException):
-            entry.future.set_exception(outcome)
-        else:
-            entry.future.set_result(outcome)
-
-
-def _call(db: sqlite3.Connection, function: Callable[[sqlite3.Connection], Any]) -> Any:
-    """Returns what the function returns, or the error that it met, its own writes undone then."""
+@contextlib.contextmanager
+def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("SAVEPOINT call")
     try:
-        outcome = function(db)
-    except (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, OverflowError) as error:
-        db.execute("ROLLBACK TO call")
-        outcome = StoreError(f"the store refused it: {error}")
+        yield
+    except BaseException:
+        # After some errors SQLite has rolled everything back by itself.
+        if db.in_transaction:
+            db.execute("ROLLBACK TO call")
+            db.execute("RELEASE call")
+        raise
     db.execute("RELEASE call")
-    return outcome
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
