@@ -23,18 +23,6 @@ STICK = "sys/bus/usb/devices/2-1"
 Run = Callable[..., Any]
 
 
-@pytest.fixture(params=["ai_edge_litert", "tflite_runtime"])
-def python(request: pytest.FixtureRequest) -> str:
-    """A Python with one of the two interpreters."""
-    if importlib.util.find_spec(request.param):
-        return sys.executable
-    variable = f"BOARDBENCH_{request.param.upper()}_PYTHON"
-    other = os.environ.get(variable)
-    if not other:
-        pytest.skip(f"{request.param} is not installed here: set {variable} to a Python that has it")
-    return other
-
-
 @pytest.fixture
 def litert() -> str:
     if not importlib.util.find_spec("ai_edge_litert"):
@@ -47,8 +35,14 @@ def run(worker: Any, edgetpu_standin: Path, shared_models: Path, tmp_path: Path)
     """Runs a model on device edgetpu; ``delegate`` holds options without their prefix."""
 
     def start(
-        python: str, model: str, *, library: Path = edgetpu_standin, machine: Path = tmp_path, **more: Any
+        python: str,
+        model: str,
+        *,
+        library: Path | str = edgetpu_standin,
+        machine: Path = tmp_path,
+        **more: Any,
     ) -> Any:
+        environ = {"BOARDBENCH_EDGETPU_LIBRARY": os.fspath(library), **more.pop("environ", {})}
         options = {f"delegate.{key}": value for key, value in more.pop("delegate", {}).items()}
         job = {
             "kind": "run",
@@ -64,7 +58,7 @@ def run(worker: Any, edgetpu_standin: Path, shared_models: Path, tmp_path: Path)
             **more,
             "options": {**options, **more.get("options", {})},
         }
-        return worker.run(job, python=python, environ={"BOARDBENCH_EDGETPU_LIBRARY": os.fspath(library)})
+        return worker.run(job, python=python, environ=environ)
 
     return start
 
@@ -454,4 +448,18 @@ def test_the_build_that_holds_the_clock_down_is_told(
 ) -> None:
     throttled = build.build(edgetpu_standin.parent, throttled=True)
     outcome = run(litert, f"{SMALL}_edgetpu", library=throttled)
+    assert outcome.result["accelerator"]["library_version"].endswith("RuntimeVersion(14), std")
+
+
+def test_a_library_that_the_loader_finds_by_its_name_is_told_as_well(
+    run: Run, litert: str, build: Any, edgetpu_standin: Path, tmp_path: Path
+) -> None:
+    throttled = build.build(edgetpu_standin.parent, throttled=True)
+    # As Debian's package has it.
+    installed = tmp_path / "lib" / "libedgetpu.so.1.0"
+    installed.parent.mkdir()
+    shutil.copy(throttled, installed)
+    installed.with_name("libedgetpu.so.1").symlink_to(installed.name)
+    environ = {"LD_LIBRARY_PATH": os.fspath(installed.parent)}
+    outcome = run(litert, f"{SMALL}_edgetpu", library="libedgetpu.so.1", environ=environ)
     assert outcome.result["accelerator"]["library_version"].endswith("RuntimeVersion(14), std")

@@ -13,6 +13,7 @@ from typing import Iterable, List, Optional, Sequence, Tuple
 
 from boardbench.agent.bench import doubts
 from boardbench.agent.bench.gpu_counters import NVML_LIBRARY, Busy, Meaning, Nvml, busy
+from boardbench.agent.bench.placement import own_report
 from boardbench.agent.bench.runtime import Outcome
 from boardbench.agent.domain import (
     AcceleratorUse,
@@ -105,14 +106,7 @@ class GpuWatch:
         on_cpu = cpu_seconds / ran_seconds if ran_seconds > 0 else 0.0
         counters = self._counter_evidence(runs, wall_seconds, on_cpu)
         host = _host_evidence(cpu_seconds, wall_seconds, queued_seconds, on_cpu)
-        own = EvidenceReport(
-            evidence=placement.evidence,
-            verdict=placement.verdict,
-            detail=placement.detail,
-            accelerated_ops=placement.accelerated_ops,
-            cpu_ops=placement.cpu_ops,
-        )
-        known = own if placement.evidence is not Evidence.UNSPECIFIED else None
+        known = own_report(placement) if placement.evidence is not Evidence.UNSPECIFIED else None
         reports = tuple(report for report in (known, counters, host) if report is not None)
         verdict, why = placement.verdict, ""
         claimed = verdict in (Verdict.ACCELERATED, Verdict.PARTLY)

@@ -78,15 +78,20 @@ def verdict(accelerated: int, on_cpu: int, open_ops: int = 0) -> Verdict:
     return Verdict.ACCELERATED if accelerated else Verdict.NOT_ACCELERATED
 
 
-def with_report(placement: Placement, *reports: EvidenceReport) -> Placement:
-    """The placement with its own evidence among the reports, and ``reports`` behind, each kind once."""
-    own = EvidenceReport(
+def own_report(placement: Placement) -> EvidenceReport:
+    """What the placement itself says, as one of several reports."""
+    return EvidenceReport(
         evidence=placement.evidence,
         verdict=placement.verdict,
         detail=placement.detail,
         accelerated_ops=placement.accelerated_ops,
         cpu_ops=placement.cpu_ops,
     )
+
+
+def with_report(placement: Placement, *reports: EvidenceReport) -> Placement:
+    """The placement with its own evidence among the reports, and ``reports`` behind, each kind once."""
+    own = own_report(placement)
     new = {report.evidence for report in reports}
     found = [report for report in placement.evidence_reports if report.evidence not in new]
     if own.evidence not in (Evidence.UNSPECIFIED, *new, *(report.evidence for report in found)):

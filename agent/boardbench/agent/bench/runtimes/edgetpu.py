@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 from boardbench.agent.bench import doubts, libraries
+from boardbench.agent.bench.gpu_counters import listed, text
+from boardbench.agent.bench.placement import own_report
 from boardbench.agent.bench.runtime import OptionRejected, Outcome, RuntimeUnavailable
 from boardbench.agent.domain import (
     AcceleratorUse,
@@ -166,10 +168,10 @@ def _devices(loaded: ctypes.CDLL) -> Tuple[str, ...]:
     loaded.edgetpu_list_devices.restype = ctypes.POINTER(_CDevice)
     loaded.edgetpu_free_devices.argtypes = [ctypes.POINTER(_CDevice)]
     count = ctypes.c_size_t(0)
-    listed = loaded.edgetpu_list_devices(ctypes.byref(count))
-    found = tuple((listed[at].path or b"").decode("utf-8", "replace") for at in range(count.value))
-    if listed:
-        loaded.edgetpu_free_devices(listed)
+    told = loaded.edgetpu_list_devices(ctypes.byref(count))
+    found = tuple((told[at].path or b"").decode("utf-8", "replace") for at in range(count.value))
+    if told:
+        loaded.edgetpu_free_devices(told)
     return found
 
 
@@ -384,8 +386,8 @@ class Tpu:
 
     def count(self) -> Optional[int]:
         """Interrupts or USB transfers since the driver started; None when it can't be read."""
-        text = _text(self.counter)
-        numbers = re.findall(r"^0x[0-9a-f]+: (\d+)$", text, re.MULTILINE) if self.kind == "pci" else [text]
+        told = text(self.counter)
+        numbers = re.findall(r"^0x[0-9a-f]+: (\d+)$", told, re.MULTILINE) if self.kind == "pci" else [told]
         return sum(map(int, numbers)) if numbers and all(number.isdigit() for number in numbers) else None
 
     def temperature_celsius(self) -> Optional[float]:
@@ -398,19 +400,19 @@ class Tpu:
 
     def megabits_per_second(self) -> Optional[int]:
         """Speed of the USB link; None on PCIe."""
-        text = _text(self.folder / "speed") if self.kind == "usb" else ""
-        return int(text) if text.isdigit() else None
+        told = text(self.folder / "speed") if self.kind == "usb" else ""
+        return int(told) if told.isdigit() else None
 
 
 def find(sys_root: Path) -> Tuple[Tpu, ...]:
     """Every Edge TPU that the system below ``sys_root`` shows with a driver, or on USB."""
     found = [
-        Tpu("pci", f"/dev/{folder.name}", folder, f"/dev/{folder.name}", _text(folder / "status"))
-        for folder in _listed(sys_root / "sys/class/apex")
+        Tpu("pci", f"/dev/{folder.name}", folder, f"/dev/{folder.name}", text(folder / "status"))
+        for folder in listed(sys_root / "sys/class/apex")
     ]
-    for folder in _listed(sys_root / "sys/bus/usb/devices"):
-        if (_text(folder / "idVendor"), _text(folder / "idProduct")) in _USB_IDS:
-            bus, number = _text(folder / "busnum"), _text(folder / "devnum")
+    for folder in listed(sys_root / "sys/bus/usb/devices"):
+        if (text(folder / "idVendor"), text(folder / "idProduct")) in _USB_IDS:
+            bus, number = text(folder / "busnum"), text(folder / "devnum")
             known = bus.isdigit() and number.isdigit()
             node = f"/dev/bus/usb/{int(bus):03}/{int(number):03}" if known else ""
             found.append(Tpu("usb", f"/sys/bus/usb/devices/{folder.name}", folder, node))
@@ -419,28 +421,14 @@ def find(sys_root: Path) -> Tuple[Tpu, ...]:
 
 def _without_driver(sys_root: Path) -> bool:
     return any(
-        (_text(folder / "vendor"), _text(folder / "device")) == ("0x1ac1", "0x089a")
-        for folder in _listed(sys_root / "sys/bus/pci/devices")
+        (text(folder / "vendor"), text(folder / "device")) == ("0x1ac1", "0x089a")
+        for folder in listed(sys_root / "sys/bus/pci/devices")
     )
 
 
-def _listed(folder: Path) -> List[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def _thousandths(path: Path) -> Optional[float]:
-    text = _text(path)
-    return int(text) / 1000 if re.fullmatch(r"-?\d+", text) else None
+    told = text(path)
+    return int(told) / 1000 if re.fullmatch(r"-?\d+", told) else None
 
 
 # What the file says
@@ -557,14 +545,7 @@ class EdgeTpuWatch:
         self._file = read_file(self._model)
         counters = self._counter_evidence(runs)
         host = self._host_evidence(cpu_seconds, wall_seconds, queued_seconds)
-        partition = EvidenceReport(
-            evidence=placement.evidence,
-            verdict=placement.verdict,
-            detail=placement.detail,
-            accelerated_ops=placement.accelerated_ops,
-            cpu_ops=placement.cpu_ops,
-        )
-        found = (self._static_evidence(), partition, counters, host)
+        found = (self._static_evidence(), own_report(placement), counters, host)
         reports = tuple(report for report in found if report is not None)
         verdict, why = _joined(placement.verdict, counters, host)
         warnings = [*self._streaming(), *self._heat()]
