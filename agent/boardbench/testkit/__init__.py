@@ -19,6 +19,6 @@ import pytest
 pytest.register_assert_rewrite("boardbench.testkit.contract")
 
 from boardbench.testkit.child import Answer, BenchChild, bench_child  # noqa: E402
-from boardbench.testkit.contract import EngineContract, Subject  # noqa: E402
+from boardbench.testkit.contract import EngineContract, Subject, available  # noqa: E402
 
-__all__ = ["Answer", "BenchChild", "EngineContract", "Subject", "bench_child"]
+__all__ = ["Answer", "BenchChild", "EngineContract", "Subject", "available", "bench_child"]

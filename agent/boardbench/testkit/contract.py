@@ -33,6 +33,7 @@ from boardbench.testkit.child import BRIEF, BenchChild
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _Test = TypeVar("_Test", bound=Callable[..., Any])
+_Runtime = TypeVar("_Runtime", bound=Runtime)
 _RESTRICTION = "_boardbench_restriction"
 
 # What takes long to import, and has to wait until the engine is asked for its version.
@@ -88,6 +89,15 @@ _in_the_child = _restricted(
 )
 
 
+def available(runtime: _Runtime) -> _Runtime:
+    """The engine; skips the test, with the engine's own reason, where it can't run."""
+    try:
+        runtime.version()
+    except RuntimeUnavailable as error:
+        pytest.skip(str(error))
+    return runtime
+
+
 class EngineContract:
     """Every test of the contract, for each of ``subjects``. Inherit, and name them."""
 
@@ -119,12 +129,7 @@ class EngineContract:
     @pytest.fixture
     def runtime(self, subject: Subject) -> Runtime:
         """The engine; skips, with its own reason, where it can't run."""
-        made = runtimes.create(subject.name)
-        try:
-            made.version()
-        except RuntimeUnavailable as error:
-            pytest.skip(str(error))
-        return made
+        return available(runtimes.create(subject.name))
 
     @pytest.fixture
     def file(self, subject: Subject, tmp_path: Path) -> Path:

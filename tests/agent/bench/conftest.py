@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from boardbench.testkit.child import BRIEF
 
 WORKER = Path(__file__).resolve().parents[3] / "agent" / "boardbench" / "agent" / "bench" / "__main__.py"
 
@@ -142,15 +145,16 @@ def worker() -> Any:
     workers.close()
 
 
-# Enough for every code path and quick: what is measured is of no interest here.
-BRIEF = {
-    "duration_seconds": 0.0,
-    "min_runs": 20,
-    "warm_up_seconds": 0.0,
-    "warm_up_runs": 2,
-    "progress_seconds": 0.0,
-    "profile_runs": 0,
-}
+@pytest.fixture(params=["ai_edge_litert", "tflite_runtime"])
+def python(request: pytest.FixtureRequest) -> str:
+    """A Python with one of TensorFlow Lite's two interpreters."""
+    if importlib.util.find_spec(request.param):
+        return sys.executable
+    variable = f"BOARDBENCH_{request.param.upper()}_PYTHON"
+    other = os.environ.get(variable)
+    if not other:
+        pytest.skip(f"{request.param} is not installed here: set {variable} to a Python that has it")
+    return other
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from boardbench.inspect.analyse import inspect
-
-from .conftest import BRIEF
+from boardbench.testkit.child import BRIEF
 
 DEEPLAB = "deeplabv3_mnv2_dm05_pascal_quant_edgetpu"
 MOBILENET = "mobilenet_v1_0.25_128_quant"

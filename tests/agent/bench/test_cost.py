@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -266,18 +265,6 @@ def run(worker: Any, edgetpu_standin: Path, shared_models: Path, tmp_path: Path)
         return outcome, profile["placement"]
 
     return start
-
-
-@pytest.fixture(params=["ai_edge_litert", "tflite_runtime"])
-def python(request: pytest.FixtureRequest) -> str:
-    """A Python with one of the two interpreters."""
-    if importlib.util.find_spec(request.param):
-        return sys.executable
-    variable = f"BOARDBENCH_{request.param.upper()}_PYTHON"
-    other = os.environ.get(variable)
-    if not other:
-        pytest.skip(f"{request.param} is not installed here: set {variable} to a Python that has it")
-    return other
 
 
 # The delay is what is known; what is not the delay is the CPU, so that both sides can be held against it.

@@ -23,9 +23,9 @@ from boardbench.agent.bench.runtime import (
 from boardbench.agent.bench.runtimes import executorch as engine
 from boardbench.agent.bench.runtimes import torch as torch_engine
 from boardbench.agent.domain import Evidence, Unit, Verdict
+from boardbench.testkit.child import BRIEF
 
 from . import torch_models
-from .conftest import BRIEF
 
 pytest.importorskip(
     "executorch", reason="ExecuTorch lives in an environment of its own: make test-engines runs this there"

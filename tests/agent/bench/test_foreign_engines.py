@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from boardbench.testkit.child import BRIEF
+
 from . import models
-from .conftest import BRIEF
 
 VARIABLES = {"torch": "BOARDBENCH_TORCH_PYTHON", "executorch": "BOARDBENCH_EXECUTORCH_PYTHON"}
 MAKE = Path(__file__).with_name("torch_models.py")

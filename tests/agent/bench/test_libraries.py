@@ -11,9 +11,9 @@ import pytest
 from boardbench.agent.bench import libraries
 from boardbench.agent.bench.options import NATIVE_MODELS
 from boardbench.agent.bench.runtime import OptionRejected
+from boardbench.testkit.child import BRIEF
 
 from . import models
-from .conftest import BRIEF
 
 SHA = "0123456789abcdef" * 4
 

@@ -19,19 +19,15 @@ from boardbench.agent.bench.runtime import (
 )
 from boardbench.agent.bench.runtimes import onnx
 from boardbench.agent.domain import Evidence, Placement, Unit
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 
 
 @pytest.fixture
 def runtime() -> onnx.OnnxRuntime:
-    made = onnx.OnnxRuntime()
-    try:
-        made.version()
-    except RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(onnx.OnnxRuntime())
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from boardbench.testkit.child import BRIEF
+
 from . import models
-from .conftest import BRIEF
 
 VARIABLE = "BOARDBENCH_ORT_OPENVINO_PYTHON"
 OPENVINO = "OpenVINOExecutionProvider"

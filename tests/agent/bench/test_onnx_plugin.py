@@ -12,9 +12,10 @@ import pytest
 
 from boardbench.agent.bench.runtime import OptionRejected, RuntimeUnavailable
 from boardbench.agent.bench.runtimes import onnx
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 
 PLUGIN_PYTHON = os.environ.get("BOARDBENCH_ORT_PLUGIN_PYTHON", "")
 NEEDS_PLUGIN = pytest.mark.skipif(
@@ -25,12 +26,7 @@ NEEDS_PLUGIN = pytest.mark.skipif(
 
 @pytest.fixture
 def runtime() -> onnx.OnnxRuntime:
-    made = onnx.OnnxRuntime()
-    try:
-        made.version()
-    except RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(onnx.OnnxRuntime())
 
 
 @pytest.fixture

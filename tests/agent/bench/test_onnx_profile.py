@@ -9,25 +9,21 @@ from typing import Any
 import pytest
 
 from boardbench.agent.bench import inputs
-from boardbench.agent.bench.runtime import NoProfile, ProfileRequest, RuntimeUnavailable
+from boardbench.agent.bench.runtime import NoProfile, ProfileRequest
 from boardbench.agent.bench.runtimes import onnx, onnx_profile
 from boardbench.agent.bench.runtimes.onnx import CPU, Assigned
 from boardbench.agent.domain import OpPlacement
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 
 NPU = "SomeNpuExecutionProvider"
 
 
 @pytest.fixture
 def runtime() -> onnx.OnnxRuntime:
-    made = onnx.OnnxRuntime()
-    try:
-        made.version()
-    except RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(onnx.OnnxRuntime())
 
 
 def profile(runtime: onnx.OnnxRuntime, content: bytes, tmp_path: Path, **options: str) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from boardbench.testkit.child import BRIEF
+
 from . import models
-from .conftest import BRIEF
 
 WEIGHTS = ((np.arange(8 * 4) % 7) - 3).reshape(4, 8)
 

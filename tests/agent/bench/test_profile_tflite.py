@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -16,24 +15,13 @@ import pytest
 from boardbench.agent.bench import inputs
 from boardbench.agent.bench.runtime import NoProfile, ProfileRequest
 from boardbench.agent.bench.runtimes import litert_profiler, tflite, tflite_profile
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 
 MOBILENET = "mobilenet_v1_0.25_128_quant"
 SMALL_ENOUGH = {"profile_runs": 12, "min_runs": 12}
-
-
-@pytest.fixture(params=["ai_edge_litert", "tflite_runtime"])
-def python(request: pytest.FixtureRequest) -> str:
-    """A Python with one of the two interpreters."""
-    if importlib.util.find_spec(request.param):
-        return sys.executable
-    variable = f"BOARDBENCH_{request.param.upper()}_PYTHON"
-    other = os.environ.get(variable)
-    if not other:
-        pytest.skip(f"{request.param} is not installed here: set {variable} to a Python that has it")
-    return other
 
 
 @pytest.fixture
@@ -299,12 +287,7 @@ def request_for(tmp_path: Path) -> Callable[..., ProfileRequest]:
 
 @pytest.fixture
 def runtime() -> tflite.TfliteRuntime:
-    made = tflite.TfliteRuntime()
-    try:
-        made.version()
-    except tflite.RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(tflite.TfliteRuntime())
 
 
 def profile(runtime: tflite.TfliteRuntime, request: ProfileRequest) -> Any:

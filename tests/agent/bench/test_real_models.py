@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import BRIEF
+from boardbench.testkit.child import BRIEF
 
 pytestmark = pytest.mark.soak
 

@@ -24,14 +24,14 @@ from boardbench.agent.bench.runtime import (
     LoadedModel,
     OptionRejected,
     Runtime,
-    RuntimeUnavailable,
     Settings,
 )
 from boardbench.agent.domain import CacheUse
 from boardbench.testkit import Subject
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 from .test_runtime_contract import SUBJECTS
 
 ENGINES = tuple(pytest.param(subject, id=subject.name) for subject in SUBJECTS)
@@ -60,12 +60,7 @@ def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def runtime(subject: Subject) -> Runtime:
-    made = runtimes.create(subject.name)
-    try:
-        made.version()
-    except RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(runtimes.create(subject.name))
 
 
 @pytest.fixture

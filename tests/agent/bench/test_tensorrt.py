@@ -25,9 +25,9 @@ from boardbench.agent.bench.runtime import (
 from boardbench.agent.bench.runtimes import tensorrt as engine
 from boardbench.agent.domain import Evidence, Severity, Unit, Verdict
 from boardbench.inspect.sniff import sniff
+from boardbench.testkit.child import BRIEF
 
 from . import models, standins
-from .conftest import BRIEF
 
 FEED = np.array([[-2.0, -1.0, 0.5, 3.0]], np.float32)
 Load = Callable[..., Any]

@@ -15,9 +15,10 @@ from boardbench.agent.bench import inputs
 from boardbench.agent.bench.runtime import ModelRejected, OptionRejected, RuntimeUnavailable
 from boardbench.agent.bench.runtimes import tflite, tflite_graphs, tflite_parts
 from boardbench.agent.domain import Evidence, Unit, Verdict
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 
 # Every model of the folder that plain interpreters can run; the number of operations is that of the file.
 RUNNABLE = {
@@ -36,12 +37,7 @@ UNKNOWN_OPS = {"model_invoking_error": "fake-op-double", "posenet_mobilenet_v1_0
 
 @pytest.fixture
 def runtime() -> tflite.TfliteRuntime:
-    made = tflite.TfliteRuntime()
-    try:
-        made.version()
-    except RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(tflite.TfliteRuntime())
 
 
 def load(runtime: tflite.TfliteRuntime, file: Path, **options: str) -> tflite.TfliteModel:

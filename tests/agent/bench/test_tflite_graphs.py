@@ -10,22 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from boardbench.agent.bench.runtime import InputsRejected, OptionRejected, RuntimeUnavailable
+from boardbench.agent.bench.runtime import InputsRejected, OptionRejected
 from boardbench.agent.bench.runtimes import tflite, tflite_cut
 from boardbench.agent.domain import Evidence, Unit
+from boardbench.testkit.child import BRIEF
+from boardbench.testkit.contract import available
 
 from . import models
-from .conftest import BRIEF
 
 
 @pytest.fixture
 def runtime() -> tflite.TfliteRuntime:
-    made = tflite.TfliteRuntime()
-    try:
-        made.version()
-    except RuntimeUnavailable as error:
-        pytest.skip(str(error))
-    return made
+    return available(tflite.TfliteRuntime())
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ from boardbench.agent.bench.runtime import (
 )
 from boardbench.agent.bench.runtimes import torch as engine
 from boardbench.agent.domain import Evidence, Unit, Verdict
+from boardbench.testkit.child import BRIEF
 
 from . import torch_models
-from .conftest import BRIEF
 
 torch: Any = pytest.importorskip(
     "torch", reason="PyTorch lives in an environment of its own: make test-engines runs this there"

@@ -11,10 +11,11 @@ import pytest
 from google.protobuf import json_format
 
 from boardbench.agent import wire
+from boardbench.testkit.child import BRIEF
 from boardbench.v1 import result_pb2
 
 from . import models
-from .conftest import BRIEF, Child
+from .conftest import Child
 
 Make = Callable[..., dict[str, Any]]
 
