@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,22 @@ def test_it_agrees_with_a_library_on_what_is_right_and_what_is_not(release_packa
         assert not ed25519.is_valid(public, message + b"!", signer.private.sign(message))
     assert not ed25519.is_valid(b"\xff" * 32, b"", b"\0" * 64)
     assert not ed25519.is_valid(b"", b"", b"")
+
+
+def test_a_signature_that_is_right_but_for_its_sign_is_none() -> None:
+    def encoded(scalar: int) -> bytes:
+        x, y, z, _ = ed25519._times(scalar, ed25519._BASE)
+        inverse = pow(z, ed25519._P - 2, ed25519._P)
+        x, y = x * inverse % ed25519._P, y * inverse % ed25519._P
+        return (y | (x & 1) << 255).to_bytes(32, "little")
+
+    secret, once, message = 0x5EC7E7, 0x04CE, b"whatever"
+    key, commitment = encoded(secret), encoded(once)
+    digest = hashlib.sha512(commitment + key + message).digest()
+    right = (once + int.from_bytes(digest, "little") * secret) % ed25519._L
+    for scalar, valid in ((right, True), (ed25519._L - right, False)):
+        signature = commitment + scalar.to_bytes(32, "little")
+        assert ed25519.is_valid(key, message, signature) is valid
 
 
 @pytest.fixture

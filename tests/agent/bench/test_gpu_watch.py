@@ -116,6 +116,10 @@ def test_cycles_have_the_clock_of_their_engine(tmp_path: Path) -> None:
     fdinfo(tmp_path, XE.format(cycles=30, total=400))
     [found] = busy(tmp_path)
     assert (found.value, found.of, found.seconds, found.family) == (30, 400, 0.0, "xe")
+    # Another client of this process adds its work, and sees the same clock a moment later.
+    fdinfo(tmp_path, XE.format(cycles=50, total=420).replace("client-id:\t3", "client-id:\t4"), 10)
+    [found] = busy(tmp_path)
+    assert (found.value, found.of) == (80, 420)
 
 
 @pytest.mark.parametrize("content", ["", "hot", "-1", "9" * 400, "12.5", "\0\0", "inf", "1_0"])
