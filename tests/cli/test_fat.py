@@ -6,6 +6,7 @@ import io
 import os
 import random
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,29 @@ def test_what_is_written_is_read_by_mtools_and_sound_to_fsck(image: tuple[Path, 
     for name in ("cmdline.txt", "boardbench/agent.deb", "a name that is longer than eight.and three"):
         assert by_mtools(path, offset, name) == files[name]
     sound(path, offset, tmp_path)
+
+
+@pytest.mark.parametrize("image", [(32, 128, 0)], indirect=True, ids=["fat32"])
+def test_the_reserved_bits_of_an_entry_stay_as_they_are(image: tuple[Path, int]) -> None:
+    path, _ = image
+    with path.open("r+b") as file:
+        head = file.read(64)
+        reserved, copies = struct.unpack_from("<HB", head, 14)
+        (table,) = struct.unpack_from("<I", head, 36)
+        # Of the first free cluster; the root folder has the one before.
+        places = [(reserved + number * table) * 512 + 4 * 3 for number in range(copies)]
+        for place in places:
+            file.seek(place)
+            file.write(struct.pack("<I", 0xA0000000))
+        volume = FatVolume(file)
+        volume.write("three.bin", bytes(3 * volume.cluster_bytes))
+        for place in places:
+            file.seek(place)
+            assert struct.unpack("<I", file.read(4)) == (0xA0000000 | 4,)
+        volume.remove("three.bin")
+        for place in places:
+            file.seek(place)
+            assert struct.unpack("<I", file.read(4)) == (0xA0000000,)
 
 
 def test_a_replaced_or_removed_file_gives_its_room_back(image: tuple[Path, int], tmp_path: Path) -> None:
