@@ -10,6 +10,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,6 +158,82 @@ def test_what_mtools_wrote_is_read_and_stays(image: tuple[Path, int], tmp_path: 
         volume.write("overlays/another.dtbo", b"ours")
     assert by_mtools(path, offset, "overlays/a-long-overlay-name.dtbo") == source.read_bytes()
     assert by_mtools(path, offset, "overlays/another.dtbo") == b"ours"
+    sound(path, offset, tmp_path)
+
+
+class PulledOut(Exception):
+    """The card is gone."""
+
+
+class Card(io.BytesIO):
+    """Takes so many writes, and is then pulled out."""
+
+    left = 0
+
+    def write(self, data: Any) -> int:
+        if not self.left:
+            raise PulledOut
+        self.left -= 1
+        return super().write(data)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_card_that_is_pulled_out_has_the_old_file_or_the_new_one(bits: int, tmp_path: Path) -> None:
+    path = tmp_path / "card.img"
+    with path.open("wb") as made:
+        made.truncate((4 << 20) if bits == 16 else (36 << 20))
+    command = [tool("mkfs.vfat"), "-F", str(bits), "-s", "1", path]
+    subprocess.run(command, check=True, capture_output=True)
+    with path.open("r+b") as file:
+        before = FatVolume(file)
+        before.write("boot/told.txt", b"old " * 400)
+        before.write("boot/beside.txt", b"beside " * 400)
+    whole, news = path.read_bytes(), {"boot/told.txt": b"new " * 700, "fresh/a long name.txt": b"more " * 300}
+    for name, data in news.items():
+        for writes in range(100):
+            card = Card(whole)
+            card.left = writes
+            try:
+                FatVolume(card).write(name, data)
+            except PulledOut:
+                done = False
+            else:
+                done = True
+            after = FatVolume(io.BytesIO(card.getvalue()))
+            assert after.read("boot/beside.txt") == b"beside " * 400
+            found = after.read(name) if after.exists(name) else None
+            assert found in ((data,) if done else (data, b"old " * 400 if "told" in name else None))
+            if done:
+                break
+        assert done and writes > 4
+
+
+def test_a_long_name_that_belongs_to_another_entry_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "card.img"
+    with path.open("wb") as made:
+        made.truncate(4 << 20)
+    subprocess.run([tool("mkfs.vfat"), "-F", "16", "-s", "1", path], check=True, capture_output=True)
+    with path.open("r+b") as file:
+        FatVolume(file).write("a long name.txt", b"whole")
+        file.flush()
+        content = bytearray(path.read_bytes())
+    # As a system leaves it that knows no long names and has renamed the file.
+    at = content.index(b"ALONGN~1TXT")
+    content[at : at + 11] = b"OTHER   TXT"
+    volume = FatVolume(io.BytesIO(bytes(content)))
+    assert volume.listed() == ["OTHER.TXT"]
+    assert volume.read("other.txt") == b"whole"
+
+
+def test_a_name_that_is_anothers_short_one_gets_one_of_its_own(
+    image: tuple[Path, int], tmp_path: Path
+) -> None:
+    path, offset = image
+    with path.open("r+b") as file:
+        volume = FatVolume(file, offset)
+        volume.write("a long name.txt", b"long")
+        volume.write("ALONGN~1.TXT", b"short")
+        assert (volume.read("a long name.txt"), volume.read("ALONGN~1.TXT")) == (b"long", b"short")
     sound(path, offset, tmp_path)
 
 
