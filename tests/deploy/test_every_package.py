@@ -33,8 +33,14 @@ def test_from_install_to_purge(target: str, live: Callable[[str], None]) -> None
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_real_package_is_the_same_twice_and_for_its_board(
-    target: str, packed: Callable[[str, Path, str], Path], build_deb: ModuleType, tmp_path: Path
+    target: str,
+    packed: Callable[[str, Path, str], Path],
+    build_deb: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A commit between the two would be another time.
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")
     one = packed(target, tmp_path / "one", "0.1.0")
     other = packed(target, tmp_path / "other", "0.1.0")
     assert one.read_bytes() == other.read_bytes()
