@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -414,6 +415,42 @@ async def test_how_far_a_board_is_reaches_those_who_follow_it_elsewhere(
         await other.until(
             lambda: other.updater.updates() and other.updater.find("u1").boards[0].fraction == 0.5
         )
+
+
+async def test_a_board_that_moves_is_heard_before_its_update_is_known(
+    stage: Stage, postgres_url: str
+) -> None:
+    stage.boards.add("a")
+    async with two_stages(stage, postgres_url) as (one, other):
+        # The board came over the moment after it was asked: this collector has not looked since.
+        async with other.updater._turn:
+            one.connect("a")
+            await one.start()
+            await one.until(lambda: "a" in one.heard)
+            assert other.updater.updates() == []
+            other.connect("a")
+            other.say("a", FETCHING)
+            other.say("a", FETCHING, update_id="nobody-s")
+            other.say("a", DONE)
+        await one.until(lambda: one.states() == {"a": DONE})
+        assert not other.updater._reports
+
+
+async def test_the_file_of_an_older_collector_is_taken_over(tmp_path: Path) -> None:
+    update = update_pb2.Update(update_id="u1", version="0.2.0")
+    with contextlib.closing(sqlite3.connect(tmp_path / "updates.db")) as old:
+        # As version 0.1 made it.
+        old.execute(
+            "CREATE TABLE updates (update_id TEXT NOT NULL PRIMARY KEY, created INTEGER NOT NULL,"
+            " content BLOB NOT NULL)"
+        )
+        old.execute("INSERT INTO updates VALUES ('u1', 5, ?)", (update.SerializeToString(),))
+        old.commit()
+    for _ in range(2):
+        with contextlib.closing(TablesFile(tmp_path / "updates.db", MIGRATIONS)) as tables:
+            store = UpdateStore(tables)
+            assert await store.versions() == {"u1": 1}
+            assert await store.get(["u1"]) == [(1, update)]
 
 
 async def test_old_updates_make_room(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,33 @@ def test_an_agent_that_trusts_somebody_else_says_so(
         "the other does, too",
         lambda: "if the collector has a certificate, write tls://HOST:PORT" in plain.program.log(),
     )
+
+
+def test_prometheus_scrapes_it_as_documented(
+    programs: Any, eventually: Callable[..., Any], certificates: Path, start_prometheus: Any
+) -> None:
+    collector = programs.collector(
+        options=[f"--tls-cert={certificates / 'lab.pem'}", f"--tls-key={certificates / 'lab.key'}"]
+    )
+    target = f"localhost:{collector.http.rpartition(':')[2]}"
+    secure = {
+        "job_name": "secure",
+        "scheme": "https",
+        "tls_config": {"ca_file": str(certificates / "ca.pem")},
+        "static_configs": [{"targets": [target]}],
+    }
+    # The first one, by HTTP and without the authority, gets nothing.
+    prometheus = start_prometheus(programs, target, secure)
+
+    def ask(query: str) -> list[dict[str, Any]]:
+        url = f"{prometheus}/api/v1/query?query={urllib.parse.quote(query)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return list(json.loads(answer.read())["data"]["result"])
+
+    left = "boardbench_collector_certificate_expiry_timestamp_seconds - time()"
+    (found,) = eventually("there is something", lambda: ask(left))
+    assert found["metric"]["job"] == "secure"
+    days = float(found["value"][1]) / 86400
+    assert 364 < days <= 365
+    (down,) = eventually("the other has failed", lambda: ask('up{job="boardbench"}'))
+    assert down["value"][1] == "0"

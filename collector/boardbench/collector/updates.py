@@ -116,6 +116,8 @@ class Updater:
         self._versions: dict[str, int] = {}
         self._desks: dict[str, UpdateDesk] = {}
         self._reports: dict[tuple[str, str], update_pb2.UpdateReport] = {}
+        self._strange: dict[str, update_pb2.UpdateReport] = {}
+        """By board the last report of an update that is not known here: it may be another collector's."""
         self._poke = asyncio.Event()
         self._turn = asyncio.Lock()
         self._watchers: set[asyncio.Event] = set()
@@ -162,7 +164,10 @@ class Updater:
 
     def reported(self, device_id: str, report: update_pb2.UpdateReport) -> None:
         """A board says how far it is; the latest word counts."""
-        self._reports[(device_id, report.update_id)] = report
+        if report.update_id in self._updates:
+            self._reports[(device_id, report.update_id)] = report
+        elif self._store.shared:
+            self._strange[device_id] = report
         self._poke.set()
 
     async def run(self) -> None:
@@ -197,6 +202,9 @@ class Updater:
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _take_in(self) -> None:
+        for device_id, report in self._strange.items():
+            self._reports[(device_id, report.update_id)] = report
+        self._strange.clear()
         while self._reports:
             key, report = next(iter(self._reports.items()))
             await self._hear(*key, report)
