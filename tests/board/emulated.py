@@ -4,20 +4,23 @@ What is real: the processor's instructions (QEMU's cortex-a72), Debian's arm64 k
 network stack, the layout of the card. What is not: the Raspberry Pi's boot loader (here QEMU takes the
 command line from the FAT partition, as the loader does), its devices, and every timing.
 
-Sources: mmdebstrap(1) (the variant "extract" needs no emulation), QEMU's documentation of the machine "virt".
+Sources: mmdebstrap(1) (the variant "extract" needs no emulation), QEMU's documentation of the machine "virt",
+of its user network and of QMP (`set_link`), kernel-command-line(7) of systemd.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +76,11 @@ PACKAGES = (
     "kmod",
     "util-linux",
     "linux-image-arm64",
+    "cloud-init",
+    "netplan.io",
+    "netcat-openbsd",
+    "eatmydata",
 )
-CLOUD_INIT = ("cloud-init", "netplan.io", "netcat-openbsd", "eatmydata")
 # As Raspberry Pi OS has it since its cloud-init: the boot partition is the source.
 _CLOUD_CONFIG = """\
 datasource_list: [NoCloud, None]
@@ -98,7 +104,12 @@ _FAT_MIB, _ROOT_MIB = 512, 1800
 # systemd-networkd, as Raspberry Pi OS has NetworkManager: any of them.
 _NETWORK = "[Match]\nName=e*\n[Network]\nDHCP=ipv4\n"
 _FSTAB = "/dev/vda2 / ext4 rw,noatime 0 1\n/dev/vda1 /boot/firmware vfat defaults 0 2\n"
+# One card serves both ways of the first boot: this word makes of it a system that has no cloud-init.
 COMMAND_LINE = "console=ttyAMA0 root=/dev/vda2 rootfstype=ext4 rw rootwait"
+_WITHOUT_CLOUD_INIT = "cloud-init=disabled"
+# What the programs on the board say is heard on the console: it says more than a network that is cut.
+_HEARD = "systemd.journald.forward_to_console=1"
+_CABLE = "cable"
 
 
 class Unbuildable(Exception):
@@ -131,44 +142,65 @@ def run(*command: object, cwd: Path | None = None, text: str | None = None) -> s
     return done.stdout
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside the context no other process has ``path``: what is made once is made by one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @dataclass(frozen=True)
 class System:
-    """A root file system as a folder, with the kernel and the first programs beside it."""
+    """A card as it is written from a download, and the kernel and the first programs that start from it."""
 
-    root: Path
+    card: Path
     kernel: Path
     initrd: Path
 
 
-def system(suite: str, cache: Path, *, cloud_init: bool) -> System:
-    """Debian for arm64, made once and kept in ``cache``. Raises Unbuildable."""
-    packages = PACKAGES + (CLOUD_INIT if cloud_init else ())
-    mark = hashlib.sha256(f"{suite} {packages} {Path(__file__).read_text()}".encode()).hexdigest()[:12]
-    home = cache / f"{suite}-{'cloudinit' if cloud_init else 'systemd'}-{mark}"
-    made = System(home / "root", home / "vmlinuz", home / "initrd.img")
-    if made.initrd.exists():
-        return made
-    shutil.rmtree(home, ignore_errors=True)
+def system(suite: str, cache: Path, python: str) -> System:
+    """Debian for arm64, made once and kept in ``cache``. Raises Unbuildable.
+
+    ``python`` is an interpreter of the version that the suite has: it compiles the suite's own modules, as
+    the packages' scripts do on a real card.
+    """
+    mark = hashlib.sha256(f"{suite} {Path(__file__).read_text()}".encode()).hexdigest()[:12]
+    home = cache / f"{suite}-{mark}"
+    made = System(home / "card.img", home / "vmlinuz", home / "initrd.img")
+    with held(cache / "lock"):
+        if not made.card.exists():
+            for older in cache.glob(f"{suite}-*"):
+                shutil.rmtree(older)
+            _make(suite, home, made, python)
+    return made
+
+
+def _make(suite: str, home: Path, made: System, python: str) -> None:
     home.mkdir(parents=True)
+    root = home / "root"
     run(
         "mmdebstrap",
         "--quiet",
         "--architectures=arm64",
         "--variant=extract",
-        f"--include={','.join(packages)}",
+        f"--include={','.join(PACKAGES)}",
         "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
         "--skip=cleanup/apt",
         suite,
-        made.root,
+        root,
     )
-    _register(made.root)
-    kernel = next(made.root.glob("boot/vmlinuz-*"))
+    _register(root)
+    kernel = next(root.glob("boot/vmlinuz-*"))
     shutil.copyfile(kernel, made.kernel)
-    fresh = made.initrd.with_suffix(".part")
-    _make_initrd(made.root, kernel.name.removeprefix("vmlinuz-"), home / "early", fresh)
-    _configure(made.root, cloud_init=cloud_init)
-    fresh.rename(made.initrd)
-    return made
+    _make_initrd(root, kernel.name.removeprefix("vmlinuz-"), home / "early", made.initrd)
+    _configure(root)
+    _compile(root, python)
+    fresh = made.card.with_suffix(".part")
+    _write_card(root, fresh)
+    shutil.rmtree(root)
+    fresh.rename(made.card)
 
 
 def _register(root: Path) -> None:
@@ -238,7 +270,14 @@ def _make_initrd(root: Path, version: str, folder: Path, out: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _configure(root: Path, *, cloud_init: bool) -> None:
+def _compile(root: Path, python: str) -> None:
+    """Python's own modules and cloud-init's, without which every start on the board compiles them anew."""
+    folders = sorted(root.glob("usr/lib/python3*"))
+    how = ("--invalidation-mode", "unchecked-hash", "-q", "-j", "0", "-s", root, "-p", "/")
+    run(python, "-I", "-m", "compileall", *how, *folders)
+
+
+def _configure(root: Path) -> None:
     """What the packages' own scripts would have done, as far as a first boot needs it."""
     for path in ("usr/lib/modules", "boot", "usr/share/doc", "usr/share/man", "usr/share/locale"):
         shutil.rmtree(root / path, ignore_errors=True)
@@ -283,27 +322,28 @@ def _configure(root: Path, *, cloud_init: bool) -> None:
         "dpkg-db-backup.timer",
     ):
         (root / "etc/systemd/system" / unit).symlink_to("/dev/null")
-    if cloud_init:
-        write("etc/cloud/cloud.cfg.d/99_raspberry-pi.cfg", _CLOUD_CONFIG)
-        units = (
-            "cloud-init-local",
-            "cloud-init",
-            "cloud-config",
-            "cloud-final",
-            "cloud-init-main",
-            "cloud-init-network",
-        )
-        for unit in units:
-            if (root / f"usr/lib/systemd/system/{unit}.service").exists():
-                enable(f"{unit}.service", "cloud-init.target")
-        # The network is networkd's here: netplan would write the same again.
-        write("etc/cloud/cloud.cfg.d/98_network.cfg", "network: {config: disabled}\n")
+    write("etc/cloud/cloud.cfg.d/99_raspberry-pi.cfg", _CLOUD_CONFIG)
+    units = (
+        "cloud-init-local",
+        "cloud-init",
+        "cloud-config",
+        "cloud-final",
+        "cloud-init-main",
+        "cloud-init-network",
+    )
+    for unit in units:
+        if (root / f"usr/lib/systemd/system/{unit}.service").exists():
+            enable(f"{unit}.service", "cloud-init.target")
+    # A card waits for each of thousands of files to be written; an emulated one, of which nobody keeps
+    # anything, need not.
+    write("etc/dpkg/dpkg.cfg.d/emulated", "force-unsafe-io\n")
+    # The network is networkd's here: netplan would write the same again.
+    write("etc/cloud/cloud.cfg.d/98_network.cfg", "network: {config: disabled}\n")
     run("ldconfig", "-r", root)
 
 
-def card(made: System, out: Path, *, cloud_init: bool) -> Path:
+def _write_card(root: Path, out: Path) -> None:
     """An image with the two partitions of Raspberry Pi OS; nothing is mounted for it."""
-    out.unlink(missing_ok=True)
     root_sector = _FAT_SECTOR + _FAT_MIB * 2048
     with out.open("wb") as file:
         file.truncate((root_sector + _ROOT_MIB * 2048) * 512)
@@ -315,22 +355,33 @@ def card(made: System, out: Path, *, cloud_init: bool) -> Path:
     run("sfdisk", "--quiet", out, text=table)
     run("mkfs.vfat", "-F", "32", "-n", "bootfs", "--offset", _FAT_SECTOR, out, _FAT_MIB * 1024)
     place = f"offset={root_sector * 512},nodiscard,lazy_itable_init=1"
-    run("mkfs.ext4", "-q", "-F", "-L", "rootfs", "-E", place, "-d", made.root, out, f"{_ROOT_MIB}M")
-    files = {"cmdline.txt": COMMAND_LINE + "\n", "config.txt": "# config.txt\narm_64bit=1\n"}
+    run("mkfs.ext4", "-q", "-F", "-L", "rootfs", "-E", place, "-d", root, out, f"{_ROOT_MIB}M")
+    put_boot(out, "config.txt", "# config.txt\narm_64bit=1\n")
+
+
+def card(made: System, out: Path, *, cloud_init: bool) -> Path:
+    """A card of the system that takes orders for its first boot in one way or the other."""
+    run("cp", "--sparse=always", made.card, out)
     if cloud_init:
         # As on an image as it is downloaded: comments, and nothing set.
-        files |= {"user-data": "#cloud-config\n# nothing yet\n", "meta-data": "# instance-id: rpios-image\n"}
-    scratch = out.with_suffix(".file")
-    for name, text in files.items():
-        scratch.write_text(text)
-        run("mcopy", "-o", "-i", fat(out), scratch, f"::{name}")
-    scratch.unlink()
+        put_boot(out, "user-data", "#cloud-config\n# nothing yet\n")
+        put_boot(out, "meta-data", "# instance-id: rpios-image\n")
+    words = COMMAND_LINE if cloud_init else f"{COMMAND_LINE} {_WITHOUT_CLOUD_INIT}"
+    put_boot(out, "cmdline.txt", words + "\n")
     return out
 
 
 def fat(image: Path) -> str:
     """The boot partition, as mtools names it."""
     return f"{image}@@{_FAT_SECTOR * 512}"
+
+
+def put_boot(image: Path, name: str, text: str) -> None:
+    """Writes a file onto the boot partition."""
+    scratch = image.with_suffix(".file")
+    scratch.write_text(text)
+    run("mcopy", "-o", "-i", fat(image), scratch, f"::{name}")
+    scratch.unlink()
 
 
 def read_boot(image: Path, name: str) -> str:
@@ -346,7 +397,12 @@ def free_port() -> int:
 
 
 class Machine:
-    """One life of the board: from power on to power off."""
+    """One life of the board: from power on to power off.
+
+    It has two network cards. One leads to this machine, as a board's cable leads to the network that its
+    collector is in, and can be pulled. By the other nothing is reached from the board, and only the agent on
+    the board: so that a test sees what the board does while its cable is out.
+    """
 
     def __init__(
         self,
@@ -357,39 +413,58 @@ class Machine:
         *,
         cpu: str = "cortex-a72",
         memory_mib: int = 2048,
-        extra: str = "",
     ) -> None:
         """``port`` on this machine's loopback leads to the agent's on the board."""
         self.log_path = log
+        self.cpu_seconds = 0.0
+        """That QEMU has taken, by when it was last waited for."""
         words = read_boot(image, "cmdline.txt").strip()
         program = os.environ.get("BOARDBENCH_QEMU_SYSTEM", "qemu-system-aarch64")
-        options = {
-            "-M": "virt",
-            "-cpu": cpu,
-            "-accel": "tcg,thread=multi",
-            "-smp": "2",
-            "-m": str(memory_mib),
-            "-display": "none",
-            "-monitor": "none",
-            "-serial": f"file:{log}",
-            "-kernel": str(made.kernel),
-            "-initrd": str(made.initrd),
-            "-append": f"{words} {extra}".strip(),
-            "-drive": f"file={image},format=raw,if=none,id=card,cache=unsafe",
-            "-netdev": f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:7341",
-        }
-        devices = ("virtio-blk-device,drive=card", "virtio-net-device,netdev=net", "virtio-rng-pci")
-        self.process = subprocess.Popen(
-            [
-                program,
-                "-no-reboot",
-                *(word for option in options.items() for word in option),
-                *(word for device in devices for word in ("-device", device)),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,
-            stderr=sys.stderr,
+        options = (
+            ("-M", "virt"),
+            ("-cpu", cpu),
+            ("-accel", "tcg,thread=multi"),
+            ("-smp", "2"),
+            ("-m", str(memory_mib)),
+            ("-display", "none"),
+            ("-qmp", "stdio"),
+            ("-serial", f"file:{log}"),
+            ("-kernel", str(made.kernel)),
+            ("-initrd", str(made.initrd)),
+            ("-append", f"{words} {_HEARD}"),
+            # What the board has not handed to its disk yet is lost with its power.
+            ("-drive", f"file={image},format=raw,if=none,id=card,cache=unsafe"),
+            ("-device", "virtio-blk-device,drive=card"),
+            ("-netdev", f"user,id={_CABLE}"),
+            ("-device", f"virtio-net-device,netdev={_CABLE}"),
+            ("-netdev", f"user,id=side,net=10.0.3.0/24,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:7341"),
+            ("-device", "virtio-net-device,netdev=side"),
+            ("-device", "virtio-rng-pci"),
         )
+        self.process = subprocess.Popen(
+            [program, "-no-reboot", *(word for option in options for word in option)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sys.stderr,
+            text=True,
+        )
+        self._order("qmp_capabilities")
+
+    def _order(self, command: str, **arguments: object) -> None:
+        """QEMU does it (QMP)."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            if "return" in answer:
+                return
+            assert "error" not in answer, answer
+        raise AssertionError(f"QEMU has ended before it did {command}")
+
+    def cable(self, *, plugged: bool) -> None:
+        """Pulls the cable, or plugs it in again; the board sees it, and nobody is told anything."""
+        self._order("set_link", name=_CABLE, up=plugged)
 
     def log(self) -> str:
         """What the console has shown."""
@@ -398,7 +473,7 @@ class Machine:
         except FileNotFoundError:
             return ""
 
-    def until(self, what: str, check: Callable[[], object], seconds: float) -> object:
+    def until(self, what: str, check: Callable[[], object], seconds: float, pause: float = 0.5) -> object:
         """The first true answer; fails with the end of the console's log."""
         deadline = time.monotonic() + seconds
         while not (answer := check()):
@@ -406,28 +481,38 @@ class Machine:
                 raise AssertionError(f"the board went off while waiting until {what}:\n{self.log()[-6000:]}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited {seconds:.0f} s in vain until {what}:\n{self.log()[-6000:]}")
-            time.sleep(0.5)
+            time.sleep(pause)
+        self._look_at_clock()
         return answer
 
     def until_off(self, seconds: float) -> None:
         """Returns when the board has gone off by itself (or wanted to start again)."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(
-                f"the board is still on after {seconds:.0f} s:\n{self.log()[-6000:]}"
-            ) from None
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            self._look_at_clock()
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the board is still on after {seconds:.0f} s:\n{self.log()[-6000:]}")
+            time.sleep(0.2)
+
+    def _look_at_clock(self) -> None:
+        with contextlib.suppress(OSError, IndexError):
+            told = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            self.cpu_seconds = (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
 
     def cut_power(self) -> None:
         """No power from one moment to the next."""
+        self._look_at_clock()
         self.process.kill()
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 @contextlib.contextmanager
-def powered(made: System, image: Path, log: Path, port: int, extra: Sequence[str] = ()) -> Iterator[Machine]:
+def powered(made: System, image: Path, log: Path, port: int) -> Iterator[Machine]:
     """The board, on inside the context."""
-    machine = Machine(made, image, log, port, extra=" ".join(extra))
+    machine = Machine(made, image, log, port)
     try:
         yield machine
     finally:

@@ -1,4 +1,7 @@
-"""A card is flashed, the board boots, enrols, runs a model: an emulated board, real programs on both sides.
+"""From a flashed card to a board that runs models and is updated: emulated boards, real programs.
+
+Two boards, one for each way of the first boot. The cable of one is pulled while it measures; the other is
+updated, goes back from a release that is broken, and loses its power in the middle of a switch.
 
 Run by ``make test-board``; as root, on Debian or Ubuntu, with the packages that the skip names. Nothing here
 is a measurement: what QEMU times is QEMU.
@@ -6,6 +9,7 @@ is a measurement: what QEMU times is QEMU.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -14,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +32,7 @@ from boardbench.v1 import agent_pb2, agent_pb2_grpc, result_pb2
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CACHE = REPOSITORY / ".cache" / "board"
 # On a machine that does nothing else a boot takes half a minute and an install a minute.
-BOOT_SECONDS, INSTALL_SECONDS, RUN_SECONDS = 420.0, 900.0, 420.0
+BOOT_SECONDS, INSTALL_SECONDS, RUN_SECONDS, UPDATE_SECONDS = 420.0, 900.0, 420.0, 900.0
 # The board reaches this machine's loopback by this address (QEMU's user network).
 HOST = "10.0.2.2"
 
@@ -47,12 +52,17 @@ emulated = _module("boardbench_tests_emulated", Path(__file__).parent / "emulate
 build_deb = _module("boardbench_tests_build_deb", REPOSITORY / "deploy" / "build_deb.py")
 
 
-def installed(program: str, *arguments: object, code: int = 0, **environment: str) -> str:
+def command(program: str, *arguments: object) -> list[str]:
+    """A program of ours, as the installation has made it."""
+    return [str(Path(sys.executable).parent / program), *map(str, arguments)]
+
+
+def installed(program: str, *arguments: object, code: int = 0) -> str:
     """What a program of ours says on stdout."""
-    path = Path(sys.executable).parent / program
     done = subprocess.run(
-        [path, *map(str, arguments)],
-        env=os.environ | environment,
+        command(program, *arguments),
+        # Tables are as wide as they are, so that no word in them is broken.
+        env=os.environ | {"COLUMNS": "250"},
         capture_output=True,
         text=True,
         check=False,
@@ -61,18 +71,50 @@ def installed(program: str, *arguments: object, code: int = 0, **environment: st
     return done.stdout
 
 
+@contextlib.contextmanager
+def begun(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A program of ours that goes on meanwhile, and does not outlive the context."""
+    with subprocess.Popen(command(program, *arguments), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+class Phases:
+    """How long the parts of a story take: to see where this test takes its time, and of nothing else."""
+
+    def __init__(self, way: str) -> None:
+        self._path = CACHE / f"seconds-{way}.json"
+        self._told: dict[str, dict[str, float]] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str, machine: Any = None) -> Iterator[None]:
+        began, cpu = time.monotonic(), machine.cpu_seconds if machine else 0.0
+        yield
+        self._told[name] = {"seconds": round(time.monotonic() - began, 1)}
+        if machine:
+            self._told[name]["of QEMU's processor time"] = round(machine.cpu_seconds - cpu, 1)
+        self._path.write_text(json.dumps(self._told, indent=1) + "\n")
+
+
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The agent's package for Bookworm on arm64, of the sources as they are."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Of the session and not of this worker: the first builds it for both.
+        folder = folder.parent
+    with emulated.held(folder / "package.lock"):
+        found = list((folder / "package").glob("*.deb"))
+        return found[0] if found else build_package(folder / "package")
+
+
+def build_package(folder: Path, version: str = "") -> Path:
     try:
-        return Path(
-            build_deb.build(
-                build_deb.TARGETS["arm64-cp311"],
-                tmp_path_factory.mktemp("packages"),
-                wheels=REPOSITORY / ".cache" / "wheels",
-                preset=0,
-            )
-        )
+        target = build_deb.TARGETS["arm64-cp311"]
+        wheels = REPOSITORY / ".cache" / "wheels"
+        return Path(build_deb.build(target, folder, wheels=wheels, version=version, preset=0))
     except build_deb.BuildError as error:
         pytest.skip(f"the package can't be built here: {error}")
 
@@ -93,6 +135,8 @@ class Collector:
                     f"--data-dir={self.data_dir}",
                     f"--port-file={ports}",
                     "--require-enrolment",
+                    # A board that is silent for three of these is gone.
+                    "--heartbeat=3",
                 ],
                 stdout=log,
                 stderr=log,
@@ -103,19 +147,26 @@ class Collector:
                 folder / "collector.log"
             ).read_text()
             time.sleep(0.1)
-        self.port = json.loads(ports.read_text())["grpc"]
+        self.port, self._http = (json.loads(ports.read_text())[name] for name in ("grpc", "http"))
         self.address = f"127.0.0.1:{self.port}"
 
     def token(self, *arguments: str) -> str:
         return installed("boardbench-collector", "token", *arguments, f"--data-dir={self.data_dir}").strip()
 
-    def devices(self) -> list[dict[str, Any]]:
-        return list(
-            json.loads(installed("boardbench", "devices", "--collector", self.address, "--format=json"))
-        )
+    def get(self, path: str) -> str:
+        """What it answers to a browser, or to Prometheus."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._http}{path}", timeout=60) as answer:
+            return str(answer.read().decode())
 
-    def up(self) -> dict[str, Any] | None:
-        return next((device for device in self.devices() if device.get("up")), None)
+    def table(self, what: str) -> str:
+        return installed("boardbench", what, "--collector", self.address)
+
+    def up(self, version: str = "") -> dict[str, Any] | None:
+        """The board, while it reports; as soon as it is of this version."""
+        for device in json.loads(self.get("/api/v1/devices")).get("devices", ()):
+            if device.get("up") and version in ("", device["agent_version"]):
+                return dict(device)
+        return None
 
     def results(self) -> list[dict[str, Any]]:
         return list(
@@ -134,79 +185,253 @@ def collector(tmp_path: Path) -> Iterator[Collector]:
     running.stop()
 
 
-@pytest.fixture(params=["systemd", "cloudinit"])
-def card(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, Path]:
-    """The way of the first boot, the system, and a card with it as it is written from a download."""
+@pytest.fixture
+def made(shared_models: Path) -> Any:
+    """The system that both cards hold."""
     if missing := emulated.missing():
         pytest.skip(f"an emulated board needs: apt install {' '.join(missing)}")
     if os.geteuid() != 0:
         pytest.skip("an emulated board needs root: its files belong to root and are made here")
-    cloud_init = request.param == "cloudinit"
-    made = emulated.system("bookworm", CACHE, cloud_init=cloud_init)
-    return request.param, made, emulated.card(made, tmp_path / "card.img", cloud_init=cloud_init)
+    try:
+        python = build_deb.interpreter("3.11")
+    except build_deb.BuildError as error:
+        pytest.skip(str(error))
+    return emulated.system("bookworm", CACHE, python)
 
 
-def test_a_flashed_card_becomes_a_board_that_runs_models(
-    card: tuple[str, Any, Path],
-    package: Path,
-    collector: Collector,
-    shared_models: Path,
-    tmp_path: Path,
+@pytest.fixture
+def model(shared_models: Path) -> Path:
+    return shared_models / "mobilenet_v1_0.25_128_quant.tflite"
+
+
+def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_measures(
+    made: Any, package: Path, collector: Collector, model: Path, tmp_path: Path
 ) -> None:
-    way, made, image = card
+    image = emulated.card(made, tmp_path / "card.img", cloud_init=False)
+    token, phases = _flash(image, package, collector), Phases("systemd")
+    port = emulated.free_port()
+    with (
+        emulated.powered(made, image, tmp_path / "first.log", port) as machine,
+        phases.phase("first boot, with install", machine),
+    ):
+        machine.until_off(INSTALL_SECONDS)
+    _check_card(image, token)
+    assert "systemd.run" not in emulated.read_boot(image, "cmdline.txt")
+    with emulated.powered(made, image, tmp_path / "boot.log", port) as machine:
+        with phases.phase("boot, until it reports", machine):
+            _check_board(machine.until("the board reports", collector.up, BOOT_SECONDS), collector)
+        with phases.phase("two runs", machine):
+            _check_runs(machine, port, collector, model)
+        with phases.phase("a run while the cable is out", machine):
+            _check_pulled_cable(machine, port, collector, model)
+    if keep := os.environ.get("BOARDBENCH_KEEP_CARD"):
+        shutil.copyfile(image, keep)
+
+
+def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_release(
+    made: Any, package: Path, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
+) -> None:
+    releases = Releases(tmp_path, release_packages)
+    image = emulated.card(made, tmp_path / "card.img", cloud_init=True)
+    token = _flash(image, package, collector, f"--update-key={releases.public_key}")
+    phases = Phases("cloudinit")
+    port = emulated.free_port()
+    with emulated.powered(made, image, tmp_path / "first.log", port) as machine:
+        with phases.phase("first boot, until it reports", machine):
+            _check_board(
+                machine.until("the board reports", collector.up, BOOT_SECONDS + INSTALL_SECONDS), collector
+            )
+        with phases.phase("two runs", machine):
+            _check_runs(machine, port, collector, model)
+        with phases.phase("an update", machine):
+            good = releases.good()
+            board = _update(collector, good)
+            assert board["state"] == "UPDATE_STATE_DONE", board
+            machine.until("the new release reports", lambda: collector.up(releases.version), BOOT_SECONDS)
+        with phases.phase("an update with a broken release", machine):
+            broken = releases.broken("1", "exit 1")
+            board = _update(collector, broken, code=1)
+            assert board["state"] == "UPDATE_STATE_ROLLED_BACK", board
+            assert "it did not start" in board["reason"]
+            machine.until("the good release reports", lambda: collector.up(releases.version), BOOT_SECONDS)
+        # Started long enough to be the one that is in place when the power goes.
+        slow = releases.broken("2", "sleep 30; exit 1")
+        arguments = ("devices", "update", slow, *_ON_EMULATED, f"--via={collector.address}", "--format=json")
+        with begun("boardbench", *arguments) as client:
+            with phases.phase("until the power is cut", machine):
+                switched = f"switched {releases.broken_release('2')}"
+                machine.until(
+                    "the switch has been made", lambda: switched in machine.log(), UPDATE_SECONDS, pause=0.1
+                )
+            machine.cut_power()
+            # cloud-init has done its part at the first boot.
+            _check_card(image, token)
+            log = tmp_path / "after.log"
+            with emulated.powered(made, image, log, port) as after:
+                with phases.phase("boot, until the good release reports", after):
+                    told, _ = client.communicate(timeout=UPDATE_SECONDS)
+                    assert client.returncode == 1, told
+                    (board,) = json.loads(told)["boards"]
+                    assert board["state"] == "UPDATE_STATE_ROLLED_BACK", board
+                    after.until("it reports", lambda: collector.up(releases.version), BOOT_SECONDS)
+                # It has gone on where the power was cut, and did not begin anew.
+                assert ": accepted" not in after.log()
+                assert f"going_back {releases.broken_release('2')}" in after.log()
+                there = _outputs_there(port, hashlib.sha256(model.read_bytes()).hexdigest())
+    _same(there, _outputs_here(model))
+
+
+_ON_EMULATED = ("--on=lab=qemu",)
+
+
+class Releases:
+    """Signed packages, by a key that the board trusts."""
+
+    def __init__(self, folder: Path, packages: ModuleType) -> None:
+        self._folder = folder / "releases"
+        self._packages = packages
+        self._folder.mkdir()
+        self._key = self._folder / "key"
+        installed("boardbench", "release", "keygen", self._key)
+        self.version = f"{build_deb.project_version()}.1"
+
+    @property
+    def public_key(self) -> Path:
+        """Whose signatures the board is to trust."""
+        return self._key.with_name("key.pub")
+
+    def good(self) -> Path:
+        """A whole package of the sources as they are, by another name."""
+        return self._signed(build_package(self._folder, self.version))
+
+    def broken_release(self, number: str) -> str:
+        return f"{self.version}.{number}+cp311"
+
+    def broken(self, number: str, script: str) -> Path:
+        """One whose agent is a script that ends."""
+        release = self.broken_release(number)
+        card = {"version": release.partition("+")[0], "release": release, "architecture": "arm64"}
+        files = {
+            "release.json": json.dumps({**card, "python": "3.11"}),
+            "bin/boardbench-agent": f"#!/bin/sh\necho this release is broken >&2\n{script}\n",
+        }
+        return self._signed(self._packages.build(self._folder, card["version"], files))
+
+    def _signed(self, package: Path) -> Path:
+        return Path(installed("boardbench", "release", "sign", package, f"--key={self._key}").strip())
+
+
+def _update(collector: Collector, package: Path, code: int = 0) -> dict[str, Any]:
+    """How the update of the one board has ended."""
+    arguments = ("devices", "update", package, *_ON_EMULATED, f"--via={collector.address}", "--format=json")
+    (board,) = json.loads(installed("boardbench", *arguments, code=code))["boards"]
+    return dict(board)
+
+
+def _flash(image: Path, package: Path, collector: Collector, *more: str) -> str:
+    """Prepares the card; the token that is on it then."""
     token = collector.token("create", "--label=rack=emulated")
     arguments = (
         "flash", "pi", f"--image={image}", f"--package={package}", "--os=bookworm", "--hostname=emulated-pi",
-        f"--collector={HOST}:{collector.port}", f"--token={token}", "--label=lab=qemu",
+        f"--collector={HOST}:{collector.port}", f"--token={token}", "--label=lab=qemu", *more,
     )  # fmt: skip
     installed("boardbench", *arguments)
     # The other direction of the same: nothing is to be written.
-    written = hashlib.sha256(image.read_bytes()).hexdigest()
+    written = _digest(image)
     assert "written" not in installed("boardbench", *arguments).replace("as it is", "")
-    assert hashlib.sha256(image.read_bytes()).hexdigest() == written
+    assert _digest(image) == written
     assert token in emulated.read_boot(image, "boardbench/enrolment.json")
+    return token
 
-    port = emulated.free_port()
-    timings: dict[str, float] = {}
-    began = time.monotonic()
-    if way == "systemd":
-        with emulated.powered(made, image, tmp_path / "first.log", port) as machine:
-            machine.until_off(INSTALL_SECONDS)
-        timings["first boot, with install"] = time.monotonic() - began
-        _check_card(image, token)
-        assert "systemd.run" not in emulated.read_boot(image, "cmdline.txt")
-        began = time.monotonic()
-    with emulated.powered(made, image, tmp_path / "boot.log", port) as machine:
-        device = machine.until("the board reports", collector.up, BOOT_SECONDS + INSTALL_SECONDS)
-        timings["boot, until it reports"] = time.monotonic() - began
-        board = device["board"]
-        assert board["hostname"] == "emulated-pi"
-        assert board["emulator"] == "qemu"
-        assert board["architecture"] == "aarch64"
-        assert board["labels"] == {"lab": "qemu", "rack": "emulated"}
-        assert f"used by {board['device_id']}" in collector.token("list")
 
-        began = time.monotonic()
-        model = shared_models / "mobilenet_v1_0.25_128_quant.tflite"
-        installed(
-            "boardbench", "push", model, "--to", f"127.0.0.1:{port}", "--max-runs=20", "--min-runs=5",
-            "--duration=0.5", f"--timeout={RUN_SECONDS:.0f}",
-        )  # fmt: skip
-        there = _outputs_there(port, hashlib.sha256(model.read_bytes()).hexdigest())
-        timings["two runs"] = time.monotonic() - began
-        results = machine.until(
-            "both results are in the collector", lambda: (r := collector.results()) and len(r) == 2 and r, 120
-        )
-        assert {result["board"]["emulator"] for result in results} == {"qemu"}
-        assert {result["status"] for result in results} == {"RUN_STATUS_SUCCEEDED"}
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_board(device: Any, collector: Collector) -> None:
+    board = device["board"]
+    assert board["hostname"] == "emulated-pi"
+    assert board["emulator"] == "qemu"
+    assert board["architecture"] == "aarch64"
+    assert board["labels"] == {"lab": "qemu", "rack": "emulated"}
+    assert f"used by {board['device_id']}" in collector.token("list")
+
+
+def _check_runs(machine: Any, port: int, collector: Collector, model: Path) -> None:
+    """A model is pushed, its outputs are this machine's, and what is known of it says where it ran."""
+    said = installed(
+        "boardbench", "push", model, "--to", f"127.0.0.1:{port}", "--max-runs=20", "--min-runs=5",
+        "--duration=0.5", f"--timeout={RUN_SECONDS:.0f}",
+    )  # fmt: skip
+    assert "EMULATED (qemu)" in said
+    there = _outputs_there(port, hashlib.sha256(model.read_bytes()).hexdigest())
     _same(there, _outputs_here(model))
-    if way == "cloudinit":
-        _check_card(image, token)
-    # Of the emulator, to see where this test takes its time.
-    told = {name: round(seconds) for name, seconds in timings.items()}
-    (CACHE / f"seconds-{way}.json").write_text(json.dumps(told) + "\n")
-    if keep := os.environ.get("BOARDBENCH_KEEP_CARD"):
-        shutil.copyfile(image, keep)
+    results = machine.until(
+        "both results are in the collector", lambda: (r := collector.results()) and len(r) == 2 and r, 120
+    )
+    assert {result["status"] for result in results} == {"RUN_STATUS_SUCCEEDED"}
+    # Everywhere where somebody could take it for a board's performance.
+    for result in results:
+        assert result["board"]["emulator"] == "qemu"
+        assert result["standins"] == ["qemu"]
+        assert result["validity"] == "VALIDITY_INVALID"
+        assert "emulated" in {warning["code"] for warning in result["warnings"]}
+    assert "EMULATED (qemu)" in collector.table("devices")
+    assert collector.table("results").count("INVALID") == 2
+    assert "INVALID" in collector.get("/")
+    metrics = collector.get("/metrics").splitlines()
+    flags = [line for line in metrics if line.startswith("boardbench_result_standin{")]
+    assert flags and all(line.endswith(" 1") for line in flags)
+    assert any(line.startswith("boardbench_device_info{") and 'emulator="qemu"' in line for line in metrics)
+
+
+def _check_pulled_cable(machine: Any, port: int, collector: Collector, model: Path) -> None:
+    """A run that was begun by way of the collector ends without it, and is told later."""
+    known = {result["run_id"] for result in collector.results()}
+    arguments = (
+        "push", model, f"--via={collector.address}", *_ON_EMULATED, "--duration=15", "--max-runs=1000000",
+        "--no-profile", "--idle=0", f"--timeout={RUN_SECONDS:.0f}",
+    )  # fmt: skip
+    with begun("boardbench", *arguments) as client, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        agent = agent_pb2_grpc.AgentServiceStub(channel)
+
+        def run() -> agent_pb2.RunSummary | None:
+            runs = agent.ListRuns(agent_pb2.ListRunsRequest(), timeout=60).runs
+            return next((each for each in runs if each.run_id not in known), None)
+
+        def is_measured() -> bool:
+            found = run()
+            return found is not None and found.stage == result_pb2.STAGE_MEASURE
+
+        machine.until("the run is measured", is_measured, RUN_SECONDS)
+        machine.cable(plugged=False)
+        pulled = run()
+        assert pulled is not None and pulled.state == agent_pb2.RUN_STATE_RUNNING
+        machine.until(
+            "the run has ended",
+            lambda: (r := run()) is not None and r.status == result_pb2.RUN_STATUS_SUCCEEDED,
+            RUN_SECONDS,
+        )
+        machine.until("the collector misses the board", lambda: not collector.up(), 120)
+        assert {result["run_id"] for result in collector.results()} == known
+        assert agent.Describe(agent_pb2.DescribeRequest(), timeout=60).spool.pending == 1
+        assert client.poll() is None
+        machine.cable(plugged=True)
+        later = machine.until(
+            "the result is in the collector",
+            lambda: [result for result in collector.results() if result["run_id"] not in known],
+            300,
+        )
+        assert isinstance(later, list)
+        assert [(each["run_id"], each["status"]) for each in later] == [
+            (pulled.run_id, "RUN_STATUS_SUCCEEDED")
+        ]
+        told, _ = client.communicate(timeout=120)
+        assert client.returncode == 0, told
 
 
 def _check_card(image: Path, token: str) -> None:
