@@ -73,7 +73,7 @@ def test_the_same_sources_make_the_same_bytes(
         build_deb.interpreter(version)
     except build_deb.BuildError as error:
         pytest.skip(str(error))
-    one = build_deb.build(target, tmp_path / "one", wheels=wheels)
+    one = build_deb.build(target, tmp_path / "one", wheels=wheels, preset=0)
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
     monkeypatch.setenv("PYTHONHASHSEED", "77")
@@ -83,13 +83,15 @@ def test_the_same_sources_make_the_same_bytes(
     monkeypatch.setattr("tempfile.tempdir", None)
     before = os.umask(0o077)
     try:
-        other = build_deb.build(target, tmp_path / "other", wheels=wheels)
+        other = build_deb.build(target, tmp_path / "other", wheels=wheels, preset=0)
     finally:
         os.umask(before)
     assert one.read_bytes() == other.read_bytes()
     assert one.name == other.name == f"boardbench-agent_{build_deb.project_version()}_amd64_{target.tag}.deb"
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000001")
-    assert build_deb.build(target, tmp_path / "later", wheels=wheels).read_bytes() != one.read_bytes()
+    assert (
+        build_deb.build(target, tmp_path / "later", wheels=wheels, preset=0).read_bytes() != one.read_bytes()
+    )
 
 
 def test_what_is_in_it(small: Any, tmp_path: Path, build_deb: ModuleType) -> None:
