@@ -237,6 +237,40 @@ def test_a_name_that_is_anothers_short_one_gets_one_of_its_own(
     sound(path, offset, tmp_path)
 
 
+def test_a_folder_that_grows_over_what_was_there_holds_none_of_it(
+    image: tuple[Path, int], tmp_path: Path
+) -> None:
+    path, offset = image
+    names = [f"{number} is a name of some length.txt" for number in range(60)]
+    with path.open("r+b") as file:
+        volume = FatVolume(file, offset)
+        volume.write("gone.bin", b"A" * 2_000_000)
+        volume.write("folder/first.txt", b"")
+        volume.remove("gone.bin")
+        for name in names:
+            volume.write(f"folder/{name}", b"")
+        assert sorted(volume.listed("folder")) == sorted(["first.txt", *names])
+    sound(path, offset, tmp_path)
+
+
+def test_a_file_that_runs_in_a_circle_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "card.img"
+    with path.open("wb") as made:
+        made.truncate(4 << 20)
+    subprocess.run([tool("mkfs.vfat"), "-F", "16", "-s", "1", path], check=True, capture_output=True)
+    with path.open("r+b") as file:
+        FatVolume(file).write("circle.txt", b"round " * 200)
+        file.seek(0)
+        # Reserved sectors and copies of the table; at 22 its sectors.
+        reserved, copies, table = struct.unpack_from("<14xHB5xH", file.read(64))
+        for number in range(copies):
+            # The third cluster leads to the first, which is the first there is.
+            file.seek((reserved + number * table) * 512 + 2 * 4)
+            file.write(struct.pack("<H", 2))
+        with pytest.raises(FatError, match="runs in a circle"):
+            FatVolume(file).read("circle.txt")
+
+
 def test_many_names_grow_a_folder_and_short_ones_stay_apart(image: tuple[Path, int], tmp_path: Path) -> None:
     path, offset = image
     with path.open("r+b") as file:
