@@ -399,6 +399,14 @@ def _add_environment(home: Path, release: str, target: Target, version: str) -> 
 # depend on which objects the compiler shares.
 _COMPILE = """
 import os, py_compile, sys
+if sys.version_info < (3, 11):
+    # It writes a set down in the order of hashes, and that of None is its place in memory: the same each time
+    # from here on (personality(2), ADDR_NO_RANDOMIZE), where the system allows it.
+    import ctypes
+    personality = ctypes.CDLL(None).personality
+    now = personality(0xFFFFFFFF)
+    if now >= 0 and not now & 0x0040000 and personality(now | 0x0040000) >= 0:
+        os.execv(sys.executable, sys.orig_argv)
 site, place = sys.argv[1:]
 for folder, folders, files in os.walk(site):
     folders.sort()
