@@ -537,7 +537,7 @@ def ssh(tmp_path: Path) -> Path:
         "dpkg": '#!/bin/sh\n[ "$1" = --print-architecture ] && { echo ${ARCHITECTURE:-arm64}; exit; }\n'
         f'cp agent.deb "{board}/installed.deb"; echo "dpkg $*"\n',
         "python3": "#!/bin/sh\necho ${PYTHON:-3.10}\n",
-        "hostname": "#!/bin/sh\necho the-board\n",
+        "uname": "#!/bin/sh\necho the-board\n",
         "id": "#!/bin/sh\necho 1000\n",
         "sudo": f'#!/bin/sh\n[ -n "$NO_SUDO" ] && {{ echo "sudo: a password is required" >&2; exit 1; }}\n'
         f'shift; export PATH="{board}:$PATH"; exec "$@"\n',

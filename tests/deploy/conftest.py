@@ -305,6 +305,11 @@ def _live(target: str, system: System, first: Path, second: Path, shared_models:
     )
     assert state[:2] == ["boardbench boardbench 700", "root root 644"]
     assert "boardbench" in system.run("id", "boardbench")
+    # What that system's own programs say of the units and the rules, with the package's groups in place.
+    units = [f"boardbench-{name}" for name in ("agent.service", "update.service", "update.path")]
+    system.run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *units)
+    if DEBIANS[target] == "trixie":
+        system.run("udevadm", "verify", "/usr/lib/udev/rules.d/60-boardbench.rules")
     wanted = system.root / "etc/systemd/system/multi-user.target.wants/boardbench-agent.service"
     assert wanted.is_symlink()
     # Nothing was compiled on the board, by root either.

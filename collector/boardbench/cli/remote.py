@@ -21,7 +21,7 @@ from boardbench.cli.errors import CliError, Unreachable, WrongUse
 _ASK = (
     "dpkg --print-architecture; "
     "python3 -c 'import sys; print(\"%d.%d\" % sys.version_info[:2])'; "
-    '. /etc/os-release; echo "$PRETTY_NAME"; hostname'
+    '. /etc/os-release; echo "$PRETTY_NAME"; uname -n'
 )
 _SUPPORTED = ("3.10", "3.11", "3.12", "3.13")
 _FOLDER = "opt/boardbench-install"
