@@ -159,10 +159,23 @@ def test_devices_are_listed(collector, boardbench, at):
     assert done.code == 0, done.err
     text = " ".join(done.out.split())
     assert "pi5 (a) Raspberry Pi 5, aarch64 up tflite pi5:7341 running, 2 waiting 1,234" in text
-    assert "onnxruntime: no" in text
+    assert "1 can't run" in text
     assert "EMULATED (qemu-user) down, seen 3 h ago" in text
     assert "x86_64, virtual machine (kvm) down" in text
     assert len(json.loads(boardbench("devices", *at, "--format", "json").out)) == 3
+    up.clock_offset_seconds = 1.25
+    up.problems.append("its clock is off")
+    up.sensors.append("thermal")
+    page = " ".join(boardbench("devices", *at, "--full").out.split())
+    for words in (
+        "pi5 (a) at pi5:7341",
+        "✗ onnxruntime not installed",
+        "Sensors thermal",
+        "its clock is +1.250 s off the collector's",
+        "Queue running, 2 waiting",
+        "Problem its clock is off",
+    ):
+        assert words in page
 
 
 def test_no_devices_and_no_results_are_empty_lists(boardbench, at):

@@ -37,6 +37,8 @@ class ScriptedCollector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grp
     def __init__(self, sample: Any) -> None:
         self.sample = sample
         self.boards = ["b1", "b2", "b3"]
+        # By the term that asks for it; others are up and free.
+        self.states: dict[str, collector_pb2.Device] = {}
         # State and reason that a board's jobs come to.
         self.ends: dict[str, tuple[int, str]] = {}
         self.files: dict[str, bytes] = {}
@@ -138,6 +140,13 @@ class ScriptedCollector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grp
         return job_pb2.SetLabelsResponse(device_ids=self.boards)
 
     def ListDevices(self, request, context):
+        for term in request.on:
+            if term in self.states:
+                return collector_pb2.ListDevicesResponse(devices=[self.states[term]])
+            if term.removeprefix("device_id=") in self.boards:
+                board = board_pb2.Board(device_id=term.removeprefix("device_id="))
+                device = collector_pb2.Device(board=board, up=True)
+                return collector_pb2.ListDevicesResponse(devices=[device])
         self.asked.append(request)
         device = collector_pb2.Device(
             board=board_pb2.Board(device_id="b1", labels={"lab": "zurich", "rack": "1"}),
@@ -350,6 +359,36 @@ def test_jobs_are_followed_cancelled_and_queued_again(boardbench, collector, via
     for command in ("cancel", "retry"):
         done = boardbench("jobs", command, *via)
         assert (done.code, "which jobs?" in done.err) == (2, True)
+
+
+def test_what_a_job_waits_for_is_told(boardbench, collector, via, model_file) -> None:
+    down = collector_pb2.Device(board=board_pb2.Board(device_id="b1"), up=False)
+    held = job_pb2.Reservation(holder="anna", reason="heat")
+    taken = collector_pb2.Device(board=board_pb2.Board(device_id="b2"), up=True, reservation=held)
+    collector.states = {"device_id=b1": down, "device_id=b2": taken}
+    boardbench("push", model_file, *via, "--all", "--detach")
+    table = " ".join(boardbench("jobs", *via).out.split())
+    assert "its board is not connected" in table
+    assert "anna has reserved the board (heat)" in table
+    # Also where nobody watches, or a job of a CI run would wait without a word.
+    done = boardbench("push", model_file, *via, "--all", "--quiet")
+    assert done.code == 0
+    told = [line for line in done.err.splitlines() if "waits" in line]
+    assert [line.partition(":")[2].split(":")[0].strip() for line in told] == ["b1", "b2"]
+
+
+def test_results_of_a_suite_are_named_by_their_cases(boardbench, collector, via, tmp_path) -> None:
+    (tmp_path / "m.tflite").write_bytes(b"model")
+    (tmp_path / "s.toml").write_text(
+        'name = "s"\nmodels = ["m.tflite"]\nrequire = ["p50<=1ns"]\n'
+        "[runtimes.one]\nthreads = 1\n[runtimes.two]\nthreads = 2\n"
+        '[boards.first]\non = ["device_id=b1"]\n'
+    )
+    done = boardbench("suite", "run", tmp_path / "s.toml", *via)
+    assert done.code == 1
+    for case in ("m.tflite one first", "m.tflite two first"):
+        assert case in " ".join(done.out.split())
+        assert f"{case} on b1: required p50<=1ns" in done.err
 
 
 def test_boards_are_chosen_reserved_and_labelled(boardbench, collector, via) -> None:

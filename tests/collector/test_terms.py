@@ -210,11 +210,15 @@ def test_patterns_can_not_be_regular_expressions() -> None:
 
 
 def test_it_is_told_why_no_board_is_meant() -> None:
-    boards = [device(labels={"lab": "zurich"}), device(MODELS["pi4"])]
+    boards = [device(labels={"lab": "zurich", "Board": "jetson"}), device(MODELS["pi4"])]
     for terms, reason in (
         (["baord=pi5"], "no board has a label 'baord'"),
         (["board=orin-nx", "up=true"], "none of 2 boards meets board=orin-nx"),
         (["board=pi4", "lab=zurich"], "none of 2 boards meets board=pi4 and lab=zurich"),
+        (
+            ["board=jetson"],
+            "none of 2 boards meets board=jetson; 1 has it as a label, which is not looked at",
+        ),
     ):
         parsed = parse(terms)
         assert not chosen(boards, parsed)

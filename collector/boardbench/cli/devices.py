@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     help="Ask this board itself, instead of the collector. Repeatable.",
 )
 @on_option("Only boards that meet these.")
+@click.option("--full", is_flag=True, help="A page a board, with every runtime and why it can't run.")
 @via_option
 @output_options
 @click.pass_context
@@ -40,8 +41,9 @@ def devices(
 ) -> ExitCode | None:
     """List boards and what they can run; reserve, label and update them.
 
-    Without --to: every board that ever reported to the collector. With --to: what a board says about
-    itself, with every runtime and, for those that can't run, why not and what to do.
+    Without --to: every board that ever reported to the collector; --full says of each all that is known.
+    With --to: what a board says about itself, with every runtime and, for those that can't run, why not and
+    what to do.
 
     With --format json: an array of Device; with --to the DescribeResponse of one board, an array for several.
     """
@@ -53,12 +55,15 @@ def devices(
     if boards:
         return _describe(list(dict.fromkeys(boards)), output)
     from boardbench.cli.client import CollectorClient
-    from boardbench.cli.tables import devices_table
+    from boardbench.cli.tables import device_page, devices_table
 
     with CollectorClient(collector) as client:
         found = client.devices(on)
     if output.json:
         output.show_json(found)
+    elif found and output.full:
+        for device in found:
+            output.show(device_page(device))
     elif found:
         output.show(devices_table(found), table=True)
     elif on:

@@ -97,17 +97,19 @@ def list_jobs(
 
     with JobsClient(collector) as client:
         found = list(client.jobs(_filter(job_ids, batch, device, _OPEN if is_open else states), limit))
-    _show(found, output, f"the collector at {collector} has no such jobs")
+    _show(found, output, f"the collector at {collector} has no such jobs", collector)
     return ExitCode.DONE
 
 
-def _show(found: list[job_pb2.Job], output: Output, none: str) -> None:
+def _show(found: list[job_pb2.Job], output: Output, none: str, collector: Address | None = None) -> None:
+    from boardbench.cli import via
     from boardbench.cli.tables import jobs_table
 
     if output.json:
         output.show_json(found)
     elif found:
-        output.show(jobs_table(found), table=True)
+        waits = via.obstacles(collector, found) if collector is not None else {}
+        output.show(jobs_table(found, waits), table=True)
     else:
         output.note(none)
 

@@ -271,13 +271,22 @@ def _why(op: placement_pb2.OpPlacement) -> str:
 
 
 def all_hold(
-    requirements: Sequence[Requirement], results: Sequence[result_pb2.RunResult], output: Output
+    requirements: Sequence[Requirement],
+    results: Sequence[result_pb2.RunResult],
+    output: Output,
+    cases: Sequence[str] = (),
 ) -> bool:
-    """Whether all hold for every result; says on stderr which do and which don't."""
+    """Whether all hold for every result; says on stderr which do and which don't.
+
+    ``cases`` are what the results are called instead of by their models.
+    """
     verdicts = []
-    for result in results:
+    for place, result in enumerate(results):
+        name = cases[place] if cases else result.model.name
         board = result.board.hostname or result.board.device_id
-        about = f"{result.model.name} on {board}" if board else result.model.name
+        about = f"{name} on {board}" if board else name
         subject = Subject.of_result(result)
-        verdicts.append(holds(requirements, subject, output, about=about if len(results) > 1 else ""))
+        verdicts.append(
+            holds(requirements, subject, output, about=about if cases or len(results) > 1 else "")
+        )
     return all(verdicts)

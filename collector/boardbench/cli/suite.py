@@ -210,7 +210,8 @@ def _hold(queued: Queued, ended: Sequence[Any], output: Output) -> bool:
     for entry in ended:
         texts = queued.require.get(entry.job.job_id, ())
         if texts and entry.result is not None:
-            held = all_hold(tuple(map(parse, texts)), [entry.result], output) and held
+            case = [entry.job.tags["case"]]
+            held = all_hold(tuple(map(parse, texts)), [entry.result], output, case) and held
     return held
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Group, RenderableType  # noqa: TID253 - this file owns the tables
@@ -13,7 +13,7 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
-from boardbench.cli.plain import cleaned
+from boardbench.cli.plain import cleaned, printable
 from boardbench.cli.report import EMULATORS, STAGES, board_name
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.cli.trust import validity_word
@@ -77,15 +77,19 @@ def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     return table
 
 
-def comparison_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
-    """A line a result of one command, to be read from top to bottom."""
+def comparison_table(results: Iterable[result_pb2.RunResult], cases: Sequence[str] = ()) -> RenderableType:
+    """A line a result of one command, to be read from top to bottom.
+
+    ``cases`` are what the results are called instead of by their models.
+    """
     results = [cleaned(result) for result in results]
     boards = _short_names(result.board for result in results)
     fallback = ["fallback"] if _any_fallback(results) else []
-    table = _table("model", "board", "runtime", *_FIGURES, "accelerated", *fallback, "status")
-    for result in results:
+    named = "case" if cases else "model"
+    table = _table(named, "board", "runtime", *_FIGURES, "accelerated", *fallback, "status")
+    for place, result in enumerate(results):
         table.add_row(
-            result.model.name,
+            printable(cases[place]) if cases else result.model.name,
             boards[result.board.device_id],
             of_runtime(result),
             *_figures(result),
@@ -195,7 +199,7 @@ def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
             _who(device),
             _hardware(board),
             _up(device, now),
-            Text("\n").join(_runtime_status(status, short=True) for status in device.runtimes) or "–",
+            _engines(device.runtimes),
             device.address or "–",
             _occupied(device),
             figures.whole(device.results),
@@ -203,6 +207,38 @@ def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
         for problem in device.problems:
             table.add_row("", Text(problem, BAD))
     return table
+
+
+def device_page(device: collector_pb2.Device) -> RenderableType:
+    """What the collector knows of a board, with every runtime and, for those that can't run, why not."""
+    device = cleaned(device)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    grid = _board_grid(device.board, dict(device.board.labels) | dict(device.labels), device.runtimes)
+    grid.add_row("Agent", f"version {device.agent_version}" if device.agent_version else "–")
+    if device.sensors:
+        grid.add_row("Sensors", ", ".join(device.sensors))
+    up = _up(device, now)
+    if device.HasField("clock_offset_seconds"):
+        up.append(f" · its clock is {device.clock_offset_seconds:+.3f} s off the collector's", QUIET)
+    grid.add_row("Stream", up)
+    grid.add_row("Queue", _occupied(device, ", "))
+    grid.add_row("Results", figures.whole(device.results))
+    for problem in device.problems:
+        grid.add_row("Problem", Text(problem, BAD))
+    head = Text(board_name(device.board), STRONG)
+    if device.address:
+        head.append(f" at {device.address}", "")
+    return Group(head, Padding(grid, (0, 0, 1, 2)))
+
+
+def _engines(statuses: Sequence[board_pb2.RuntimeStatus]) -> Text:
+    """Those that can run, a line each, and how many can't: with all of them a fleet fills screens."""
+    able = [status.name for status in statuses if status.available]
+    text = Text("\n".join(able))
+    lacking = len(statuses) - len(able)
+    if lacking:
+        text.append(f"\n{lacking} can't run" if able else f"none of {lacking}", QUIET if able else BAD)
+    return text if statuses else Text("–")
 
 
 def _who(device: collector_pb2.Device) -> Text:
@@ -214,12 +250,12 @@ def _who(device: collector_pb2.Device) -> Text:
     return text
 
 
-def _occupied(device: collector_pb2.Device) -> Text:
+def _occupied(device: collector_pb2.Device, between: str = "\n") -> Text:
     text = Text(_queue(device.heartbeat.running_run_id, device.heartbeat.queued_runs))
     if device.open_jobs:
-        text.append(f"\n{figures.plural(device.open_jobs, 'job')}")
+        text.append(f"{between}{figures.plural(device.open_jobs, 'job')}")
     if device.HasField("reservation"):
-        text.append(f"\nreserved by {device.reservation.holder}", DOUBTFUL)
+        text.append(f"{between}reserved by {device.reservation.holder}", DOUBTFUL)
     return text
 
 
@@ -245,14 +281,10 @@ def _hardware(board: board_pb2.Board) -> Text:
     return text
 
 
-def _runtime_status(status: board_pb2.RuntimeStatus, *, short: bool = False) -> Text:
-    name = status.name
+def _runtime_status(status: board_pb2.RuntimeStatus) -> Text:
     if not status.available:
-        return Text(
-            f"{name}: no" if short else f"{status.reason or 'not available'}",
-            QUIET if short else DOUBTFUL,
-        )
-    return Text(name if short else status.version)
+        return Text(status.reason or "not available", DOUBTFUL)
+    return Text(status.version)
 
 
 def _queue(running: str, waiting: int) -> str:
@@ -267,19 +299,7 @@ def board_page(address: str, described: agent_pb2.DescribeResponse) -> Renderabl
     described = cleaned(described)
     board = described.board
     head = Text(f"{board_name(board) or address}", STRONG).append(f" at {address}", "")
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style=STRONG, no_wrap=True)
-    grid.add_column(overflow="fold")
-    cpu = f"{board.cpu_count} × {board.cpu_model or board.architecture}" if board.cpu_count else ""
-    memory = figures.count_bytes(board.memory_bytes) if board.memory_bytes else ""
-    grid.add_row("Board", _hardware(board))
-    grid.add_row("", " · ".join(part for part in (cpu, memory, board.os, board.kernel) if part))
-    if board.labels:
-        grid.add_row(
-            "Labels",
-            " · ".join(f"{key}={value}" for key, value in sorted(board.labels.items())),
-        )
-    grid.add_row("Runtimes", _runtimes(described.runtimes))
+    grid = _board_grid(board, board.labels, described.runtimes)
     grid.add_row("Agent", _agent(described))
     store, spool = described.model_store, described.spool
     grid.add_row(
@@ -294,6 +314,23 @@ def board_page(address: str, described: agent_pb2.DescribeResponse) -> Renderabl
     grid.add_row("Spool", waiting)
     grid.add_row("Collector", _link(described.collector))
     return Group(head, Padding(grid, (0, 0, 1, 2)))
+
+
+def _board_grid(
+    board: board_pb2.Board, labels: Mapping[str, str], runtimes: Sequence[board_pb2.RuntimeStatus]
+) -> Table:
+    """The rows with which the page of a board begins."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=STRONG, no_wrap=True)
+    grid.add_column(overflow="fold")
+    cpu = f"{board.cpu_count} × {board.cpu_model or board.architecture}" if board.cpu_count else ""
+    memory = figures.count_bytes(board.memory_bytes) if board.memory_bytes else ""
+    grid.add_row("Board", _hardware(board))
+    grid.add_row("", " · ".join(part for part in (cpu, memory, board.os, board.kernel) if part))
+    if labels:
+        grid.add_row("Labels", " · ".join(f"{key}={value}" for key, value in sorted(labels.items())))
+    grid.add_row("Runtimes", _runtimes(runtimes))
+    return grid
 
 
 def _runtimes(statuses: Sequence[board_pb2.RuntimeStatus]) -> RenderableType:
@@ -372,8 +409,8 @@ _JOB_STATES: dict[int, tuple[str, str]] = {
 }
 
 
-def jobs_table(jobs: Iterable[job_pb2.Job]) -> RenderableType:
-    """A line a job of a collector."""
+def jobs_table(jobs: Iterable[job_pb2.Job], waits: Mapping[str, str] | None = None) -> RenderableType:
+    """A line a job of a collector; ``waits`` says what some of them wait for, by their ids."""
     jobs = [cleaned(job) for job in jobs]
     tagged = ["tags"] if any(job.tags for job in jobs) else []
     columns = ("job", "board", "model", "submitted", "state", "tries", "by", *tagged, "")
@@ -389,7 +426,7 @@ def jobs_table(jobs: Iterable[job_pb2.Job]) -> RenderableType:
             f"{job.attempts} of {job.max_attempts}" if job.max_attempts else f"{job.attempts}",
             job.holder,
             *([tags] if tagged else []),
-            job.reason or job.progress,
+            "; ".join(filter(None, (job.reason or job.progress, (waits or {}).get(job.job_id)))),
         )
     return table
 

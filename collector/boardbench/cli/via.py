@@ -14,13 +14,17 @@ from boardbench.cli.address import Address
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, Refused, worst
 from boardbench.cli.require import Requirement, all_hold
 from boardbench.cli.terminal import Output
-from boardbench.v1 import agent_pb2, job_pb2, model_pb2, result_pb2
+from boardbench.v1 import agent_pb2, collector_pb2, job_pb2, model_pb2, result_pb2
 
 if TYPE_CHECKING:
     from boardbench.cli.client import JobsClient
     from boardbench.cli.progress import Watched
     from boardbench.cli.source import Source
     from boardbench.cli.spec import Spec
+
+
+# Each is asked about by itself: a fleet has too many to ask about all.
+_MOST_BOARDS = 50
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,42 @@ def request_for(
     )
 
 
+def obstacles(collector: Address, jobs: Sequence[job_pb2.Job]) -> dict[str, str]:
+    """What jobs wait for that may last, by their ids: boards that are away, or that others have.
+
+    Empty where the collector does not say.
+    """
+    from boardbench.cli.client import CollectorClient
+    from boardbench.cli.plain import cleaned
+
+    waiting = [job for job in jobs if job.state == job_pb2.JOB_STATE_QUEUED]
+    boards = list(dict.fromkeys(job.device_id for job in waiting))[:_MOST_BOARDS]
+    known: dict[str, collector_pb2.Device] = {}
+    with contextlib.suppress(CliError), CollectorClient(collector) as client:
+        for device_id in boards:
+            for device in client.devices((f"device_id={device_id}",)):
+                known[device.board.device_id] = cleaned(device)
+    found = {}
+    for job in waiting:
+        if job.device_id not in known:
+            continue
+        device = known[job.device_id]
+        if not device.up:
+            found[job.job_id] = "its board is not connected"
+        elif device.HasField("reservation") and device.reservation.holder != job.holder:
+            why = f" ({device.reservation.reason})" if device.reservation.reason else ""
+            found[job.job_id] = f"{device.reservation.holder} has reserved the board{why}"
+    return found
+
+
+def tell_obstacles(collector: Address, jobs: Sequence[job_pb2.Job], output: Output) -> None:
+    """Says which of the jobs that are to be followed may wait for long, also where nobody watches."""
+    found = obstacles(collector, jobs)
+    for job in jobs:
+        if job.job_id in found:
+            output.complain(f"{job.device_id}: job {job.job_id[:8]} waits: {found[job.job_id]}")
+
+
 class Follower:
     """Follows jobs to their ends, a line each for whoever watches; Ctrl-C cancels them."""
 
@@ -145,6 +185,8 @@ class Follower:
         from boardbench.cli.interrupt import Interrupt
 
         filters = job_pb2.JobFilter(job_ids=self._latest)
+        with self._progress.paused():
+            tell_obstacles(self._collector, list(self._latest.values()), self._output)
         with Interrupt(self._politely) as interrupt:
             try:
                 with contextlib.closing(self._client.watch(filters)) as changes:
@@ -179,7 +221,8 @@ class Follower:
         return f"boardbench jobs watch {which} --via {self._collector}"
 
     def _label(self, job: job_pb2.Job) -> str:
-        return f"{job.model.name} → {job.device_id}" if self._several else job.device_id
+        name = job.tags.get("case", "") or (job.model.name if self._several else "")
+        return f"{name} → {job.device_id}" if name else job.device_id
 
     def _changed(self, job: job_pb2.Job) -> None:
         from boardbench.cli.client import ENDED_STATES
@@ -242,7 +285,8 @@ def conclude(
     elif results:
         from boardbench.cli.tables import comparison_table
 
-        output.show(comparison_table(results), table=True)
+        cases = [entry.job.tags.get("case", "") for entry in ended if entry.result is not None]
+        output.show(comparison_table(results, cases if all(cases) else ()), table=True)
     codes = [entry.error.exit_code if entry.error else ExitCode.DONE for entry in ended]
     codes += [exit_code(result) for result in results]
     if len(ended) < expected:

@@ -45,7 +45,7 @@ from boardbench.collector.jobs import (
 )
 from boardbench.collector.look import QueueView, ReadModel
 from boardbench.collector.store import check_identity
-from boardbench.collector.terms import Term, chosen, complaint, parse
+from boardbench.collector.terms import MEANINGS, Term, chosen, complaint, parse
 from boardbench.v1 import collector_pb2, job_pb2, model_pb2, result_pb2
 
 _log = logging.getLogger(__name__)
@@ -547,9 +547,8 @@ class Dispatcher:
         free = [device for device in able if _is_free_for(device, request.holder)]
         if len(free) < request.count:
             raise NotFound(
-                f"{request.count} boards are asked for and {len(free)} can be had: of {len(met)} that meet"
-                f" the terms, {len(met) - len(able)} take no jobs, and others have reserved"
-                f" {len(able) - len(free)}"
+                f"--count {request.count}: only {len(free)} can be had; "
+                + _shares(len(met), len(met) - len(able), len(able) - len(free))
             )
         free.sort(key=lambda device: (not device.up, device.open_jobs, device.board.device_id))
         return [device.board.device_id for device in free[: request.count]]
@@ -686,8 +685,8 @@ class Dispatcher:
             mine = [device for device in met if _is_free_for(device, request.holder)]
             if len(mine) < request.count:
                 raise Occupied(
-                    f"{request.count} boards are asked for, {len(met)} meet the terms, and {len(mine)} of"
-                    " them can be had; the others are reserved"
+                    f"--count {request.count}: only {len(mine)} can be had; "
+                    + _shares(len(met), 0, len(met) - len(mine))
                 )
             mine.sort(key=lambda device: (not device.up, device.open_jobs, device.board.device_id))
             met = tuple(mine[: request.count])
@@ -735,6 +734,14 @@ class Dispatcher:
         for name, value in request.labels.items():
             _check("a label's name", name)
             _check(f"label {name}", value, empty=True)
+            if name.lower() in MEANINGS:
+                if value:
+                    raise InvalidRequest(
+                        f"{name!r} can't be a label's name: terms about {name.lower()} are about what the"
+                        " board itself says; choose another name"
+                    )
+                # One that is there already may be removed.
+                continue
             # A term about it must be readable as one.
             if parse([f"{name}=x"])[0].name != name:
                 raise InvalidRequest(f"{name!r} can't be a label's name")
@@ -765,6 +772,16 @@ class Dispatcher:
     def _poke_for(self, device_ids: Iterable[str]) -> None:
         self._poked |= set(device_ids)
         self._poke.set()
+
+
+def _shares(met: int, idle: int, reserved: int) -> str:
+    """How many boards there are, and why not all of them can be had."""
+    shares = [f"{met} meet the terms" if met != 1 else "1 meets the terms"]
+    if idle:
+        shares.append(f"{idle} of them {'takes' if idle == 1 else 'take'} no jobs")
+    if reserved:
+        shares.append(f"others have reserved {reserved}")
+    return ", ".join(shares)
 
 
 def _is_free_for(device: collector_pb2.Device, holder: str) -> bool:

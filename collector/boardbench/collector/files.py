@@ -374,12 +374,25 @@ class Files:
                     return
                 if not removable:
                     raise NoRoom(
-                        f"there is no room for {transfer.name} ({needed:,} bytes more): this collector keeps"
-                        f" at most {self._limit_bytes:,} bytes, {free.free:,} are free on its disk, and the"
-                        " files that are there are young or open jobs need them; cancel some, or raise"
-                        " --files-limit"
+                        f"there is no room for {transfer.name} ({needed:,} bytes more): "
+                        + self._why_full(over > 0, free.free, coming)
                     )
                 await self._remove(removable.pop(0)[1])
+
+    def _why_full(self, over: bool, free_bytes: int, coming_bytes: int) -> str:
+        if over:
+            why = f"this collector keeps at most {self._limit_bytes:,} bytes"
+            remedy = "raise --files-limit"
+        else:
+            why = f"{free_bytes:,} bytes are free on the disk of {self._arriving.parent}"
+            if coming_bytes:
+                why += f", {coming_bytes:,} are for files that arrive"
+            why += f", and {self._free_bytes:,} stay free"
+            remedy = "make room on that disk"
+        if self._entries:
+            why += "; the files that are there are young or open jobs need them: cancel some, or"
+            return f"{why} {remedy}"
+        return f"{why}; {remedy}"
 
     async def _remove(self, sha256: str) -> None:
         entry = self._entries.pop(sha256)

@@ -128,9 +128,24 @@ def complaint(devices: Sequence[collector_pb2.Device], terms: Sequence[Term]) ->
     if unknown:
         names = ", ".join(sorted(_TESTS))
         return f"no board has a label {unknown[0]!r}, and terms are about labels or {names}"
-    alone = [str(term) for term in terms if not chosen(devices, (term,))]
+    alone = [term for term in terms if not chosen(devices, (term,))]
     which = f"{alone[0]}" if alone else " and ".join(str(term) for term in terms)
-    return f"none of {len(devices)} boards meets {which}"
+    hint = ""
+    if alone and alone[0].name in _TESTS:
+        mistaken = sum(_is_labelled(device, alone[0]) for device in devices)
+        if mistaken:
+            hint = (
+                f"; {mistaken} {'has' if mistaken == 1 else 'have'} it as a label, which is not looked at:"
+                f" {alone[0].name} is what the board itself says, so give the label another name"
+            )
+    return f"none of {len(devices)} boards meets {which}{hint}"
+
+
+def _is_labelled(device: collector_pb2.Device, term: Term) -> bool:
+    """Whether it has a label that looks like what the term is about."""
+    return any(
+        name.lower() == term.name and _like(term.value, (value,)) for name, value in labels_of(device).items()
+    )
 
 
 def labels_of(device: collector_pb2.Device) -> dict[str, str]:
