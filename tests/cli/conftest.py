@@ -107,6 +107,7 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         self.on_chunk: Callable[[agent_pb2.PushChunk, grpc.ServicerContext], None] = lambda chunk, context: (
             None
         )
+        self.on_header: Callable[[agent_pb2.PushHeader], None] = lambda header: None
         self.before_run: Callable[[str, grpc.ServicerContext], None] = lambda name, context: None
         self.headers: list[agent_pb2.PushHeader] = []
         self.resumed_from: list[int] = []
@@ -175,6 +176,7 @@ class ScriptedBoard(agent_pb2_grpc.AgentServiceServicer):
         self.calls.append("PushModel")
         header = next(request_iterator).header
         self.headers.append(header)
+        self.on_header(header)
         if header.sha256 in self.stored:
             model = self.stored[header.sha256].model
             yield agent_pb2.PushModelResponse(done=agent_pb2.PushDone(model=model, already_present=True))

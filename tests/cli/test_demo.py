@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import sys
 import urllib.request
 
@@ -45,6 +47,28 @@ def test_it_plays_to_the_end_and_leaves_nothing(boardbench, nothing_left):
     assert 'boardbench_device_up{device="' in done.out
     assert "boardbench demo --stay" in done.out
     assert done.err == ""
+
+
+def test_nothing_is_left_to_be_imported_where_a_signal_interrupts(nothing_left):
+    """An import that is broken off leaves its file open."""
+    program = """
+import contextlib, sys
+from boardbench.cli import demo, main
+real, late = demo._Signals.let_through, set()
+@contextlib.contextmanager
+def let_through(signals):
+    before = set(sys.modules)
+    with real(signals):
+        yield
+    late.update(set(sys.modules) - before)
+demo._Signals.let_through = let_through
+code = main.main(["demo", "--duration", "0.1"])
+assert code == 0, code
+assert not late, sorted(late)
+"""
+    environment = {**os.environ, "TMPDIR": str(nothing_left)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_its_commands_can_be_typed_as_they_are_shown(tmp_path, monkeypatch):

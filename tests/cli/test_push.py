@@ -165,13 +165,13 @@ def test_a_network_that_always_damages_is_told(board, boardbench, model_file):
 
 
 def test_a_file_that_changes_meanwhile_is_told(board, boardbench, model_file):
-    def change(chunk, context):
-        if chunk.offset_bytes == 0:
-            with model_file.open("r+b") as file:
-                file.seek(-1, 2)
-                file.write(b"\0" if model_file.read_bytes()[-1:] != b"\0" else b"\1")
+    def change(_header):
+        with model_file.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\0" if model_file.read_bytes()[-1:] != b"\0" else b"\1")
 
-    board.on_chunk = change
+    # It was hashed, and no byte of it is sent before the answer.
+    board.on_header = change
     done = boardbench("push", model_file, "--to", f"127.0.0.1:{board.port}")
     assert done.code == 1
     assert "was changed while it was sent" in done.err

@@ -89,8 +89,14 @@ def demo(stay: bool, duration: float, full: bool) -> ExitCode:
 
 def _load() -> None:
     """Imports what the play needs, so that none of it is left for the push, which signals may interrupt."""
-    for name in ("demo_models", "tflite_build", "progress", "push", "source", "client", "answer"):
+    for name in ("demo_models", "tflite_build", "progress", "push", "source", "client", "answer", "engines"):
         importlib.import_module(f"boardbench.cli.{name}")
+    import grpc
+    from rich.cells import cell_len
+
+    # Both import parts of themselves when they are first used.
+    grpc.insecure_channel("127.0.0.1:1").close()
+    cell_len("→")
 
 
 def _play(stage: _Stage, *, duration: float, stay: bool, full: bool) -> ExitCode:
