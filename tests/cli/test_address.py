@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import click
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boardbench.cli.address import Address, parse_address
+from boardbench.cli.address import Address, CollectorType, ca_option, parse_address
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,62 @@ def test_a_zone_is_escaped_for_grpc():
 )
 def test_loopback_is_known(host, expected):
     assert Address(host, 1).is_loopback is expected
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "lab:7342 no none"),
+        (("--collector", "other:1"), "other:1 no none"),
+        (("--collector", "tls://other"), "tls://other:7342 yes none"),
+        (("--collector", "tls://[::1]:9"), "tls://[::1]:9 yes none"),
+        (("--ca", "ca.pem"), "tls://lab:7342 yes ca.pem"),
+        (("--collector", "tls://other:1", "--ca", "ca.pem"), "tls://other:1 yes ca.pem"),
+        # In whatever order they are written.
+        (("--ca", "ca.pem", "--collector", "other"), "tls://other:7342 yes ca.pem"),
+    ],
+)
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_collector_with_a_certificate(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    told: str,
+    by_variable: bool,
+) -> None:
+    @click.command()
+    @click.option("--collector", envvar="BOARDBENCH_COLLECTOR", default="lab", type=CollectorType())
+    @ca_option
+    def show(collector: Address) -> None:
+        click.echo(f"{collector} {'yes' if collector.tls else 'no'} {collector.ca or 'none'}")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ca.pem").write_text(PEM)
+    environment = {}
+    if by_variable:
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        environment = {f"BOARDBENCH_{name[2:].upper()}": value for name, value in given.items()}
+        arguments = ()
+    answer = CliRunner().invoke(show, arguments, env=environment)
+    assert (answer.exit_code, answer.output) == (0, f"{told}\n")
+
+
+def test_what_is_no_authority_is_a_usage_error(tmp_path: Path) -> None:
+    @click.command()
+    @click.option("--collector", default="lab", type=CollectorType())
+    @ca_option
+    def show(collector: Address) -> None:
+        del collector
+
+    (tmp_path / "empty.pem").touch()
+    for name, words in (("empty.pem", "holds no certificate in PEM"), ("none.pem", "can't be read")):
+        answer = CliRunner().invoke(show, ["--ca", str(tmp_path / name)])
+        assert (answer.exit_code, words in answer.output) == (2, True)
+
+
+def test_a_board_has_no_certificate() -> None:
+    with pytest.raises(ValueError, match="leave out the scheme"):
+        parse_address("tls://board:7341", 7341)

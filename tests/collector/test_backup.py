@@ -193,6 +193,29 @@ async def test_tokens_that_are_there_are_not_overwritten(
     assert not where.where.exists()
 
 
+async def test_a_database_with_tokens_is_not_filled(
+    make_place: Callable[[str, str], Place], saved: Path
+) -> None:
+    where = make_place("postgres", "tokens")
+    async with open_enrolments(where.config) as enrolments:
+        await enrolments.create()
+    with pytest.raises(StoreUnavailable, match=r"there is a store .* already"):
+        where.restore(saved)
+
+
+async def test_older_files_beside_the_store_are_to_be_brought_up_to_date_first(
+    make_place: Callable[[str, str], Place], tmp_path: Path
+) -> None:
+    where = make_place("sqlite", "older")
+    await (await where.open()).close()
+    older = sqlite3.connect(where.where.with_name("updates.db"))
+    older.execute("CREATE TABLE updates (update_id TEXT, created INTEGER, content BLOB)")
+    older.commit()
+    older.close()
+    with pytest.raises(StoreForeign, match=r"updates\.db beside it has version 0, .*start the collector"):
+        backup.save(tmp_path / "b", where.moment(), version="1")
+
+
 async def test_a_running_collectors_folder_is_left_alone(
     make_place: Callable[[str, str], Place], tmp_path: Path
 ) -> None:

@@ -287,6 +287,11 @@ async def test_a_board_is_enrolled_and_remembers_the_authority(
             async with open_channel(config.collector, ca=known.ca(config)) as channel:
                 metadata = await known.metadata(channel, config.collector, lambda: board, "i")
             await tokens.check("pi5", dict(metadata)["boardbench-device-key"], required=True)
+            # It is the same collector when the configuration names it as it was before it had a certificate.
+            plain = replace(config, collector=address.removeprefix("tls://"))
+            assert known.ca(plain) == authority.file.read_bytes()
+            async with open_channel(plain.collector, ca=known.ca(plain)) as channel:
+                assert await known.metadata(channel, plain.collector, lambda: board, "i") == metadata
             # The file that the configuration names comes before it; another collector has nothing of it.
             named = replace(config, collector_ca=str(stranger.file))
             assert known.ca(named) == stranger.file.read_bytes()

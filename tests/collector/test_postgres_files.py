@@ -210,3 +210,18 @@ async def test_a_damaged_row_is_noticed(sides: tuple[Side, Side], clock: Clock, 
     clock.now += 61
     await one.send(LARGE)
     assert await other.fetch(LARGE) == LARGE
+
+
+async def test_a_young_file_stays_for_the_job_that_it_is_for(
+    sides: tuple[Side, Side], clock: Clock, postgres_url: str
+) -> None:
+    one, other = sides
+    # Each folder has room for its own two, and the shelf for three of them.
+    for number, side in enumerate((one, other)):
+        await side.send(bytes([number]) * 2_500_000, f"{number}")
+    with pytest.raises(NoRoom, match="in the database: collectors keep at most 6,000,000 bytes there"):
+        await other.send(b"z" * 2_500_000, "z")
+    assert [row[0] for row in rows(postgres_url)] == ["0", "1"]
+    clock.now += 901
+    await other.send(b"z" * 2_500_000, "z")
+    assert [row[0] for row in rows(postgres_url)] == ["1", "z"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -451,6 +452,28 @@ async def test_the_file_of_an_older_collector_is_taken_over(tmp_path: Path) -> N
             store = UpdateStore(tables)
             assert await store.versions() == {"u1": 1}
             assert await store.get(["u1"]) == [(1, update)]
+
+
+async def test_what_two_collectors_write_at_once_is_all_kept(stage: Stage, postgres_url: str) -> None:
+    async with two_stages(stage, postgres_url) as (one, other):
+        await one.store.add(update_pb2.Update(update_id="u1"), lambda _: None)
+
+        def adding(name: str) -> Callable[[update_pb2.Update], bool]:
+            def add(update: update_pb2.Update) -> bool:
+                # Longer than a moment between reading and writing.
+                time.sleep(0.005)
+                update.boards.add(device_id=name)
+                return True
+
+            return add
+
+        names = [f"b{number:02}" for number in range(30)]
+        await asyncio.gather(
+            *((one, other)[number % 2].store.change("u1", adding(name)) for number, name in enumerate(names))
+        )
+        ((version, update),) = await other.store.get(["u1"])
+        assert sorted(board.device_id for board in update.boards) == names
+        assert version == 31
 
 
 async def test_old_updates_make_room(tmp_path: Path) -> None:
