@@ -41,7 +41,11 @@ _MODELS = 5
 _INTERVAL_SECONDS = 5.0
 
 _PATIENCE_SECONDS = 30.0
-"""Between two scrapes of the others, which may take longer than five: how long they take stays the same."""
+"""Between two scrapes of the others with many series, which may take longer than five: how long they take
+stays the same."""
+
+_MANY = 100_000
+"""Series from which the others are given that time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -202,11 +206,11 @@ def measure(arguments: argparse.Namespace) -> Report:
         "a histogram. Written: CPU time to make the text, of all series changed and of none (boardbench's is "
         "in the pieces that gzip is given one by one, and it takes a result in when it comes; "
         "prometheus_client's gauges are set before). Scraped: by Prometheus "
-        f"every {_INTERVAL_SECONDS:.0f} s, gzip, all changed in between (the others less often; of the "
-        "Pushgateway none), median of scrape_duration_seconds. Remote write: results in a store in memory to "
-        "a receiver on this machine; alone: the receiver given bodies that were made before. A run: median "
-        "latency on a board that is scraped five times a second while it measures, over that of one that is "
-        "not, in turns",
+        f"every {_INTERVAL_SECONDS:.0f} s, gzip, all changed in between (the others less often; "
+        "of the Pushgateway none), median of scrape_duration_seconds. Remote write: "
+        "results in a store in memory to a receiver on this machine; alone: the receiver given bodies that "
+        "were made before. A run: median latency on a board that is scraped five times a second while it "
+        "measures, over that of one that is not, in turns",
         (
             "",
             "series",
@@ -239,7 +243,13 @@ def _of_size(
             unchanged.append(cpu_seconds(kind.text))
         pieces = kind.text()
         zipped = cpu_seconds(lambda pieces=pieces: zipped_of(pieces))
-        scraped = _scraped(root / name, name, kind, arguments.scrapes)
+        scraped = _scraped(
+            root / name,
+            name,
+            kind,
+            arguments.scrapes,
+            _interval(fleet) if kind is client else _INTERVAL_SECONDS,
+        )
         rows.append(
             [
                 name,
@@ -340,7 +350,14 @@ def _query(url: str, promql: str) -> list[float]:
     return [float(value) for _, value in found[0]["values"]] if found else []
 
 
-def _scraped(root: Path, name: str, kind: Fleet | Client, scrapes: int) -> list[float]:
+def _interval(fleet: Fleet) -> float:
+    """Between two scrapes of the others."""
+    return _PATIENCE_SECONDS if fleet.series >= _MANY else 2 * _INTERVAL_SECONDS
+
+
+def _scraped(
+    root: Path, name: str, kind: Fleet | Client, scrapes: int, seconds: float = _INTERVAL_SECONDS
+) -> list[float]:
     """Scrapes of a server that changes everything after each."""
     turn = threading.Lock()
 
@@ -369,7 +386,6 @@ def _scraped(root: Path, name: str, kind: Fleet | Client, scrapes: int) -> list[
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        seconds = _INTERVAL_SECONDS if isinstance(kind, Fleet) else _PATIENCE_SECONDS
         with _prometheus(root, f"127.0.0.1:{server.server_address[1]}", seconds=seconds) as url:
             durations = _durations(url, scrapes, seconds)
             with turn:
@@ -448,8 +464,9 @@ def _pushgateway(root: Path, binary: str, fleet: Fleet, scrapes: int) -> list[ob
         with urllib.request.urlopen(request, timeout=120) as answer:
             size = len(answer.read())
         cpu = programs.cpu_seconds(process.pid) - before
-        with _prometheus(root, f"127.0.0.1:{port}", seconds=_PATIENCE_SECONDS) as prometheus:
-            durations = _durations(prometheus, scrapes, _PATIENCE_SECONDS)
+        seconds = _interval(fleet)
+        with _prometheus(root, f"127.0.0.1:{port}", seconds=seconds) as prometheus:
+            durations = _durations(prometheus, scrapes, seconds)
     return ["Pushgateway", fleet.series, size / 1e6, "", cpu * 1e3, "", statistics.median(durations), ""]
 
 
