@@ -184,6 +184,26 @@ async def test_the_queue_goes_on_when_the_store_can_write_again(lab: Lab) -> Non
     await lab.until(refused, "what was said meanwhile is not lost")
 
 
+async def test_a_board_that_comes_while_the_store_fails_need_not_come_again(lab: Lab) -> None:
+    lab.attach()
+    await lab.submit()
+    await lab.until(lambda: lab.told, "it is offered")
+    failing = True
+    change = lab.store.jobs.change
+
+    async def fails(transitions: Mapping[str, Transition]) -> tuple[JobRecord, ...]:
+        if failing:
+            raise StoreUnavailable("no space left")
+        return await change(transitions)
+
+    lab.store.jobs.change = fails  # type: ignore[method-assign]
+    desk = lab.attach(held=(JOB,))
+    await lab.turns()
+    assert not desk.ready
+    failing = False
+    await lab.until(lambda: desk.ready, "what it named at its beginning is not lost")
+
+
 async def test_a_fault_does_not_end_the_queue(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     due = lab.store.jobs.due
     faults = 0
