@@ -238,7 +238,10 @@ async def test_a_spool_whose_place_is_taken_goes_on_under_a_new_identity(spool, 
 
 async def test_a_second_agent_of_one_identity_waits_long_and_says_why(spool, collector, caplog):
     async def refuse(context: Context) -> None:
-        await context.abort(grpc.StatusCode.ALREADY_EXISTS, "board-1 is connected from 10.0.0.8")
+        await context.abort(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "board-1 is connected from 10.0.0.8; give one of them another device_id",
+        )
 
     collector.on_hello = refuse
     waits: list[float] = []
@@ -257,7 +260,7 @@ async def test_a_second_agent_of_one_identity_waits_long_and_says_why(spool, col
         )
         await until(lambda: collector.stored)
         assert waits == [QUICK.rival_seconds * 0.75] * 2
-        assert "Give one of them another device_id" in caplog.text
+        assert "give one of them another device_id; results stay in the spool meanwhile" in caplog.text
 
 
 async def test_others_speak_and_hear_on_the_stream(spool, collector):

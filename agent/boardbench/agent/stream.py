@@ -223,9 +223,10 @@ class CollectorLink:
             await self._suspect(session, error)
             if error.code() == grpc.StatusCode.ALREADY_EXISTS:
                 session.rivalled = True
+                # The collector says what to do about it.
                 return (
-                    f"another agent reports as this board: {error.details()}. Give one of them another "
-                    "device_id; results stay in the spool meanwhile"
+                    f"another agent reports as this board: {error.details()}; results stay in the spool "
+                    "meanwhile"
                 )
             return f"{refusal(error, self._address, self._ca)} ({error.code().name})"
         except _Broken as error:

@@ -192,9 +192,14 @@ def _doubts(result: result_pb2.RunResult) -> int:
 def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
     """A line a board that the collector knows."""
     table = _table("board", "model", "up", "runs", "address", "queue", "results")
+    # Below it: within, a sentence would make a column as wide as it is.
+    problems: list[Text] = []
     now = datetime.datetime.now(datetime.timezone.utc)
     for device in map(cleaned, devices):
         board = device.board
+        problems += [
+            Text(f"{board_name(board)}: ", STRONG).append(problem, BAD) for problem in device.problems
+        ]
         table.add_row(
             _who(device),
             _hardware(board),
@@ -204,9 +209,7 @@ def devices_table(devices: Iterable[collector_pb2.Device]) -> RenderableType:
             _occupied(device),
             figures.whole(device.results),
         )
-        for problem in device.problems:
-            table.add_row("", Text(problem, BAD))
-    return table
+    return Group(table, *problems)
 
 
 def device_page(device: collector_pb2.Device) -> RenderableType:
