@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -519,6 +520,24 @@ def house(module_programs: Programs) -> House:
 def give_eventually() -> Callable[..., Any]:
     """:func:`eventually`, for suites that can't import this file."""
     return eventually
+
+
+@pytest.fixture
+def postgres_server() -> Iterator[Any]:
+    """A PostgreSQL server that a test may kill, run as the collector's suite does it; else a skip."""
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'boardbench[postgres]'")
+    path = Path(__file__).resolve().parents[1] / "collector" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("boardbench_tests_collector_tools", path)
+    assert spec is not None and spec.loader is not None
+    tools = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tools
+    spec.loader.exec_module(tools)
+    found = tools._postgres_programs()
+    if found is None:
+        pytest.skip("no PostgreSQL server here; `make test` unpacks Debian's")
+    server = tools.PostgresServer(*found)
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib.util
 import os
 import random
 import shutil
@@ -232,21 +231,14 @@ class SqliteStore:
             db.execute("UPDATE spools SET sequence = 0")
             db.commit()
 
-    def close(self) -> None:
-        pass
-
 
 class PostgresStore:
     """A server of its own, and two collectors on it."""
 
     collectors = 2
 
-    def __init__(self, _folder: Path) -> None:
-        self._tools = _collector_tools()
-        found = self._tools._postgres_programs()
-        if found is None:
-            pytest.skip("no PostgreSQL server here; `make soak` unpacks Debian's")
-        self.server = self._tools.PostgresServer(*found)
+    def __init__(self, server: Any) -> None:
+        self.server = server
         self._url = self.server.new_database()
         # Files go through the database: a board is sent to either collector by chance.
         self.options = ("--store", self._url)
@@ -272,28 +264,15 @@ class PostgresStore:
             )
             db.execute("UPDATE spools SET sequence = 0")
 
-    def close(self) -> None:
-        self.server.stop()
-
-
-def _collector_tools() -> Any:
-    """The collector's suite, which knows how to run a PostgreSQL server."""
-    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'boardbench[postgres]'")
-    path = Path(__file__).resolve().parents[1] / "collector" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("boardbench_tests_collector_tools", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def store(request: pytest.FixtureRequest, programs: Any) -> Iterator[Any]:
-    made: Any = {"sqlite": SqliteStore, "postgres": PostgresStore}[request.param](programs.folder)
-    yield made
+    if request.param == "sqlite":
+        yield SqliteStore(programs.folder)
+    else:
+        yield PostgresStore(request.getfixturevalue("postgres_server"))
+    # Before the server ends, on which they are.
     programs.close()
-    made.close()
 
 
 # --- the lab

@@ -220,6 +220,12 @@ class Fleet:
         self.eventually(f"{name} is up", lambda: self.version(name) == "0.1.0", 60.0)
         return made
 
+    def end(self) -> None:
+        for board in self.boards:
+            board.end()
+        for thread in self.threads:
+            thread.join(20)
+
     def package(self, version: str, **how: bool) -> Path:
         built = self.packages.build(
             self.programs.folder / "made",
@@ -252,10 +258,7 @@ def fleet(programs: Any, eventually: Eventually, release_packages: Any) -> Itera
     collector = programs.collector(options=("--heartbeat", "0.5"))
     made = Fleet(programs, collector, eventually, release_packages, release_packages.Signer())
     yield made
-    for board in made.boards:
-        board.end()
-    for thread in made.threads:
-        thread.join(20)
+    made.end()
 
 
 def test_a_release_goes_to_one_board_first_and_then_to_the_others(fleet: Fleet) -> None:
@@ -274,6 +277,28 @@ def test_a_release_goes_to_one_board_first_and_then_to_the_others(fleet: Fleet) 
     assert all("runs already" in board["reason"] for board in boards.values())
     listed = fleet.programs.client("devices", "updates", "--via", fleet.collector.address, "--format", "json")
     assert [entry["version"] for entry in listed.json] == ["0.2.0", "0.2.0"]
+
+
+def test_a_release_goes_to_the_boards_of_another_collector(
+    programs: Any, eventually: Eventually, release_packages: Any, postgres_server: Any
+) -> None:
+    options = ("--heartbeat", "0.5", "--store", postgres_server.new_database())
+    one, other = (programs.collector(name, options=options) for name in ("one", "other"))
+    fleet = Fleet(programs, one, eventually, release_packages, release_packages.Signer())
+    try:
+        boards = (fleet.board("a"), fleet.board("b", collector=other.address))
+        told = fleet.update(fleet.package("0.2.0"), "--canary", "1")
+        assert {board["state"] for board in told.values()} == {"UPDATE_STATE_DONE"}
+        assert [name for name, board in told.items() if board.get("canary")] == ["a"]
+        assert told["a"]["changed_at"] < told["b"]["changed_at"]
+        for board in boards:
+            assert board.current == f"0.2.0+{TAG}"
+        listed = programs.client("devices", "updates", "--via", other.address, "--format", "json").json
+        assert [update["version"] for update in listed] == ["0.2.0"]
+    finally:
+        fleet.end()
+        # Before the server ends, on which they are.
+        programs.close()
 
 
 @pytest.mark.parametrize("how", ["broken", "lonely"])
