@@ -266,6 +266,8 @@ def test_a_job_that_was_given_up_is_told_and_the_others_count(boardbench, collec
     assert [answer["board"]["device_id"] for answer in json.loads(done.out)] == ["b1"]
     assert "was given up: refused by the board: no runtime takes it" in done.err
     assert "was cancelled: by anna" in done.err
+    collector.ends = {"b3": (CANCELLED, "it was cancelled")}
+    assert boardbench("push", model_file, *via, "--all").err.count("was cancelled") == 1
 
 
 def test_what_is_required_is_looked_at_on_every_board(boardbench, collector, via, model_file) -> None:

@@ -92,7 +92,7 @@ class RunsConfig:
     waiting_limit: int = 256
     # Ended runs that stay to be watched or listed; the collector has them all.
     kept_limit: int = 64
-    # Bytes that their results may take on disk.
+    # Bytes that their results may take on disk: in the spool, where they don't count once they are sent.
     kept_bytes: int = 64 * _MIB
     # Runs that are to be measured together wait this long for each other: the slowest upload of a large
     # model.

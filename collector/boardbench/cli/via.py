@@ -248,7 +248,9 @@ class Follower:
             except CliError as error:
                 return Ended(job, error=error)
         what = "was cancelled" if job.state == job_pb2.JOB_STATE_CANCELLED else "was given up"
-        return Ended(job, error=Refused(f"job {job.job_id[:8]} {what}: {job.reason or 'nobody said why'}"))
+        # A cancellation without a reason says just that.
+        why = "" if what in job.reason else f": {job.reason or 'nobody said why'}"
+        return Ended(job, error=Refused(f"job {job.job_id[:8]} {what}{why}"))
 
     def _tell(self, ended: Ended, label: str) -> None:
         if ended.error is not None:
