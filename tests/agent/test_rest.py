@@ -9,11 +9,14 @@ from pathlib import Path
 from boardbench.agent.board.rest import LEAST_SECONDS, AtRest
 from boardbench.v1 import collector_pb2
 
-# Made up after Documentation/driver-api/thermal/sysfs-api.rst and admin-guide/pm/cpufreq.rst.
+# Made up after Documentation/driver-api/thermal/sysfs-api.rst, admin-guide/pm/cpufreq.rst and
+# drivers/thermal/intel/therm_throt.c.
 FILES = {
     "sys/class/thermal/thermal_zone0/type": "cpu-thermal",
     "sys/class/thermal/thermal_zone0/temp": "48312",
     "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000",
+    "sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count": "7",
+    "sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_total_time_ms": "120",
     "sys/class/powercap/intel-rapl:0/name": "package-0",
     "sys/class/powercap/intel-rapl:0/energy_uj": "123456789",
     "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "262143328850",
@@ -48,8 +51,10 @@ async def test_heartbeats_say_what_the_sensors_said(tmp_path: Path) -> None:
     first = readings(await beat(sensors))
     assert first["temperature_celsius"] == 48.312
     assert first["frequency_hertz"] == 1.5e9
-    # A counter says nothing by itself.
+    # A counter says nothing by itself, but for those of which the collector keeps the history.
     assert "energy_joules" not in first
+    assert "throttled_seconds" not in first
+    assert first["throttle_events"] == 7
 
 
 async def test_they_are_read_no_more_often_than_heat_moves(tmp_path: Path) -> None:
