@@ -122,4 +122,4 @@ def test_a_board_keeps_only_the_kinds_that_it_has_in_memory(tmp_path: Path) -> N
         "print(*sorted(name.replace(begin, '') for name in sys.modules if name.startswith(begin)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["cpufreq", "thermal"]
+    assert done.stdout.split() == ["cpufreq", "thermal", "x86_throttle"]
