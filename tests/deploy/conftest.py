@@ -144,6 +144,60 @@ def runs_foreign(qemu: Callable[[str], Path]) -> Iterator[Callable[[str], None]]
         entry.write_text("-1")
 
 
+# Every engine is imported, and one of each kind of work done: NumPy's BLAS, and a quantised model.
+_LOADS = """
+import numpy, onnxruntime, grpc, google.protobuf, psutil
+from ai_edge_litert import interpreter
+matrix = numpy.random.default_rng(0).standard_normal((64, 64)).astype("f")
+assert numpy.isfinite(matrix @ matrix).all()
+model = interpreter.Interpreter("/root/model.tflite", num_threads=1)
+model.allocate_tensors()
+given = model.get_input_details()[0]
+model.set_tensor(given["index"], numpy.full(given["shape"], 128, given["dtype"]))
+model.invoke()
+print(int(model.get_tensor(model.get_output_details()[0]["index"]).argmax()))
+"""
+
+
+@pytest.fixture(scope="session")
+def loads(
+    debian: Callable[..., Path],
+    qemu: Callable[[str], Path],
+    packed: Callable[[str, Path, str], Path],
+    shared_models: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str], None]:
+    """Loads everything in the package of a target, on a processor of QEMU's."""
+    unpacked: dict[str, Path] = {}
+
+    def load(target: str, processor: str) -> None:
+        root = debian(
+            f"{DEBIANS[target]}-arm64",
+            "--architectures=arm64",
+            "--variant=extract",
+            "--include=base-files,bash,dash,coreutils,python3,libstdc++6,libc-bin,zlib1g",
+            "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+            DEBIANS[target],
+        )
+        if target not in unpacked:
+            deb = packed(target, tmp_path_factory.mktemp("package"), "0.1.0")
+            # The package's release, in the place that it has on a board.
+            shutil.rmtree(root / "opt/boardbench", ignore_errors=True)
+            subprocess.run(["dpkg-deb", "-x", deb, str(root)], check=True)
+            tag = target.partition("-")[2]
+            unpacked[target] = Path(f"/opt/boardbench/releases/0.1.0+{tag}/bin/python")
+        shutil.copy(shared_models / "mobilenet_v1_0.25_128_quant.tflite", root / "root/model.tflite")
+        shutil.copy(qemu("arm64"), root / "usr/bin/qemu-aarch64")
+        done = System(root).done(
+            "/usr/bin/qemu-aarch64", "-cpu", processor, str(unpacked[target]), "-IB", "-c", _LOADS,
+            ORT_DISABLE_TELEMETRY="1",
+        )  # fmt: skip
+        assert done[0] == 0, f"{processor}: {done[0]}\n{done[1]}{done[2]}"
+        assert done[1].strip().isdigit()
+
+    return load
+
+
 class System:
     """A Debian that commands run in."""
 
@@ -152,10 +206,15 @@ class System:
 
     def run(self, *command: str, code: int = 0, **environment: str) -> str:
         """What it says; fails the test unless it ends with this exit code."""
+        ended, said, complaint = self.done(*command, **environment)
+        assert ended == code, f"{command}: {ended}\n{said}{complaint}"
+        return said + complaint
+
+    def done(self, *command: str, **environment: str) -> tuple[int, str, str]:
+        """Exit code, output and complaints."""
         with self.started(*command, **environment) as process:
             said, complaint = process.communicate()
-        assert process.returncode == code, f"{command}: {process.returncode}\n{said}{complaint}"
-        return said + complaint
+        return process.returncode, said, complaint
 
     def started(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """The program, which runs."""

@@ -31,6 +31,10 @@ def test_from_install_to_purge(target: str, live: Callable[[str], None]) -> None
     live(target)
 
 
+def test_the_wheels_for_trixie_run_on_a_pi_5(loads: Callable[[str, str], None]) -> None:
+    loads("arm64-cp313", "cortex-a76")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_real_package_is_the_same_twice_and_for_its_board(
     target: str,
