@@ -33,6 +33,8 @@ class Jetson:
         self.root = root
         self.calls: list[list[str]] = []
         self.broken = False
+        # A mode that nvpmodel sets in part, before it fails.
+        self.half = ""
         self.status = root / "var/lib/nvpmodel/status"
         for path, text in (
             (root / "etc/nvpmodel.conf", CONFIGURATION),
@@ -48,6 +50,8 @@ class Jetson:
             raise CommandFailed("NVPM ERROR: Error opening a file")
         if command[2] != "3":  # that one wants a reboot, and nobody answers
             self.status.write_text(f"pmode:{int(command[2]):04} fmode:quiet\n")
+        if command[2] == self.half:
+            raise CommandFailed("NVPM ERROR: clock could not be set")
 
     @property
     def mode(self) -> int:
@@ -106,6 +110,18 @@ def test_one_that_wants_a_reboot_is_not_set(jetson: Jetson, modes: PowerModes) -
     assert modes.put_back() == []
 
 
+def test_one_that_is_set_in_part_only_is_put_back(jetson: Jetson, modes: PowerModes, tmp_path: Path) -> None:
+    jetson.half = "0"
+    with pytest.raises(NoPowerMode, match="clock could not be set: sudo nvpmodel -m 0"):
+        modes.set("MAXN")
+    assert jetson.mode == 1
+    assert not (tmp_path / "data/power/journal.json").exists()
+    # Nor is the folder held any more.
+    other = PowerModes(jetson.root, tmp_path / "data", jetson.run)
+    assert other.set("15w") == "power mode: 15W → 15w"
+    other.put_back()
+
+
 def killed_in_maxn(jetson: Jetson, data_dir: Path) -> None:
     """What a process leaves that is killed after it has set a mode: its lock goes with it."""
     (data_dir / "power").mkdir(parents=True)
@@ -120,6 +136,14 @@ def test_what_a_killed_process_left_is_put_back(jetson: Jetson, tmp_path: Path) 
     assert after.recover() == ["power mode: back to 1"]
     assert jetson.mode == 1
     assert after.recover() == []
+
+
+def test_what_was_noted_of_another_board_is_not_put_back(jetson: Jetson, tmp_path: Path) -> None:
+    killed_in_maxn(jetson, tmp_path / "data")
+    journal = tmp_path / "data/power/journal.json"
+    journal.write_text(json.dumps({"root": "/another", "before": 1}))
+    assert PowerModes(jetson.root, tmp_path / "data", jetson.run).recover() == []
+    assert jetson.mode == 0
 
 
 def test_what_can_not_be_put_back_is_told_with_the_command(jetson: Jetson, modes: PowerModes) -> None:
