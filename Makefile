@@ -121,7 +121,8 @@ soak: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.mad
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
 test-board: $(VENV)/.dev  ## Flash an emulated board, boot it, run a model on it (root; QEMU; a quarter of an hour)
-	$(BIN)/python -m pytest tests/board tests/deploy/test_life_of_a_package.py -m soak --timeout=7200 -rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/board tests/deploy/test_life_of_a_package.py -m soak -n 2 --dist loadgroup --timeout=7200 \
+		-rs $(PYTEST_ARGS)
 
 test-packages: $(VENV)/.dev  ## Build every package twice and install it in its Debian (root; mmdebstrap; half an hour)
 	$(BIN)/python -m pytest tests/deploy -m soak --timeout=7200 -rs $(PYTEST_ARGS)

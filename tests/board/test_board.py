@@ -204,6 +204,7 @@ def model(shared_models: Path) -> Path:
     return shared_models / "mobilenet_v1_0.25_128_quant.tflite"
 
 
+@pytest.mark.xdist_group("script")
 def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_measures(
     made: Any, package: Path, collector: Collector, model: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_mea
         shutil.copyfile(image, keep)
 
 
+@pytest.mark.xdist_group("cloud-init")
 def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_release(
     made: Any, package: Path, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
 ) -> None:
