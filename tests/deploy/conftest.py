@@ -350,7 +350,7 @@ def _live(target: str, system: System, first: Path, second: Path, shared_models:
     engines = {engine["name"]: engine for engine in told["runtimes"]}
     assert told["agent_version"] == "0.1.0"
     for name in ENGINES[architecture]:
-        assert engines[name]["available"], engines[name]
+        assert engines[name].get("available"), engines[name]
     assert engines["tflite"]["interpreter"]["path"] == f"/opt/boardbench/{release('0.1.0')}/bin/python"
     # What is not there is not to be had by a pip that is not there either.
     for name, engine in engines.items():

@@ -121,7 +121,7 @@ def test_the_packages_for_ubuntu_run_with_their_python(
     system.run("dpkg", "--force-depends", "-i", f"/root/{deb.name}")
     engines = {engine["name"]: engine for engine in look.described(system)["runtimes"]}
     for engine in look.engines["amd64"]:
-        assert engines[engine]["available"], engines[engine]
+        assert engines[engine].get("available"), engines[engine]
     assert engines["tflite"]["interpreter"]["version"].startswith(f"CPython {version}.")
     look.runs_a_model(system, shared_models)
     look.serves(system)
