@@ -55,7 +55,7 @@ def test_a_real_package_is_the_same_twice_and_for_its_board(
     subprocess.run([dpkg, "-x", one, tree], check=True)
     found = build_deb.TARGETS[target]
     modules = [path for path in tree.rglob("*.so*") if path.is_file() and not path.is_symlink()]
-    assert len(modules) > 10
+    assert len(modules) >= 2
     for path in modules:
         told = subprocess.run(
             [readelf, "--file-header", "--version-info", "--wide", path],
