@@ -13,11 +13,13 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Dict,
     Iterable,
     Mapping,
     Optional,
     Protocol,
     Tuple,
+    TypeVar,
     runtime_checkable,
 )
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     Tensors = Mapping[str, "np.ndarray[Any, np.dtype[Any]]"]
+
+_Model = TypeVar("_Model", covariant=True)
 
 
 class RuntimeUnavailable(Exception):
@@ -276,6 +280,23 @@ class TakesSettings(Protocol):
         ...
 
 
+class Loads(Protocol[_Model]):
+    """An engine whose models are of this type."""
+
+    def load(
+        self,
+        model: Path,
+        *,
+        device: str,
+        threads: Optional[int],
+        options: Mapping[str, str],
+        shapes: Mapping[str, Tuple[int, ...]],
+        allow_fallback: bool = False,
+    ) -> _Model:
+        """As in :class:`Runtime`."""
+        ...
+
+
 @dataclass(frozen=True)
 class ProfileRequest:
     """What to profile: what was run, as it was run."""
@@ -297,6 +318,25 @@ class ProfileRequest:
 
     settings: Settings = NO_SETTINGS
     """As in the run."""
+
+    def begin(self, method: str) -> None:
+        """Before an engine's only way of measuring. Raises NoProfile where that is to be avoided."""
+        if method in self.avoid:
+            raise NoProfile(f"{method} ended the process")
+        self.trying(method)
+
+    def load(self, runtime: Loads[_Model]) -> _Model:
+        """The model as it was loaded in the run. Raises what ``load`` of the engine raises."""
+        more: Dict[str, Any] = {} if self.settings == NO_SETTINGS else {"settings": self.settings}
+        return runtime.load(
+            self.model_path,
+            device=self.device,
+            threads=self.threads,
+            options=self.options,
+            shapes=self.shapes,
+            allow_fallback=self.allow_fallback,
+            **more,
+        )
 
 
 @dataclass(frozen=True)

@@ -270,16 +270,8 @@ def profile(runtime: EllRuntime, request: ProfileRequest, runs: Callable[[], Ite
     """Profiles the module by its own counters. Raises NoProfile, and what ``load`` raises."""
     import time
 
-    if METHOD in request.avoid:
-        raise NoProfile(f"{METHOD} ended the process")
-    request.trying(METHOD)
-    model = runtime.load(
-        request.model_path,
-        device=request.device,
-        threads=request.threads,
-        options=request.options,
-        shapes=request.shapes,
-    )
+    request.begin(METHOD)
+    model = request.load(runtime)
     if not model.profiles:
         raise NoProfile("the module was compiled without profiling (compile it with --profile)")
     call = model.bind(request.feeds(model.inputs))

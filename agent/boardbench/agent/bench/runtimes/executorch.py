@@ -336,9 +336,7 @@ def profile(
     runtime: ExecuTorchRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]
 ) -> Profile:
     """Profiles the program by ETDump. Raises NoProfile, and what ``load`` raises."""
-    if METHOD in request.avoid:
-        raise NoProfile(f"{METHOD} ended the process")
-    request.trying(METHOD)
+    request.begin(METHOD)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

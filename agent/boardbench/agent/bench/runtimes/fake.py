@@ -292,14 +292,7 @@ def profile(runtime: FakeRuntime, request: ProfileRequest, runs: Callable[[], It
 
     Then every inference takes a millisecond for each operation.
     """
-    model = runtime.load(
-        request.model_path,
-        device=request.device,
-        threads=request.threads,
-        options=request.options,
-        shapes=request.shapes,
-        settings=request.settings,
-    )
+    model = request.load(runtime)
     request.feeds(model.inputs)
     if "actions" not in request.avoid:
         request.trying("actions")

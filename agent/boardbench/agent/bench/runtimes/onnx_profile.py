@@ -51,18 +51,8 @@ class _Ran:
 
 def profile(runtime: OnnxRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]) -> Profile:
     """Profiles the model as it was loaded in the run. Raises NoProfile, and what ``load`` raises."""
-    if METHOD in request.avoid:
-        raise NoProfile(f"{METHOD} ended the process")
-    request.trying(METHOD)
-    model = runtime.load(
-        request.model_path,
-        device=request.device,
-        threads=request.threads,
-        options=request.options,
-        shapes=request.shapes,
-        allow_fallback=request.allow_fallback,
-        settings=request.settings,
-    )
+    request.begin(METHOD)
+    model = request.load(runtime)
     model.bind(request.feeds(model.inputs))
     found = model.placement()
     if not found.ops:

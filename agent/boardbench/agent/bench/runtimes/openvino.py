@@ -478,9 +478,7 @@ class GraphNode:
 
 def profile(runtime: OpenVinoRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]) -> Profile:
     """Profiles the model as it was loaded in the run. Raises NoProfile, and what ``load`` raises."""
-    if METHOD in request.avoid:
-        raise NoProfile(f"{METHOD} ended the process")
-    request.trying(METHOD)
+    request.begin(METHOD)
     model = runtime.load(
         request.model_path,
         device=request.device,

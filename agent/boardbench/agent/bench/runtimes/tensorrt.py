@@ -684,18 +684,8 @@ def _profiler() -> Any:
 
 def profile(runtime: TensorRtRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]) -> Profile:
     """Profiles the engine as it was loaded in the run. Raises NoProfile, and what ``load`` raises."""
-    if METHOD in request.avoid:
-        raise NoProfile(f"{METHOD} ended the process")
-    request.trying(METHOD)
-    model = runtime.load(
-        request.model_path,
-        device=request.device,
-        threads=request.threads,
-        options=request.options,
-        shapes=request.shapes,
-        allow_fallback=request.allow_fallback,
-        settings=request.settings,
-    )
+    request.begin(METHOD)
+    model = request.load(runtime)
     try:
         return _profiled(model, request, runs)
     finally:

@@ -384,16 +384,8 @@ class TorchModel:
 
 def profile(runtime: TorchRuntime, request: ProfileRequest, runs: Callable[[], Iterable[int]]) -> Profile:
     """Profiles the model by torch.profiler. Raises NoProfile, and what ``load`` raises."""
-    if METHOD in request.avoid:
-        raise NoProfile(f"{METHOD} ended the process")
-    request.trying(METHOD)
-    model = runtime.load(
-        request.model_path,
-        device=request.device,
-        threads=request.threads,
-        options=request.options,
-        shapes=request.shapes,
-    )
+    request.begin(METHOD)
+    model = request.load(runtime)
     from torch import profiler
 
     call = model.bind(request.feeds(model.inputs))
