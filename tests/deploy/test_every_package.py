@@ -1,6 +1,6 @@
 """Every package that is offered: the same bytes twice, for its board, and installed where that can be had.
 
-Soak: half an hour on two processors, since other architectures are emulated (`make test-packages`). As root,
+Soak: an hour on two processors, since other architectures are emulated (`make test-packages`). As root,
 with mmdebstrap.
 """
 
