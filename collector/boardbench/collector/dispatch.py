@@ -96,6 +96,21 @@ class Rules:
 class Desk:
     """Where jobs are handed to one board, from its hello to the end of its stream."""
 
+    __slots__ = (
+        "_closed",
+        "_dispatcher",
+        "_outbox",
+        "_send",
+        "_sender",
+        "_withdrawn",
+        "device_id",
+        "named",
+        "offered",
+        "phases",
+        "ready",
+        "takes_jobs",
+    )
+
     def __init__(
         self,
         dispatcher: Dispatcher,
@@ -114,7 +129,8 @@ class Desk:
         """When it last named them, on a clock that never jumps."""
         self.phases: dict[str, tuple[int, int]] = {}
         """Attempt and phase that it told last of each job."""
-        self._withdrawn: set[tuple[str, int]] = set()
+        self._withdrawn: dict[tuple[str, int], None] = {}
+        """A set; an empty one of those has three times the size, and there is one for each board."""
         self._dispatcher = dispatcher
         self._send = send
         self._outbox: dict[tuple[str, int, str], collector_pb2.ReportResponse] = {}
@@ -151,7 +167,7 @@ class Desk:
             return
         if len(self._withdrawn) >= _MAX_DUE:
             self._withdrawn.clear()
-        self._withdrawn.add((job_id, attempt))
+        self._withdrawn[(job_id, attempt)] = None
         withdrawal = job_pb2.JobWithdrawal(job_id=job_id, attempt=attempt, reason=reason)
         self._put((job_id, attempt, "withdrawal"), collector_pb2.ReportResponse(withdrawal=withdrawal))
 

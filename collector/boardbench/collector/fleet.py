@@ -86,6 +86,21 @@ class Tally:
 class Session:
     """One board's stream, from its hello to its end."""
 
+    __slots__ = (
+        "clock_offset",
+        "device_id",
+        "dirty",
+        "ended",
+        "heartbeat",
+        "held_up",
+        "instance_id",
+        "last_heard_monotonic",
+        "last_seen_at",
+        "life_id",
+        "opened_at",
+        "peer",
+    )
+
     def __init__(
         self,
         device_id: str,

@@ -174,9 +174,12 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
                 desk = self._dispatcher.attach(hello, wire.send)
                 if self._updater is not None:
                     updates = self._updater.attach(session.device_id, wire.send)
-                await _Conversation(
+                conversation = _Conversation(
                     self._config, self._store, self._fleet, session, context, wire, desk, updates
-                ).run()
+                )
+                # Kilobytes that nobody needs while the stream is open.
+                del hello, welcome
+                await conversation.run()
             finally:
                 if updates is not None:
                     await updates.close()

@@ -105,8 +105,9 @@ class _Rows:
 
 _COLUMNS = ("arrival", *Row._fields)
 
+# OR FAIL: without it the pages that a statement changes are copied first, to undo a part of it.
 _INSERT = _Rows(
-    f"INSERT INTO results ({', '.join(_COLUMNS)}) VALUES ({','.join('?' for _ in _COLUMNS)})"
+    f"INSERT OR FAIL INTO results ({', '.join(_COLUMNS)}) VALUES ({','.join('?' for _ in _COLUMNS)})"
     " ON CONFLICT (run_id) DO NOTHING"
 )
 
@@ -290,7 +291,7 @@ class SqliteResultStore(SqlWriting[sqlite3.Connection]):
             try:
                 _insert(db, piece, arrivals)
             except _UNFIT:
-                # None of them is stored then, and one alone may be the reason.
+                # One is the reason; those before it are stored, and found again.
                 for row in piece:
                     try:
                         _insert(db, [row], arrivals)
@@ -545,7 +546,7 @@ class SqliteResultStore(SqlWriting[sqlite3.Connection]):
 
 
 def _insert(db: sqlite3.Connection, piece: Sequence[tuple[Any, ...]], arrivals: dict[str, int]) -> None:
-    """Stores results, and notes the arrivals of those that were not there."""
+    """Stores results, and notes the arrivals of those that have the ones they were given."""
     if _INSERT.execute(db, piece) == len(piece):
         arrivals.update((row[1], row[0]) for row in piece)
     else:
@@ -605,6 +606,8 @@ def _open_writer(path: Path, clock: Callable[[], float]) -> tuple[int, sqlite3.C
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                # What a statement over many rows might have to undo, else in a file that is written and gone.
+                db.execute("PRAGMA temp_store = MEMORY")
                 db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
                 migrate(db, now=clock())
             except BaseException:
