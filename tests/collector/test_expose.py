@@ -286,6 +286,7 @@ def test_openmetrics_on_request(whole: Snapshot) -> None:
         ),
         ("application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=text", TEXT),
         ("application/openmetrics-text;q=much", TEXT),
+        ("application/openmetrics-text;q=0", TEXT),
     ],
 )
 def test_the_accept_header_chooses_the_format(accept: str, chosen: str) -> None:
@@ -391,6 +392,37 @@ def test_a_result_that_can_not_be_shown_hides_no_other(
     assert "device pi5, run bad: not shown" in caplog.text
 
 
+def in_protobuf(page: bytes) -> dict[bytes, list[bytes]]:
+    """The metrics of every family by its name, each as it is written, in no order that matters."""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = page[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    found: dict[bytes, list[bytes]] = {}
+    at = 0
+    while at < len(page):
+        size = varint()
+        end = at + size
+        fields: dict[int, list[bytes]] = {}
+        while at < end:
+            key, value = varint(), varint()
+            if key & 7 == 2:
+                fields.setdefault(key >> 3, []).append(page[at : at + value])
+                at += value
+        (name,) = fields[1]
+        found[name] = sorted(fields[4])
+    found.pop(b"boardbench_collector_scrapes_total")
+    return found
+
+
 def test_after_any_change_the_page_is_as_if_it_were_new(
     make_result: MakeResult, board: Callable[..., DeviceView]
 ) -> None:
@@ -436,6 +468,23 @@ def test_after_any_change_the_page_is_as_if_it_were_new(
                     for one in (fleet, fresh)
                 )
                 assert kept == new, f"step {step}"
+            pages = [in_protobuf(one.page(PROTOBUF)) for one in (fleet, fresh)]
+            assert pages[0] == pages[1], f"step {step}"
+
+
+def test_a_distribution_that_only_differs_in_its_finest_part_is_written_anew(
+    make_result: MakeResult, board: Callable[..., DeviceView]
+) -> None:
+    fleet, fresh = exposition(), exposition()
+    first, second = make_result("run-1", samples=2), make_result("run-2", samples=2)
+    first.latency.samples_nanoseconds[:] = [1_500_000, 1_500_000]
+    # The same sum, and the same classic buckets.
+    second.latency.samples_nanoseconds[:] = [1_400_000, 1_600_000]
+    take(fleet, snapshot([first], devices=[board()]))
+    assert fleet.page(PROTOBUF)
+    for one in (fleet, fresh):
+        take(one, snapshot([second], devices=[board()]))
+    assert in_protobuf(fleet.page(PROTOBUF)) == in_protobuf(fresh.page(PROTOBUF))
 
 
 def test_only_what_has_changed_is_written_anew(

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from boardbench.collector.errors import StoreUnavailable
+from boardbench.collector.expose import Exposition
 from boardbench.collector.store import LatestResults
 from boardbench.collector.stores.memory import MemoryResultStore
 from boardbench.v1 import result_pb2
@@ -104,6 +105,32 @@ async def test_what_came_while_a_scrape_failed_is_shown_by_the_next(
         _, text = await metrics(collector)
         (mean,) = values(text, "boardbench_latency_mean_seconds").values()
         assert mean == pytest.approx(0.0202)
+        await board.leave()
+
+
+async def test_a_scrape_that_could_not_be_written_down_is_made_up_for_by_the_next(
+    counting: CountingStore, collector_over: Any, make_result: MakeResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, faults = Exposition.take, 1
+
+    def fails(exposition: Exposition, snapshot: Any) -> None:
+        nonlocal faults
+        if faults:
+            faults -= 1
+            raise RuntimeError("a fault of ours")
+        take(exposition, snapshot)
+
+    async with collector_over(counting) as collector:
+        board = collector.board()
+        await board.join()
+        await board.send(1, make_result("run-1"))
+        await board.acknowledged(1)
+        assert (await metrics(collector))[0] == 200
+        await board.send(2, make_result("run-2", model="another"))
+        await board.acknowledged(2)
+        monkeypatch.setattr(Exposition, "take", fails)
+        assert (await metrics(collector))[0] == 500
+        assert "another" in values((await metrics(collector))[1], "boardbench_latency_mean_seconds")
         await board.leave()
 
 
