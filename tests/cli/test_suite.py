@@ -10,9 +10,11 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from boardbench.cli import schedule, suite_file
-from boardbench.cli.errors import WrongUse
+from boardbench.cli import schedule, suite, suite_file
+from boardbench.cli.address import Address
+from boardbench.cli.errors import ExitCode, WrongUse
 from boardbench.cli.suite_file import read, request_id
+from boardbench.cli.terminal import Output
 
 HEAD = 'name = "s"\nmodels = ["a.tflite", "b.onnx"]\n'
 
@@ -210,6 +212,35 @@ def test_of_rounds_that_were_missed_the_latest_is_due():
     assert due("2026-01-10T12:00", "2026-01-10T03:00") is None
     assert due("2026-01-11T03:00", "2026-01-10T03:00") == at("2026-01-11T03:00")
     assert due("2026-01-20T12:00", "2026-01-10T03:00") == at("2026-01-20T03:00")
+
+
+def test_what_was_queued_is_remembered_by_the_next_start(tmp_path, write, monkeypatch):
+    path = write("[schedule]\ncron = '* * * * *'\ntimezone = 'UTC'\nfolders = ['incoming']\nsettle = 0.001\n")
+    (tmp_path / "incoming").mkdir()
+    now, queued = [at("2026-01-10T12:00:30")], []
+    monkeypatch.setattr(suite.time, "time", lambda: now[0])
+
+    def submit(_watching, _cases, tick, _why):
+        queued.append(tick)
+        return ExitCode.DONE
+
+    monkeypatch.setattr(suite.Watching, "_submit", submit)
+    output = Output(json=False, quiet=True, full=False)
+
+    def look() -> None:
+        watching = suite.Watching(
+            path, tmp_path / "state.json", Address("127.0.0.1", 1), "me", output, existing=False
+        )
+        watching.once()
+
+    look()
+    assert queued == [], "nothing was due since the first start"
+    now[0] += 60
+    (tmp_path / "incoming" / "c.tflite").write_bytes(b"model")
+    look()
+    assert [tick.partition(":")[0] for tick in queued] == ["cron", "file"]
+    look()
+    assert len(queued) == 2
 
 
 def test_a_file_is_whole_when_it_rests(tmp_path):
