@@ -237,7 +237,7 @@ class System:
     def files(self) -> set[str]:
         """What is there, without what dpkg and the accounts' own programs write about themselves."""
         told = re.compile(
-            r"(var/(lib/dpkg|log|cache|backups)/|etc/(passwd|group|shadow|gshadow|subuid|subgid)-?$|dev/|proc/|tmp/)"
+            r"(var/(lib/dpkg|log|cache|backups)/|etc/(passwd|group|shadow|gshadow|subuid|subgid)-?$|dev/|proc/|run/|tmp/)"
         )
         return {
             name for path in self.root.rglob("*") if not told.match(name := str(path.relative_to(self.root)))
