@@ -152,6 +152,8 @@ def test_a_run_says_what_ran_and_what_came_of_it(result: result_pb2.RunResult) -
     assert facts["boardbench.latency.p99_9_seconds"] == pytest.approx(0.0125 * 1.9)
     assert facts["boardbench.memory.peak_rss_bytes"] == 74 << 20
     assert "boardbench.throughput_hertz" not in facts, "what is not known is not there"
+    result.scenario.throughput_hertz = float("nan")
+    assert "boardbench.throughput_hertz" not in told(spans_of(result)["run"].attributes), "nor what is none"
 
 
 def test_a_run_that_failed_is_an_error_with_its_code(make_result: MakeResult) -> None:
@@ -530,6 +532,11 @@ async def test_the_signals_do_not_hold_each_other_up(
         await until(lambda: len(receiver.medians()) == 1 and forwarders["traces"].view().retries > 1)
         assert forwarders["traces"].view().dropped == {} and forwarders["traces"].view().up is False
         await until(lambda: forwarders["metrics"].view().up is True)
+        await until(lambda: forwarders["metrics"]._position >= 1)
+    # Nor does either take the other's place in the store for its own.
+    receiver.judge = lambda request, context: None
+    await sending.until_done()
+    assert (receiver.runs(), len(receiver.medians())) == (["run-1"], 1)
     # And one that takes only the one is told so by the URL.
     only = Sending(f"{receiver.url}/v1/metrics", tmp_path)
     await only.add(make_result("run-1", finished=BEGIN))
