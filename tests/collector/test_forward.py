@@ -192,6 +192,9 @@ async def test_a_result_arrives_at_the_time_it_was_measured(
         (1_700_000_000_500, 0.01),
         (1_700_000_060_250, 0.02),
     ]
+    assert set(stamps(request)) == {1_700_000_000_500, 1_700_000_060_250}, (
+        "the one that failed measured nothing"
+    )
     for series in request.timeseries:
         names = [label.name for label in series.labels]
         assert names == sorted(names) and len(names) == len(set(names))
@@ -336,6 +339,20 @@ async def test_one_that_conflicts_does_not_hold_up_the_others(
     assert len(receiver.found("boardbench_latency_mean_seconds")) == 29
     view = following.forwarder.view()
     assert set(view.dropped) == {"conflict"} and view.samples == 29 * view.dropped["conflict"]
+
+
+async def test_a_body_that_is_too_large_goes_in_parts(
+    following: Following, receiver: Receiver, make_result: MakeResult
+) -> None:
+    def judge(request: Any) -> Answer:
+        return Answer(413, "request body too large") if len(set(stamps(request))) > 3 else Answer(204)
+
+    receiver.judge = judge
+    await following.add(*(make_result(f"run-{n}", finished=1_700_000_000 + n) for n in range(10)))
+    await following.until_done()
+    assert len(receiver.found("boardbench_latency_mean_seconds")) == 10
+    view = following.forwarder.view()
+    assert (view.dropped, view.retries, view.up) == ({}, 0, True)
 
 
 async def test_a_receiver_without_native_histograms_gets_the_rest(
