@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from boardbench.cli.address import COLLECTOR_PORT, CollectorType, ca_option
+from boardbench.cli.spec import Seconds
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -33,6 +34,17 @@ def _option(*names: str) -> Callable[[_Command], _Command]:
         help=f"The collector; port {COLLECTOR_PORT} when none is given; tls://HOST where it is encrypted.",
     )
     return lambda command: option(ca_option(command))
+
+
+def retry_option(to: str) -> Callable[[_Command], _Command]:
+    """Adds ``--retry-for``; the command gets the seconds, ``retry_for``. ``to`` is what is connected to."""
+    return click.option(
+        "--retry-for",
+        type=Seconds(zero=True),
+        default=60.0,
+        show_default=True,
+        help=f"Go on trying this long when the connection to {to} is lost.",
+    )
 
 
 def on_option(help: str) -> Callable[[_Command], _Command]:

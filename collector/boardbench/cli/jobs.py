@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from boardbench.cli.address import Address
-from boardbench.cli.collected import via_option
+from boardbench.cli.collected import retry_option, via_option
 from boardbench.cli.errors import ExitCode
 from boardbench.cli.require_option import require_option
-from boardbench.cli.spec import Count, Seconds
+from boardbench.cli.spec import Count
 from boardbench.cli.terminal import Output, full_option, output_from, output_options
 
 if TYPE_CHECKING:
@@ -116,13 +116,7 @@ def _show(found: list[job_pb2.Job], output: Output, none: str, collector: Addres
 
 @jobs.command("watch")
 @_which
-@click.option(
-    "--retry-for",
-    type=Seconds(zero=True),
-    default=60.0,
-    show_default=True,
-    help="Go on trying this long when the connection to the collector is lost.",
-)
+@retry_option("the collector")
 @require_option()
 @via_option
 @full_option

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from boardbench.cli.address import AGENT_PORT, Address, AddressType, CollectorType, ca_option
-from boardbench.cli.collected import holder_option, on_option, pairs
+from boardbench.cli.collected import holder_option, on_option, pairs, retry_option
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, Refused, Unreachable, worst
 from boardbench.cli.require import Requirement, all_hold, require_option
 from boardbench.cli.spec import Count, Seconds, Spec, spec_from, spec_options
@@ -106,13 +106,7 @@ Examples:
     is_flag=True,
     help="Measure each model by itself, then all at the same time, and say what they do to one another.",
 )
-@click.option(
-    "--retry-for",
-    type=Seconds(zero=True),
-    default=60.0,
-    show_default=True,
-    help="Go on trying this long when the connection to a board is lost.",
-)
+@retry_option("a board")
 @full_option
 @output_options
 def push(

@@ -9,9 +9,9 @@ import click
 
 from boardbench.cli.address import Address
 from boardbench.cli.board import board_option, run_id_on
+from boardbench.cli.collected import retry_option
 from boardbench.cli.errors import ExitCode
 from boardbench.cli.require import Requirement, all_hold, require_option
-from boardbench.cli.spec import Seconds
 from boardbench.cli.terminal import full_option, output_from, output_options
 
 
@@ -42,13 +42,7 @@ def runs(address: Address, **values: Any) -> ExitCode:
 @click.command()
 @click.argument("run_id", metavar="RUN")
 @board_option
-@click.option(
-    "--retry-for",
-    type=Seconds(zero=True),
-    default=60.0,
-    show_default=True,
-    help="Go on trying this long when the connection to the board is lost.",
-)
+@retry_option("the board")
 @require_option()
 @full_option
 @output_options

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from boardbench.cli.address import Address, CollectorType, ca_option
-from boardbench.cli.collected import holder_option, via_option
+from boardbench.cli.collected import holder_option, retry_option, via_option
 from boardbench.cli.errors import CliError, ExitCode, Unreachable, WrongUse, worst
-from boardbench.cli.spec import Seconds
 from boardbench.cli.terminal import Output, output_from, output_options
 
 if TYPE_CHECKING:
@@ -139,13 +138,7 @@ def check(path: Path, collector: Address | None, patterns: tuple[str, ...], **va
     help="Name of this round: the same again queues nothing twice.  [default: a new one]",
 )
 @click.option("--detach", is_flag=True, help="Leave once the jobs are queued, and print their ids.")
-@click.option(
-    "--retry-for",
-    type=Seconds(zero=True),
-    default=60.0,
-    show_default=True,
-    help="Go on trying this long when the connection to the collector is lost.",
-)
+@retry_option("the collector")
 @holder_option
 @via_option
 @output_options

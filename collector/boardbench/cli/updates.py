@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from boardbench.cli.address import Address
-from boardbench.cli.collected import on_option, via_option
+from boardbench.cli.collected import on_option, retry_option, via_option
 from boardbench.cli.errors import CliError, ExitCode, Interrupted, WrongUse
-from boardbench.cli.spec import Count, Seconds
+from boardbench.cli.spec import Count
 from boardbench.cli.terminal import Output, output_from, output_options
 
 if TYPE_CHECKING:
@@ -32,13 +32,7 @@ if TYPE_CHECKING:
     help="So many go first; the others when these run the release. 0: all at once.",
 )
 @click.option("--no-wait", is_flag=True, help="Only begin it; `devices updates` tells how it goes.")
-@click.option(
-    "--retry-for",
-    type=Seconds(zero=True),
-    default=60.0,
-    show_default=True,
-    help="Go on trying this long when the connection to the collector is lost.",
-)
+@retry_option("the collector")
 @via_option
 @output_options
 def update(
