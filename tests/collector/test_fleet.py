@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from boardbench.collector.errors import ShuttingDown, SilentAgent, StoreUnavailable, Superseded
+from boardbench.collector.errors import IdentityTaken, ShuttingDown, SilentAgent, StoreUnavailable, Superseded
 from boardbench.collector.fleet import Durations, Fleet
 from boardbench.collector.look import ReadModel
 from boardbench.collector.store import Sighting
@@ -130,6 +130,25 @@ async def test_the_newer_stream_wins_and_the_older_ones_end_changes_nothing(flee
     assert (fleet.tally.streams, fleet.tally.superseded) == (2, 1)
     fleet.leave(newer)
     assert not fleet.is_up("pi5")
+
+
+async def test_another_agent_may_come_once_the_one_before_has_been_asked_to_end(fleet: Fleet) -> None:
+    first, second = (collector_pb2.Hello(instance_id=name) for name in ("one", "two"))
+    session = fleet.join("pi5", "10.0.0.1", first)
+    with pytest.raises(IdentityTaken):
+        fleet.join("pi5", "10.0.0.2", second)
+    session.end(SilentAgent("nothing came"))
+    assert fleet.join("pi5", "10.0.0.2", second).instance_id == "two"
+
+
+async def test_two_agents_with_copies_of_one_folder_are_told_from_one_that_restarts(fleet: Fleet) -> None:
+    first, second = (collector_pb2.Hello(instance_id="one", life_id=name) for name in ("a", "b"))
+    fleet.join("pi5", "10.0.0.1", first)
+    fleet.join("pi5", "10.0.0.2", second)
+    assert (fleet.conflict("pi5"), fleet.tally.identity_conflicts) == ("", 0), "it has restarted"
+    fleet.join("pi5", "10.0.0.1", first)
+    assert "two agents with copies of one data folder take turns as pi5" in fleet.conflict("pi5")
+    assert fleet.tally.identity_conflicts == 1
 
 
 async def test_closing_asks_everybody_and_takes_nobody(fleet: Fleet) -> None:

@@ -80,6 +80,14 @@ def test_a_signature_that_is_right_but_for_its_sign_is_none() -> None:
         assert ed25519.is_valid(key, message, signature) is valid
 
 
+def test_a_point_has_one_encoding() -> None:
+    # The neutral element, whose signature of anything is itself and 0.
+    neutral, other = (1).to_bytes(32, "little"), (ed25519._P + 1).to_bytes(32, "little")
+    assert ed25519.is_valid(neutral, b"whatever", neutral + bytes(32))
+    assert not ed25519.is_valid(other, b"whatever", neutral + bytes(32))
+    assert not ed25519.is_valid(neutral, b"whatever", other + bytes(32))
+
+
 @pytest.fixture
 def signer(release_packages: Any) -> Any:
     return release_packages.Signer()

@@ -156,6 +156,15 @@ def test_a_wrong_declaration_says_what_is_wrong(
     assert "tell the maker of boardbench-good 1.0" in reason()
 
 
+@pytest.mark.parametrize("raised", ["SystemExit('no licence')", "ImportError('no licence')"])
+def test_a_declaration_that_can_not_be_imported_ends_nothing_else(
+    good: Callable[..., Path], raised: str
+) -> None:
+    (good() / "declared.py").write_text(f"raise {raised}\n")
+    assert f"can't be imported in {sys.executable} ({raised.partition('(')[0]}: no licence)" in reason()
+    assert "pip uninstall boardbench-good" in reason()
+
+
 @pytest.mark.parametrize(
     "right",
     [
