@@ -17,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from boardbench.collector import native
 from boardbench.collector.expose import OPENMETRICS, PROTOBUF, TEXT, Exposition, choose
 from boardbench.collector.fleet import Tally
 from boardbench.collector.look import DeviceView, ForwardView, QueueView, RetentionView, Snapshot
@@ -470,6 +471,15 @@ def test_after_any_change_the_page_is_as_if_it_were_new(
                 assert kept == new, f"step {step}"
             pages = [in_protobuf(one.page(PROTOBUF)) for one in (fleet, fresh)]
             assert pages[0] == pages[1], f"step {step}"
+
+
+def test_the_distribution_of_the_latest_run_may_fall_and_that_of_acknowledgements_not() -> None:
+    # io.prometheus.client.MetricType: HISTOGRAM is 4, GAUGE_HISTOGRAM is 5; without metrics it comes last.
+    kinds = {metric.name: native.family(metric, b"")[-1] for metric in METRICS if metric.kind == "histogram"}
+    assert kinds == {
+        "boardbench_latency_distribution_seconds": 5,
+        "boardbench_collector_acknowledge_seconds": 4,
+    }
 
 
 def test_a_distribution_that_only_differs_in_its_finest_part_is_written_anew(
