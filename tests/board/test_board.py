@@ -1,7 +1,8 @@
 """From a flashed card to a board that runs models and is updated: emulated boards, real programs.
 
-Two boards, one for each way of the first boot. The cable of one is pulled while it measures; the other is
-updated, goes back from a release that is broken, and loses its power in the middle of a switch.
+Two boards, one for each way of the first boot. The cable of one is pulled while it measures, and its power is
+cut while it unpacks a release. The other is updated, goes back from a release that is broken, and loses its
+power in the middle of a switch.
 
 Run by ``make test-board``; as root, on Debian or Ubuntu, with the packages that the skip names. Nothing here
 is a measurement: what QEMU times is QEMU.
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,25 +99,29 @@ class Phases:
         self._path.write_text(json.dumps(self._told, indent=1) + "\n")
 
 
+Build = Callable[[str], Path]
+
+
 @pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The agent's package for Bookworm on arm64, of the sources as they are."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Makes the agent's package for Bookworm on arm64, of the sources as they are, by a version's name."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Of the session and not of this worker: the first builds it for both.
+        # Of the session and not of this worker: what one builds is there for both.
         folder = folder.parent
-    with emulated.held(folder / "package.lock"):
-        found = list((folder / "package").glob("*.deb"))
-        return found[0] if found else build_package(folder / "package")
+    target, wheels = build_deb.TARGETS["arm64-cp311"], REPOSITORY / ".cache" / "wheels"
 
+    def once(version: str) -> Path:
+        with emulated.held(folder / "package.lock"):
+            if found := list(folder.glob(f"packages-{version}/*.deb")):
+                return found[0]
+            place = folder / f"packages-{version}"
+            try:
+                return Path(build_deb.build(target, place, wheels=wheels, version=version, preset=0))
+            except build_deb.BuildError as error:
+                pytest.skip(f"the package can't be built here: {error}")
 
-def build_package(folder: Path, version: str = "") -> Path:
-    try:
-        target = build_deb.TARGETS["arm64-cp311"]
-        wheels = REPOSITORY / ".cache" / "wheels"
-        return Path(build_deb.build(target, folder, wheels=wheels, version=version, preset=0))
-    except build_deb.BuildError as error:
-        pytest.skip(f"the package can't be built here: {error}")
+    return once
 
 
 class Collector:
@@ -206,10 +211,11 @@ def model(shared_models: Path) -> Path:
 
 @pytest.mark.xdist_group("script")
 def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_measures(
-    made: Any, package: Path, collector: Collector, model: Path, tmp_path: Path
+    made: Any, build: Build, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
 ) -> None:
+    releases = Releases(tmp_path, build, release_packages)
     image = emulated.card(made, tmp_path / "card.img", cloud_init=False)
-    token, phases = _flash(image, package, collector), Phases("systemd")
+    token, phases = _flash(image, releases, collector), Phases("systemd")
     port = emulated.free_port()
     with (
         emulated.powered(made, image, tmp_path / "first.log", port) as machine,
@@ -225,18 +231,26 @@ def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_mea
             _check_runs(machine, port, collector, model)
         with phases.phase("a run while the cable is out", machine):
             _check_pulled_cable(machine, port, collector, model)
+        # Some of it is on the disk by then, and some is not: to unpack it takes many times as long.
+        with (
+            _power_cut(machine, collector, releases.good(), ": accepted", 4.0, phases) as client,
+            emulated.powered(made, image, tmp_path / "after.log", port) as after,
+            phases.phase("boot, until the new release reports", after),
+        ):
+            assert _ended(client, code=0)["state"] == "UPDATE_STATE_DONE"
+            after.until("the new release reports", lambda: collector.up(releases.version), BOOT_SECONDS)
+            assert f"unpacked {releases.version}+cp311" in after.log()
     if keep := os.environ.get("BOARDBENCH_KEEP_CARD"):
         shutil.copyfile(image, keep)
 
 
 @pytest.mark.xdist_group("cloud-init")
 def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_release(
-    made: Any, package: Path, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
+    made: Any, build: Build, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
 ) -> None:
-    releases = Releases(tmp_path, release_packages)
+    releases = Releases(tmp_path, build, release_packages)
     image = emulated.card(made, tmp_path / "card.img", cloud_init=True)
-    token = _flash(image, package, collector, f"--update-key={releases.public_key}")
-    phases = Phases("cloudinit")
+    token, phases = _flash(image, releases, collector), Phases("cloudinit")
     port = emulated.free_port()
     with emulated.powered(made, image, tmp_path / "first.log", port) as machine:
         with phases.phase("first boot, until it reports", machine):
@@ -257,23 +271,14 @@ def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_rel
             assert "it did not start" in board["reason"]
             machine.until("the good release reports", lambda: collector.up(releases.version), BOOT_SECONDS)
         # Started long enough to be the one that is in place when the power goes.
-        slow = releases.broken("2", "sleep 30; exit 1")
-        arguments = ("devices", "update", slow, *_ON_EMULATED, f"--via={collector.address}", "--format=json")
-        with begun("boardbench", *arguments) as client:
-            with phases.phase("until the power is cut", machine):
-                switched = f"switched {releases.broken_release('2')}"
-                machine.until(
-                    "the switch has been made", lambda: switched in machine.log(), UPDATE_SECONDS, pause=0.1
-                )
-            machine.cut_power()
+        slow, switched = releases.broken("2", "sleep 15; exit 1"), f"switched {releases.broken_release('2')}"
+        with _power_cut(machine, collector, slow, switched, 0.0, phases) as client:
             # cloud-init has done its part at the first boot.
             _check_card(image, token)
             log = tmp_path / "after.log"
             with emulated.powered(made, image, log, port) as after:
                 with phases.phase("boot, until the good release reports", after):
-                    told, _ = client.communicate(timeout=UPDATE_SECONDS)
-                    assert client.returncode == 1, told
-                    (board,) = json.loads(told)["boards"]
+                    board = _ended(client, code=1)
                     assert board["state"] == "UPDATE_STATE_ROLLED_BACK", board
                     after.until("it reports", lambda: collector.up(releases.version), BOOT_SECONDS)
                 # It has gone on where the power was cut, and did not begin anew.
@@ -289,9 +294,11 @@ _ON_EMULATED = ("--on=lab=qemu",)
 class Releases:
     """Signed packages, by a key that the board trusts."""
 
-    def __init__(self, folder: Path, packages: ModuleType) -> None:
+    def __init__(self, folder: Path, build: Build, packages: ModuleType) -> None:
         self._folder = folder / "releases"
+        self._build = build
         self._packages = packages
+        self.first = build(build_deb.project_version())
         self._folder.mkdir()
         self._key = self._folder / "key"
         installed("boardbench", "release", "keygen", self._key)
@@ -304,7 +311,7 @@ class Releases:
 
     def good(self) -> Path:
         """A whole package of the sources as they are, by another name."""
-        return self._signed(build_package(self._folder, self.version))
+        return self._signed(self._build(self.version))
 
     def broken_release(self, number: str) -> str:
         return f"{self.version}.{number}+cp311"
@@ -320,22 +327,50 @@ class Releases:
         return self._signed(self._packages.build(self._folder, card["version"], files))
 
     def _signed(self, package: Path) -> Path:
-        return Path(installed("boardbench", "release", "sign", package, f"--key={self._key}").strip())
+        out = self._folder / f"signed-{package.name}"
+        installed("boardbench", "release", "sign", package, f"--key={self._key}", f"--out={out}")
+        return out
+
+
+def _update_arguments(collector: Collector, package: Path) -> tuple[object, ...]:
+    return ("devices", "update", package, *_ON_EMULATED, f"--via={collector.address}", "--format=json")
 
 
 def _update(collector: Collector, package: Path, code: int = 0) -> dict[str, Any]:
     """How the update of the one board has ended."""
-    arguments = ("devices", "update", package, *_ON_EMULATED, f"--via={collector.address}", "--format=json")
-    (board,) = json.loads(installed("boardbench", *arguments, code=code))["boards"]
+    told = installed("boardbench", *_update_arguments(collector, package), code=code)
+    (board,) = json.loads(told)["boards"]
     return dict(board)
 
 
-def _flash(image: Path, package: Path, collector: Collector, *more: str) -> str:
+def _ended(client: subprocess.Popen[str], code: int) -> dict[str, Any]:
+    """The same, of an update that was begun."""
+    told, _ = client.communicate(timeout=UPDATE_SECONDS)
+    assert client.returncode == code, told
+    (board,) = json.loads(told)["boards"]
+    return dict(board)
+
+
+@contextlib.contextmanager
+def _power_cut(
+    machine: Any, collector: Collector, package: Path, word: str, seconds: float, phases: Phases
+) -> Iterator[subprocess.Popen[str]]:
+    """An update, and the power is cut so long after the board has said the word; who waits for it goes on."""
+    with begun("boardbench", *_update_arguments(collector, package)) as client:
+        with phases.phase("until the power is cut", machine):
+            machine.until(f"it says {word}", lambda: word in machine.log(), UPDATE_SECONDS, pause=0.1)
+            time.sleep(seconds)
+        machine.cut_power()
+        yield client
+
+
+def _flash(image: Path, releases: Releases, collector: Collector) -> str:
     """Prepares the card; the token that is on it then."""
     token = collector.token("create", "--label=rack=emulated")
     arguments = (
-        "flash", "pi", f"--image={image}", f"--package={package}", "--os=bookworm", "--hostname=emulated-pi",
-        f"--collector={HOST}:{collector.port}", f"--token={token}", "--label=lab=qemu", *more,
+        "flash", "pi", f"--image={image}", f"--package={releases.first}", "--os=bookworm",
+        "--hostname=emulated-pi", f"--collector={HOST}:{collector.port}", f"--token={token}",
+        "--label=lab=qemu", f"--update-key={releases.public_key}",
     )  # fmt: skip
     installed("boardbench", *arguments)
     # The other direction of the same: nothing is to be written.
