@@ -643,3 +643,6 @@ async def test_a_stranger_finds_the_way(collector) -> None:
     names = {service.name for service in services.list_services_response.service}
     assert {"boardbench.v1.CollectorService", "grpc.health.v1.Health"} <= names
     assert files.file_descriptor_response.file_descriptor_proto
+    for name in (each for each in names if each.startswith("boardbench.")):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING, name

@@ -215,15 +215,15 @@ async def _start_grpc(
     job_service = JobService(config, dispatcher, files, admit=service.admit)
     job_pb2_grpc.add_JobServiceServicer_to_server(job_service, server)
     update_service = UpdateService(updater) if updater is not None else None
+    served = [SERVICE_NAME, JOB_SERVICE_NAME]
     if update_service is not None:
         update_pb2_grpc.add_UpdateServiceServicer_to_server(update_service, server)
+        served.append(UPDATE_SERVICE_NAME)
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
         (
-            SERVICE_NAME,
-            JOB_SERVICE_NAME,
-            UPDATE_SERVICE_NAME,
+            *served,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             reflection.SERVICE_NAME,
         ),
@@ -239,7 +239,7 @@ async def _start_grpc(
     if not port:
         raise _cannot_listen(config.listen, "--listen", "")
     await server.start()
-    for name in ("", SERVICE_NAME, JOB_SERVICE_NAME):
+    for name in ("", *served):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop() -> None:
