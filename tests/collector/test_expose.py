@@ -655,6 +655,13 @@ def test_stand_ins_are_told(make_result: MakeResult, board: Callable[..., Device
         labels["model"]: labels["standin"] for labels, _ in series(text, "boardbench_placement_info")
     }
     assert placement == {"real": "false", "fake": "true"}
+    # Each of the places where it can stand is enough.
+    placed, driven = make_result(model="placed"), make_result(model="driven")
+    placed.placement.standin = True
+    driven.accelerator.standin = True
+    for each in (placed, driven):
+        ((_, told),) = series(expose(snapshot([each], devices=[board()])), "boardbench_result_standin")
+        assert told == 1
 
 
 def test_a_board_that_is_gone_leaves_with_everything(
