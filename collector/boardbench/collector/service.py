@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from boardbench.collector.config import CollectorConfig
@@ -249,11 +249,7 @@ class CollectorService(collector_pb2_grpc.CollectorServiceServicer):
             check_identity("the hello's spool_id", hello.spool_id)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        if hello.ByteSize() > _MAX_HELLO_BYTES:
-            raise InvalidRequest(
-                f"the hello of device {hello.board.device_id} has {hello.ByteSize():,} bytes;"
-                f" at most {_MAX_HELLO_BYTES:,} are taken"
-            )
+        _check_size(f"the hello of device {hello.board.device_id}", hello, _MAX_HELLO_BYTES)
         return hello
 
 
@@ -402,27 +398,15 @@ class _Conversation:
         """Takes what is no result."""
         kind = request.WhichOneof("request")
         if kind == "heartbeat":
-            if request.heartbeat.ByteSize() > _MAX_HEARTBEAT_BYTES:
-                raise InvalidRequest(
-                    f"a heartbeat has {request.heartbeat.ByteSize():,} bytes;"
-                    f" at most {_MAX_HEARTBEAT_BYTES:,} are taken"
-                )
+            _check_size("a heartbeat", request.heartbeat, _MAX_HEARTBEAT_BYTES)
             self._fleet.heard(self._session, request.heartbeat)
             self._desk.heartbeat(request.heartbeat)
         elif kind == "job":
-            if request.job.ByteSize() > _MAX_REPORT_BYTES:
-                raise InvalidRequest(
-                    f"what a board says of a job has {request.job.ByteSize():,} bytes;"
-                    f" at most {_MAX_REPORT_BYTES:,} are taken"
-                )
+            _check_size("what a board says of a job", request.job, _MAX_REPORT_BYTES)
             self._fleet.heard(self._session)
             self._desk.report(request.job)
         elif kind == "update":
-            if request.update.ByteSize() > _MAX_REPORT_BYTES:
-                raise InvalidRequest(
-                    f"what a board says of an update has {request.update.ByteSize():,} bytes;"
-                    f" at most {_MAX_REPORT_BYTES:,} are taken"
-                )
+            _check_size("what a board says of an update", request.update, _MAX_REPORT_BYTES)
             self._fleet.heard(self._session)
             if self._updates is not None:
                 self._updates.report(request.update)
@@ -582,6 +566,12 @@ def _parsed(content: bytes) -> result_pb2.RunResult:
         return result_pb2.RunResult.FromString(content)
     except DecodeError as error:
         raise ResultRefused("unreadable", f"it is no RunResult: {error}") from error
+
+
+def _check_size(what: str, message: Message, most: int) -> None:
+    size = message.ByteSize()
+    if size > most:
+        raise InvalidRequest(f"{what} has {size:,} bytes; at most {most:,} are taken")
 
 
 def _check_place(spool_id: str, sequence: int) -> None:

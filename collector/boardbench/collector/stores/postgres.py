@@ -28,7 +28,7 @@ from boardbench.collector.stores.postgres_connection import connect_writer, open
 from boardbench.collector.stores.postgres_jobs import PostgresJobStore, take_places
 from boardbench.collector.stores.postgres_reading import PostgresReading
 from boardbench.collector.stores.postgres_schema import series_key
-from boardbench.collector.stores.removing import KEPT, Thinning, removable
+from boardbench.collector.stores.removing import KEPT, Thinning
 from boardbench.collector.stores.writing import SeriesKey, Spool, SqlWriting, Track
 from boardbench.v1 import collector_pb2
 
@@ -379,28 +379,13 @@ class PostgresResultStore(PostgresReading, SqlWriting["Connection"]):
             return Removed(more=True)
         return thinning.removed(limit)
 
-    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
-        """See ``ResultStore.remove``."""
-
-        def read(db: Connection) -> list[int]:
-            return removable(
-                lambda query, values: self.rows(db, query, values),
-                received_before=received_before,
-                per_series=per_series,
-                limit=limit,
-            )
-
-        chosen = await self.read(read)
-
-        def write(db: Connection) -> Removed:
-            found = db.execute(
-                f"DELETE FROM results WHERE arrival = ANY(%s::bigint[]) AND NOT {KEPT}"
-                " RETURNING octet_length(summary) + octet_length(detail)",
-                (chosen,),
-            ).fetchall()
-            return Removed(len(found), 0, sum(row[0] for row in found), more=len(chosen) == limit)
-
-        return await self.write(write) if chosen else Removed()
+    def _remove(self, db: Connection, arrivals: Sequence[int]) -> list[int]:
+        found = db.execute(
+            f"DELETE FROM results WHERE arrival = ANY(%s::bigint[]) AND NOT {KEPT}"
+            " RETURNING octet_length(summary) + octet_length(detail)",
+            (arrivals,),
+        )
+        return [size_bytes for (size_bytes,) in found]
 
     async def compact(self) -> None:
         """See ``ResultStore.compact``; PostgreSQL does by itself (autovacuum)."""

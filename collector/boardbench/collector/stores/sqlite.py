@@ -42,7 +42,7 @@ from boardbench.collector.store import (
     check_limit,
 )
 from boardbench.collector.stores.gather import Append, Call, Gatherer, Row
-from boardbench.collector.stores.removing import KEPT, Thinning, removable
+from boardbench.collector.stores.removing import KEPT, Thinning
 from boardbench.collector.stores.sqlite_jobs import SqliteJobStore
 from boardbench.collector.stores.sqlite_schema import ADD_OUTCOMES, TRACK_SERIES, migrate
 from boardbench.collector.stores.writing import SeriesKey, Spool, SqlWriting, Track
@@ -485,32 +485,17 @@ class SqliteResultStore(SqlWriting[sqlite3.Connection]):
             await self.write(write)
         return thinning.removed(limit)
 
-    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
-        """See ``ResultStore.remove``."""
-
-        def read(db: sqlite3.Connection) -> list[int]:
-            return removable(
-                lambda query, values: self.rows(db, query, values),
-                received_before=received_before,
-                per_series=per_series,
-                limit=limit,
-            )
-
-        chosen = await self.read(read)
-
-        def write(db: sqlite3.Connection) -> Removed:
-            count, size = 0, 0
-            for arrival in chosen:
-                found = db.execute(
-                    f"SELECT length(summary) + length(detail) FROM results WHERE arrival = ? AND NOT {KEPT}",
-                    (arrival,),
-                ).fetchone()
-                if found is not None:
-                    db.execute("DELETE FROM results WHERE arrival = ?", (arrival,))
-                    count, size = count + 1, size + found[0]
-            return Removed(count, 0, size, more=len(chosen) == limit)
-
-        return await self.write(write) if chosen else Removed()
+    def _remove(self, db: sqlite3.Connection, arrivals: Sequence[int]) -> list[int]:
+        sizes = []
+        for arrival in arrivals:
+            found = db.execute(
+                f"SELECT length(summary) + length(detail) FROM results WHERE arrival = ? AND NOT {KEPT}",
+                (arrival,),
+            ).fetchone()
+            if found is not None:
+                db.execute("DELETE FROM results WHERE arrival = ?", (arrival,))
+                sizes.append(found[0])
+        return sizes
 
     async def compact(self) -> None:
         """See ``ResultStore.compact``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from boardbench.collector.errors import CollectorError, OutOfOrder, PlaceTaken, ResultRefused, StoreError
-from boardbench.collector.store import Places, check_result, has_drifted
+from boardbench.collector.store import Places, Removed, check_result, has_drifted
 from boardbench.collector.stores.gather import Append, Call, Gatherer, Row, new_append
 from boardbench.collector.stores.reading import Connection, SqlReading
+from boardbench.collector.stores.removing import removable
 from boardbench.collector.stores.sql_jobs import SqlJobStore
 from boardbench.collector.thinning import is_same
 from boardbench.v1 import result_pb2
@@ -142,7 +144,27 @@ class SqlWriting(SqlReading[Connection]):
     def _set_tracks(self, db: Connection, tracks: Mapping[SeriesKey, Track]) -> None:
         """Writes what was added to series."""
 
+    @abc.abstractmethod
+    def _remove(self, db: Connection, arrivals: Sequence[int]) -> list[int]:
+        """Removes results, but for those that stay for ever; returns how many bytes each of them had."""
+
     # The same everywhere.
+
+    async def remove(self, *, received_before: float | None, per_series: int | None, limit: int) -> Removed:
+        """See ``ResultStore.remove``."""
+        chosen = await self.read(
+            lambda db: removable(
+                functools.partial(self.rows, db),
+                received_before=received_before,
+                per_series=per_series,
+                limit=limit,
+            )
+        )
+        if not chosen:
+            return Removed()
+        # Not while they were chosen, so that others wrote meanwhile: what has become the latest stays.
+        sizes = await self.write(lambda db: self._remove(db, chosen))
+        return Removed(len(sizes), 0, sum(sizes), more=len(chosen) == limit)
 
     def _batch(self, db: Connection, entries: Sequence[Append | Call[Connection]]) -> list[Any]:
         """Returns what to tell each entry when the transaction is committed."""
