@@ -236,11 +236,13 @@ def test_what_was_queued_is_remembered_by_the_next_start(tmp_path, write, monkey
     look()
     assert queued == [], "nothing was due since the first start"
     now[0] += 60
+    for _ in range(2):
+        look()
+        assert [tick.partition(":")[0] for tick in queued] == ["cron"]
     (tmp_path / "incoming" / "c.tflite").write_bytes(b"model")
-    look()
-    assert [tick.partition(":")[0] for tick in queued] == ["cron", "file"]
-    look()
-    assert len(queued) == 2
+    for _ in range(2):
+        look()
+        assert [tick.partition(":")[0] for tick in queued] == ["cron", "file"]
 
 
 def test_a_file_is_whole_when_it_rests(tmp_path):
