@@ -100,8 +100,11 @@ class Stage:
 
     async def settle(self) -> None:
         """Everything that was said has been taken in, and what follows from it was told."""
-        await self.until(lambda: not self.updater._poke.is_set() and not self.updater._reports)
-        await asyncio.sleep(0.1)
+        await self.until(lambda: not self.updater._reports)
+        self.updater._poke.set()
+        await self.until(lambda: not self.updater._poke.is_set())
+        async with self.updater._turn:  # a round begins with its poke, and has it until it has ended
+            pass
 
     async def restart(self) -> None:
         """The collector ends and comes back; no stream is there any more."""
