@@ -113,7 +113,7 @@ docs: $(VENV)/.demo  ## Build the documentation into site/
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build -W -q -b html docs site
 
-bench: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres  ## Measure boardbench against other tools (half an hour; wants a calm machine)
+bench: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres  ## Measure boardbench against other tools (an hour; wants a calm machine)
 	@$(BIN)/python -m pip install -q --group bench
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python benchmarks/all.py $(BENCH_ARGS)
 

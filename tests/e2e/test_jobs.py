@@ -202,7 +202,8 @@ def test_a_reserved_board_works_for_its_holder_alone(lab: Lab, demo_tflite: Path
     assert lab.job(waiting["job_id"])["state"] == "JOB_STATE_QUEUED"
     refused = lab.cli("devices", "reserve", "--on", "rack=1", "--holder", "bert", *via, code=1)
     assert "anna" in refused.err
-    lab.cli("devices", "release", "--holder", "anna", *via)
+    released = lab.cli("devices", "release", "--holder", "anna", *via)
+    assert "given back by" in released.out and "holder" not in released.out
     lab.until(waiting["job_id"], "DONE")
     # The operator's label goes before the agent's.
     lab.cli("devices", "label", "rack=7", "--on", "rack=1", *via)

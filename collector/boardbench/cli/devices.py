@@ -161,17 +161,19 @@ def release(on: tuple[str, ...], force: bool, holder: str, collector: Address, *
 
     with JobsClient(collector) as client:
         found = client.release(job_pb2.ReleaseRequest(on=on, holder=holder, force=force))
-    _show_reservations(found, output, f"{holder} had none of them")
+    _show_reservations(found, output, f"{holder} had none of them", ended=True)
     return ExitCode.DONE
 
 
-def _show_reservations(found: list[job_pb2.Reservation], output: Output, none: str) -> None:
+def _show_reservations(
+    found: list[job_pb2.Reservation], output: Output, none: str, *, ended: bool = False
+) -> None:
     from boardbench.cli.tables import reservations_table
 
     if output.json:
         output.show_json(found)
     elif found:
-        output.show(reservations_table(found), table=True)
+        output.show(reservations_table(found, ended=ended), table=True)
     else:
         output.note(none)
 

@@ -449,9 +449,10 @@ def cases_table(rows: Iterable[tuple[str, ...]]) -> RenderableType:
     return table
 
 
-def reservations_table(reservations: Iterable[job_pb2.Reservation]) -> RenderableType:
-    """A line a board that is taken."""
-    table = _table("board", "holder", "until", "for")
+def reservations_table(reservations: Iterable[job_pb2.Reservation], *, ended: bool = False) -> RenderableType:
+    """A line a board that is taken, or that is free again."""
+    holder, until = ("given back by", "was taken until") if ended else ("holder", "until")
+    table = _table("board", holder, until, "for")
     for reservation in map(cleaned, reservations):
         ends = reservation.ends_at if reservation.HasField("ends_at") else None
         table.add_row(reservation.device_id, reservation.holder, _time(ends), reservation.reason)
