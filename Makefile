@@ -120,7 +120,7 @@ bench: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres  ## Measure boardb
 soak: $(VENV)/.dev $(SYSTEM)/.prometheus $(SYSTEM)/.postgres .cache/engines/.made  ## The long tests
 	PATH="$(CURDIR)/$(BIN):$$PATH:$(CURDIR)/$(SYSTEM)/usr/bin" $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
-test-board: $(VENV)/.dev  ## Flash an emulated board, boot it, run a model on it (root; QEMU; a quarter of an hour)
+test-board: $(VENV)/.dev  ## Flash an emulated board, boot it, run a model on it (root; QEMU; ten minutes)
 	$(BIN)/python -m pytest tests/board tests/deploy/test_life_of_a_package.py -m soak -n 2 --dist loadgroup --timeout=7200 \
 		-rs $(PYTEST_ARGS)
 
