@@ -233,3 +233,14 @@ def test_the_precision_of_every_op_is_on_the_whole_page(sample):
     (line,) = [line for line in text_of(result_page(result, whole=True)).splitlines() if "bfloat16" in line]
     assert line.lstrip().startswith(("#0", "Placement"))
     assert "bfloat16" not in text_of(result_page(result))
+
+
+def test_a_line_says_that_its_board_was_emulated() -> None:
+    result = result_pb2.RunResult(
+        status=result_pb2.RUN_STATUS_SUCCEEDED, validity=result_pb2.VALIDITY_INVALID, standins=["qemu"]
+    )
+    result.warnings.add(code="emulated", severity=result_pb2.SEVERITY_INVALID)
+    for table in (comparison_table, results_table):
+        assert "EMULATED, INVALID (1 warning)" in text_of(table([result]), width=160)
+    del result.standins[:]
+    assert "EMULATED" not in text_of(results_table([result]), width=160)

@@ -378,6 +378,21 @@ async def test_another_scenario_is_told_beside_the_engine(
     await board.leave()
 
 
+async def test_what_had_the_part_of_hardware_is_named(
+    collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
+) -> None:
+    emulated = make_result("run-1")
+    emulated.validity = result_pb2.VALIDITY_INVALID
+    emulated.standins[:] = ["qemu", "<b>"]
+    board = collector.board()
+    await board.join()
+    await board.send(1, emulated)
+    await board.acknowledged(1)
+    page = await _page(http, collector.url)
+    assert "succeeded, INVALID: not hardware but qemu, <b>" in page.text
+    await board.leave()
+
+
 async def test_the_page_tells_where_it_ran_and_what_that_cost(
     collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
 ) -> None:

@@ -185,13 +185,17 @@ def _while(stage: int) -> str:
     )
 
 
+def emulators_of(result: result_pb2.RunResult) -> list[str]:
+    """Emulators that had the processor's part in the run, by name."""
+    return sorted({*result.standins, result.board.emulator} & EMULATORS)
+
+
 def _banners(result: result_pb2.RunResult) -> list[RenderableType]:
     banners: list[RenderableType] = []
     worth = validity_line(result)
     if worth is not None:
         banners.append(Padding(worth, (0, 0, 0, 2)))
-    names = {*result.standins, result.board.emulator} - {""}
-    emulators = sorted(names & EMULATORS)
+    emulators = emulators_of(result)
     standins = sorted(set(result.standins) - EMULATORS)
     if emulators:
         banners.append(

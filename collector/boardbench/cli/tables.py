@@ -14,7 +14,7 @@ from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
 from boardbench.cli.plain import cleaned, printable
-from boardbench.cli.report import EMULATORS, STAGES, board_name
+from boardbench.cli.report import EMULATORS, STAGES, board_name, emulators_of
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.cli.trust import validity_word
 from boardbench.cli.verdict import device_asked, is_plain, percent, placement_known
@@ -178,6 +178,7 @@ def status_of(result: result_pb2.RunResult) -> Text:
     elif result.warnings:
         worth, worth_style = validity_word(result)
         if worth and result.validity != result_pb2.VALIDITY_VALID:
+            worth = ", ".join(["EMULATED"] * bool(emulators_of(result)) + [worth])
             return Text(worth, worth_style).append(f" ({figures.plural(_doubts(result), 'warning')})")
         if _doubts(result):
             return Text(word, style).append(f" ({figures.plural(_doubts(result), 'warning')})", DOUBTFUL)

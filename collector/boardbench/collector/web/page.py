@@ -213,7 +213,8 @@ def _ending(result: result_pb2.RunResult) -> str:
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
         doubts = len(_doubts(result))
         if result.validity == result_pb2.VALIDITY_INVALID:
-            return 'succeeded, <span class="bad">INVALID</span>'
+            on = f": not hardware but {', '.join(map(escape, result.standins))}" if result.standins else ""
+            return f'succeeded, <span class="bad">INVALID{on}</span>'
         if result.validity == result_pb2.VALIDITY_VALID and not doubts:
             return '<span class="good">valid</span>'
         if not doubts:
