@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -133,6 +134,26 @@ def test_a_result_stays_when_the_collector_has_it_though_the_spool_keeps_nothing
     board.run("r6", 1500)
     board.acknowledge()
     assert [board.journal.result(result.run_id) for result in results[-3:]] == [None, *results[-2:]]
+
+
+def test_runs_that_end_at_one_time_stay_in_the_order_of_their_results(boards: Callable[..., Board]) -> None:
+    board = boards()
+    names = [f"r{number * 7919 % 31}" for number in range(31)]
+    for name in names:
+        board.run(name)
+    for path in (board.root / "runs").iterdir():
+        os.utime(path, ns=(0, 10**18))
+    assert ids(board.again()) == names
+
+
+def test_a_run_that_was_never_accepted_leaves_nothing(
+    boards: Callable[..., Board], caplog: pytest.LogCaptureFixture
+) -> None:
+    board = boards()
+    (board.root / "runs" / "begun.jsonl").touch()  # killed between making the file and the first line
+    recovered = board.again()
+    assert (recovered.unfinished, recovered.ended, caplog.text) == ([], [], "")
+    assert list((board.root / "runs").iterdir()) == []
 
 
 def test_a_result_stays_longer_than_the_spool_keeps_what_is_acknowledged(

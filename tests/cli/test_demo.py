@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -126,6 +127,18 @@ def test_it_leaves_nothing_when_it_is_interrupted(start, nothing_left, after, nu
     assert "interrupted" in done.err
     assert "Traceback" not in done.err
     assert "The last words of" not in done.err
+
+
+def test_it_says_that_it_was_interrupted_in_the_middle_of_a_measurement(start, nothing_left):
+    running = start("demo", "--duration", "30", TMPDIR=str(nothing_left))
+    deadline = time.monotonic() + 60
+    while not any(b"MEASURE" in path.read_bytes() for path in nothing_left.rglob("runs/*.jsonl")):
+        assert time.monotonic() < deadline and running.process.poll() is None
+        time.sleep(0.05)
+    running.process.send_signal(signal.SIGINT)
+    done = running.finished()
+    assert done.code == 130
+    assert done.err.strip() == "boardbench: interrupted"
 
 
 def test_a_program_that_breaks_is_told_with_the_end_of_its_log(boardbench, nothing_left, tmp_path):

@@ -146,7 +146,8 @@ class Journal:
     def recover(self) -> Recovered:
         """What a former life left. Called once, before anything else; begins a new life for what waits."""
         recovered = Recovered()
-        found: list[tuple[int, Ended]] = []
+        # With where its result is in the spool: runs that end within a tick of the clock have one time.
+        found: list[tuple[int, int, Ended]] = []
         for path in self._root.glob("*.result"):
             with path.open("rb") as file:
                 ended = _read_head(file.readline(), path.stat().st_size)
@@ -154,15 +155,20 @@ class Journal:
                 _log.warning("%s: not readable; removed", path)
                 path.unlink(missing_ok=True)
                 continue
-            found.append((path.stat().st_mtime_ns, ended))
+            found.append((path.stat().st_mtime_ns, 0, ended))
             # A crash between the result and the removal of the steps.
             path.with_suffix(".jsonl").unlink(missing_ok=True)
         for path in self._root.glob("*.jsonl"):
+            if path.stat().st_size == 0:
+                # The agent ended as it accepted the run: nobody was told that it did.
+                path.unlink()
+                continue
             steps = _read_steps(path)
             if isinstance(steps, Ended):
                 size_bytes = self._spool.hold(steps.order.run_id)
                 if size_bytes:
-                    found.append((path.stat().st_mtime_ns, replace(steps, size_bytes=size_bytes)))
+                    place = self._spool.place(steps.order.run_id)
+                    found.append((path.stat().st_mtime_ns, place, replace(steps, size_bytes=size_bytes)))
                     continue
             if isinstance(steps, Unfinished):
                 self._append(steps.order.run_id, {"life": True}, synced=True)
@@ -173,7 +179,7 @@ class Journal:
             # A spool that can't be read now may be another time.
             if steps is None or not self._spool.status().trouble:
                 path.unlink(missing_ok=True)
-        recovered.ended = [ended for _, ended in sorted(found, key=lambda entry: entry[0])]
+        recovered.ended = [ended for *_, ended in sorted(found, key=lambda entry: entry[:2])]
         self._kept = {ended.order.run_id: ended.size_bytes for ended in recovered.ended}
         recovered.unfinished.sort(key=lambda entry: entry.order.created_at.ToNanoseconds())
         return recovered

@@ -287,6 +287,10 @@ class Spool:
             self._held -= {run_id}
             self._reap()
 
+    def place(self, run_id: str) -> int:
+        """Where the run's result is in the order of ending; 0: it is not here."""
+        return self._runs.get(run_id, 0)
+
     def waits(self, run_id: str) -> bool:
         """Whether the run's result is here and the collector has not acknowledged it."""
         # Without the lock, as status().

@@ -125,9 +125,10 @@ def _play(stage: _Stage, *, duration: float, stay: bool, full: bool) -> ExitCode
 
     _say(f"Pushing both to the agent, as `boardbench push` does, and measuring each for {duration:g} s …\n")
     results, code = _push(models, board, duration, full, stage.signals)
+    if code == ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     if code != ExitCode.DONE:
-        if code != ExitCode.INTERRUPTED:
-            stage.fail()
+        stage.fail()
         return code
 
     _say("What Prometheus would scrape of this:\n")
