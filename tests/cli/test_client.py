@@ -239,6 +239,21 @@ def test_progress_of_an_upload_ends_at_the_size_of_the_file(board, client, model
     assert sent[-1] == model_file.stat().st_size
 
 
+def test_progress_of_an_upload_ends_there_though_the_answer_comes_first(board, client, model_file):
+    sent, size = [], model_file.stat().st_size
+    here, answered = threading.current_thread(), threading.Event()
+
+    def on_sent(at):
+        if at == size and threading.current_thread() is not here:
+            answered.wait(30)
+        sent.append(at)
+
+    with Source(model_file) as source:
+        client.push(source, on_sent=on_sent)
+    assert sent[-1] == size
+    answered.set()
+
+
 def test_a_defect_of_the_agent_points_to_its_log(board, client):
     def fail(request, context):
         raise RuntimeError("a bug")

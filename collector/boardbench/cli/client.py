@@ -648,10 +648,14 @@ class _Push:
         progressed: Callable[[int], None],
     ) -> agent_pb2.PushDone:
         """The agent's last answer. Raises grpc.RpcError, _EndedEarly."""
+        begun = False
         for response in call:
             heard()
             self._moved_at = time.monotonic()
             if response.HasField("done"):
+                if begun:
+                    # The answer can be here before the sending thread has come to say so of the last chunk.
+                    self._on_sent(self._source.size_bytes)
                 return response.done
             offset = response.resume.offset_bytes
             if not 0 <= offset <= self._source.size_bytes:
@@ -661,6 +665,7 @@ class _Push:
                 )
             progressed(offset)
             self._on_sent(offset)
+            begun = True
             self._from.put(offset)
         raise _EndedEarly
 
