@@ -205,7 +205,7 @@ class Stage:
                 # One of them by the collector's queue, as boards behind NAT are reached.
                 to = ["--to", address]
                 if name == QUEUED:
-                    to = ["--via", f"127.0.0.1:{collector}", "--on", f"device={name}"]
+                    to = ["--via", f"127.0.0.1:{collector}", "--on", f"device_id={name}"]
                 done = subprocess.run(
                     [*_program("boardbench"), "push", *self._what(name), *to, "--quiet"],
                     stdin=subprocess.DEVNULL,

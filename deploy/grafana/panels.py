@@ -61,12 +61,12 @@ MOMENT_WIDTH = 140
 BAR_TITLE, BAR_VALUE = 13, 20
 # Of columns of a table, in pixels.
 WIDTHS = {
-    "device": 150,
-    "model": 300,
+    "device": 130,
+    "model": 260,
     "runtime": 100,
     "target": 80,
     "threads": 65,
-    "variant": 140,
+    "variant": 110,
     "validity": 80,
     "verdict": 130,
     "board": 240,
