@@ -204,8 +204,10 @@ class Follower(abc.ABC, Generic[_Item]):
             while True:
                 latest, arrivals, measured = await ahead
                 if not arrivals:
-                    # Fewer than were sent: the store was set back.
-                    self._position = min(self._position, latest)
+                    if latest < self._position:
+                        # The store was set back. After a restart, too, what comes next is sent.
+                        await asyncio.to_thread(_write_cursor, self._cursor, latest)
+                        self._position = latest
                     return sent
                 # The receiver has its own work with what it is given: meanwhile the next is made ready.
                 ahead = asyncio.create_task(self._read(arrivals[-1].position))
