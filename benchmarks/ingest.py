@@ -335,9 +335,13 @@ def _pacing(pipe: Connection, address: str, connections: int, rate: int, seconds
                 await call.read()
                 # From the moment it was due: a sender that is late waits for its answer, too.
                 latencies.append(time.perf_counter() - due)
+            # So many connections are open until the last of them is done: what it costs when boards leave is
+            # not in the time to answer others.
+            done.release()
+            await over.wait()
             await call.done_writing()
 
-    ready = asyncio.Semaphore(0)
+    ready, done, over = asyncio.Semaphore(0), asyncio.Semaphore(0), asyncio.Event()
 
     async def main() -> None:
         begin: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -348,6 +352,9 @@ def _pacing(pipe: Connection, address: str, connections: int, rate: int, seconds
         pipe.send("ready")
         await asyncio.to_thread(pipe.recv)
         begin.set_result(time.perf_counter() + 1)
+        for _ in tasks:
+            await done.acquire()
+        over.set()
         await asyncio.gather(*tasks)
         ordered = sorted(latencies)
         pipe.send(

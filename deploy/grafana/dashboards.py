@@ -577,7 +577,7 @@ def collector() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Time to acknowledge",
-                "From a result's arrival to its commit.",
+                "From a result's arrival to its acknowledgement.",
                 "s",
                 Ask(
                     "histogram_quantile(0.99, sum by (le) "

@@ -80,7 +80,7 @@ class Tally:
     renewals: int = 0
     """Times that an agent was asked to give its spool a new identity."""
     acknowledge: Durations = field(default_factory=Durations)
-    """From a result's arrival to its commit."""
+    """From a result's arrival to its acknowledgement; those that were refused have none."""
 
 
 class Session:

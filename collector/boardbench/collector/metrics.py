@@ -406,7 +406,7 @@ METRICS: tuple[Metric, ...] = (
         "boardbench_collector_acknowledge_seconds",
         "histogram",
         (),
-        "Time from a result's arrival to its commit, after which it is acknowledged.",
+        "Time from a result's arrival to its acknowledgement, which follows its commit.",
     ),
     Metric("boardbench_collector_series", "gauge", (), "Series of boards in this scrape."),
     Metric(

@@ -349,8 +349,8 @@ class _Conversation:
         self._handed_over: dict[str, int] = {}
         self._committed: _Waiting | None = None
         """The last that was committed and is not acknowledged yet."""
-        self._unanswered = 0
-        """How many are; the acknowledgement of the last is one for all of them."""
+        self._unanswered: tuple[float, ...] = ()
+        """When each of those came; the acknowledgement of the last is one for all of them."""
         self._due = False
         """Whether they have waited long enough for others."""
         self._timer: asyncio.TimerHandle | None = None
@@ -473,7 +473,7 @@ class _Conversation:
             while self._waiting and self._waiting[0].outcome.done():
                 await self._settle(self._waiting[0])
             if self._committed is not None:
-                if not self._waiting or self._unanswered >= _TOGETHER or self._due:
+                if not self._waiting or len(self._unanswered) >= _TOGETHER or self._due:
                     await self._acknowledge()
                     continue
                 if self._timer is None:
@@ -495,7 +495,7 @@ class _Conversation:
             # again under another name, and known by its run.
             if entry.spool_id not in self._copied:
                 self._committed = entry
-                self._unanswered += 1
+                self._unanswered += (entry.came_at,)
         elif isinstance(error, ResultRefused):
             await self._refuse(entry, error)
         elif isinstance(error, PlaceTaken):
@@ -505,7 +505,6 @@ class _Conversation:
         del self._waiting[0]
         self._waiting_bytes -= entry.size_bytes
         self._count(entry.outcome)
-        self._fleet.tally.acknowledge.add(time.monotonic() - entry.came_at)
         if self._went is not None and not self._went.done():
             self._went.set_result(None)
 
@@ -526,10 +525,17 @@ class _Conversation:
 
     async def _acknowledge(self) -> None:
         """Tells of all that is committed."""
-        entry, self._committed, self._unanswered, self._due = self._committed, None, 0, False
+        entry, came, self._committed, self._unanswered = self._committed, self._unanswered, None, ()
+        self._due = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if entry is not None:
             acknowledgement = collector_pb2.Acknowledgement(spool_id=entry.spool_id, sequence=entry.sequence)
             await self._wire.send(collector_pb2.ReportResponse(acknowledgement=acknowledgement))
+            now = time.monotonic()
+            for came_at in came:
+                self._fleet.tally.acknowledge.add(now - came_at)
 
     async def _renew(self, entry: _Waiting, error: PlaceTaken) -> None:
         """Asks for a new identity of the spool, once: what follows under the old one is not taken."""
