@@ -419,7 +419,9 @@ async def test_a_store_that_is_set_back_while_it_runs_is_sent_again(
     following.forwarder = following.make()
     await following.add(*(make_result(f"run-{turn}") for turn in range(4)))
     await following.until_done()
-    assert len(receiver.found("boardbench_latency_mean_seconds")) == 4, "also after a restart, of more than it had"
+    assert len(receiver.found("boardbench_latency_mean_seconds")) == 4, (
+        "also after a restart, of more than it had"
+    )
     assert following.forwarder.view().pending == 0
 
 
