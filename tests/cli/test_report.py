@@ -120,6 +120,15 @@ def test_a_prediction_is_never_shown_as_known(sample):
     assert "nothing of it was seen running" in text
 
 
+def test_an_op_of_which_no_time_is_left_does_not_take_none(sample):
+    result = sample("partly_placed")
+    left = [op for op in result.placement.ops if op.unit == placement_pb2.UNIT_CPU]
+    left[0].seconds, left[1].seconds = 2e-6, 0.0
+    text = " ".join(text_of(result_page(result)).split())
+    assert "too short" in text and "2.000 µs" in text
+    assert " 0 s" not in text
+
+
 def test_contradicting_evidence_is_loud(sample):
     result = sample("partly_placed")
     result.placement.verdict = placement_pb2.PLACEMENT_VERDICT_CONTRADICTED

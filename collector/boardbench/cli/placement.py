@@ -280,9 +280,16 @@ def _op_table(ops: Iterable[placement_pb2.OpPlacement], *, whole: bool) -> Rende
         if precise:
             cells.append(op.precision or "–")
         if timed:
-            cells.append(figures.seconds(op.seconds) if op.HasField("seconds") else "–")
+            cells.append(_cost(op))
         table.add_row(*cells, _reason(op))
     return table
+
+
+def _cost(op: placement_pb2.OpPlacement) -> str:
+    if not op.HasField("seconds"):
+        return "–"
+    # What is left of it after what measuring took: an op that takes no time there is not.
+    return figures.seconds(op.seconds) if op.seconds else "too short"
 
 
 def _reason(op: placement_pb2.OpPlacement) -> Text:
