@@ -26,9 +26,14 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer):
     def __init__(self) -> None:
         self.devices: list[collector_pb2.Device] = []
         self.then: list[list[collector_pb2.Device]] = []
+        self.away = 0
+        """So many times it does not answer, once it was asked."""
         self.asked = threading.Event()
 
     def ListDevices(self, request: Any, context: Any) -> collector_pb2.ListDevicesResponse:
+        if self.asked.is_set() and self.away:
+            self.away -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it is started anew")
         answer = collector_pb2.ListDevicesResponse(devices=self.devices)
         if self.then:
             self.devices = self.then.pop(0)
@@ -121,6 +126,21 @@ def test_a_board_that_is_up_all_the_time_counts_when_it_is_heard_of_again(
         waits.wait("jetson", known=True)
     speaks.devices = [board("jetson", seen=2)]
     assert waits.wait("jetson", known=True) is ExitCode.DONE
+
+
+def test_a_collector_that_is_started_anew_meanwhile_ends_no_wait(
+    collector: tuple[Collector, Address], capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaks, address = collector
+    waits, waits_briefly = arrival(address), arrival(address, 0.3)
+    speaks.devices, speaks.away = [board("new")], 3
+    assert waits.wait() is ExitCode.DONE
+    said = capsys.readouterr()
+    assert said.out.startswith("id-new reports")
+    assert said.err.count("still waiting") == 1
+    speaks.away = 1_000_000
+    with pytest.raises(Unreachable, match="it is started anew"):
+        waits_briefly.wait()
 
 
 def test_who_asks_for_the_wait_is_told_before_anything_is_written(

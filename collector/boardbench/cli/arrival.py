@@ -8,7 +8,7 @@ import click
 
 from boardbench.cli.address import Address
 from boardbench.cli.client import CollectorClient
-from boardbench.cli.errors import CliError, ExitCode
+from boardbench.cli.errors import CliError, ExitCode, Unreachable
 from boardbench.v1 import collector_pb2
 
 _WAIT_SECONDS = 900.0  # a first boot resizes the card, installs, and starts again; a slow card takes minutes
@@ -32,21 +32,34 @@ class Arrival:
         """Returns when a board reports that was not there before, or not up; of this name, when one is given.
 
         ``known``: a board of this name may have been up all the time, and counts once it is heard of again.
-        Raises CliError after a quarter of an hour, with what to look at.
+        Raises CliError after a quarter of an hour, with what to look at; Unreachable where the collector does
+        not answer by then.
         """
         click.echo(
             f"waiting for the board to report to {self._collector} (Ctrl-C ends the wait, and nothing else)",
             err=True,
         )
         deadline = time.monotonic() + self._seconds
+        lost: Unreachable | None = None
         with CollectorClient(self._collector) as client:
             while time.monotonic() < deadline:
-                for device in client.devices():
+                try:
+                    devices = client.devices()
+                except Unreachable as error:
+                    # The collector is started anew, or this computer was in another network for a moment.
+                    if lost is None:
+                        click.echo(f"{error}\nstill waiting", err=True)
+                    lost, devices = error, []
+                else:
+                    lost = None
+                for device in devices:
                     if device.up and hostname in ("", device.board.hostname) and self._is_news(device, known):
                         board = device.board
                         click.echo(f"{board.device_id} reports: {board.model or board.hostname}, {board.os}")
                         return ExitCode.DONE
                 time.sleep(self._look_seconds)
+        if lost is not None:
+            raise lost
         raise CliError(
             f"no board has reported within {self._seconds / 60:.0f} minutes. Look whether: it has power and "
             "a network (a cable, or --wifi with the right password); boardbench/install.log on the card's "
