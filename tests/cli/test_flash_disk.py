@@ -151,10 +151,30 @@ def test_only_what_somebody_would_carry_to_a_board_is_written(
     assert words in refusal and bool(words) == bool(refusal), refusal
 
 
-def test_a_partition_is_no_disk(tree: Tree) -> None:
+def test_another_disk_by_the_same_name_is_told(tree: Tree) -> None:
+    found = disk.checked(tree.device, tree.root)
+    disk.still_there(found, tree.root)
+    tree.says({"size": "1953525168"})
+    with pytest.raises(
+        CliError, match=rf"{tree.device} was Generic SD/MMC CRW, 31\.9 GB .* and is .*, 1000\.2 GB"
+    ):
+        disk.still_there(found, tree.root)
+    tree.says({"size": "62333952"})
+    disk.still_there(found, tree.root)
+    tree.mounted("30 1 8:17 / /mnt rw - vfat /dev/sdx1 rw")
+    with pytest.raises(CliError, match="sdx1 is mounted on /mnt"):
+        disk.still_there(found, tree.root)
+
+
+def test_a_partition_is_no_disk(tree: Tree, tmp_path: Path) -> None:
     tree.link.unlink()
     tree.link.symlink_to(tree.part)
-    assert "it is a partition of /dev/sdx: name the whole disk" in tree.look().refusal
+    # By whatever name it is given (/dev/disk/by-id).
+    link = tmp_path / "usb-Generic-part1"
+    link.symlink_to(tree.device)
+    for device in (tree.device, link):
+        refusal = disk.describe(device, tree.root).refusal
+        assert "it is a partition of /dev/sdx: name the whole disk" in refusal
 
 
 def test_a_system_that_does_not_tell_is_told(tmp_path: Path, tree: Tree) -> None:
@@ -349,8 +369,11 @@ def test_what_can_not_be_written_is_told_before_anything_is(
 ) -> None:
     small, protected = attach(40), attach(56, "--read-only")
     given = ("--package", package, "--image", small_card)
-    answer = run(*given, "--device", small, "--yes", disk.describe(small).id)
-    assert "take a larger card" in str(answer.exception)
+    # Nobody is asked about what can't be.
+    for more in (("--yes", disk.describe(small).id), ("--dry-run",), ()):
+        answer = run(*given, "--device", small, *more, answer=f"{small.name}\n")
+        assert "take a larger card" in str(answer.exception)
+        assert "is lost" not in answer.output
     assert content(small) == OLD * (40 * MIB // len(OLD))
     answer = run(*given, "--device", protected)
     assert "write protected" in str(answer.exception)
@@ -409,3 +432,58 @@ def test_a_mounted_disk_is_refused_by_this_program_and_by_the_kernel(
     with device.open("rb") as file:
         file.seek(1080)
         assert file.read(2) == b"\x53\xef", "the file system is there still (ext4's magic)"
+
+
+def test_another_disk_that_comes_while_somebody_is_asked_is_not_written(
+    attach: Callable[..., Path],
+    small_card: Path,
+    package: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = attach(56)
+    other = tmp_path / "other.img"
+    other.write_bytes(OLD * (60 * MIB // len(OLD)))
+
+    def exchanged(*_: object, **__: object) -> str:
+        losetup("--detach", device)
+        losetup(device, other)
+        return device.name
+
+    monkeypatch.setattr("click.prompt", exchanged)
+    answer = run("--package", package, "--image", small_card, "--device", device)
+    assert isinstance(answer.exception, CliError)
+    assert "by now: nothing was written" in str(answer.exception)
+    assert content(device) == other.read_bytes() == OLD * (60 * MIB // len(OLD))
+
+
+def test_who_may_not_write_is_told_before_the_question(
+    attach: Callable[..., Path], small_card: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = attach(56)
+    # Root may do anything: the answer that everybody else gets.
+    may = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != device and may(path, mode))
+    for given in (("--image", small_card), (), ("--dry-run",)):
+        answer = run("--package", package, "--device", device, *given, answer=f"{device.name}\n")
+        assert f"{device} may be written by root only: sudo" in str(answer.exception)
+        assert "is lost" not in answer.output
+    # What the disk's id is, everybody may see.
+    answer = run("--package", package, "--device", device, "--image", small_card, "--dry-run")
+    assert answer.exit_code == 0 and f"--yes {disk.describe(device).id}" in answer.output
+
+
+def test_a_card_that_is_pulled_out_is_told(
+    attach: Callable[..., Path], small_card: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = attach(56)
+    given = ("--package", package, "--device", device, "--yes", disk.describe(device).id)
+    assert run(*given, "--image", small_card).exit_code == 0
+
+    def gone(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(disk, "forget", gone)
+    answer = run(*given, "--label", "a=b")
+    assert isinstance(answer.exception, CliError)
+    assert str(answer.exception) == f"{device}: Input/output error; is the card gone, or broken?"

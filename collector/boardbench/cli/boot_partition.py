@@ -100,6 +100,8 @@ class BootFolder:
 @contextlib.contextmanager
 def opened(image: Path, *, writable: bool) -> Iterator[FatVolume]:
     """The boot partition in an image or on a disk, on disk when the context is left. Raises CliError."""
+    if image.is_block_device():
+        disk.may_be_written(image)
     try:
         with disk.alone(image) if writable else image.open("rb") as file, inside(file, image) as volume:
             yield volume

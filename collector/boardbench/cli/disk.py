@@ -60,7 +60,7 @@ def describe(device: Path, root: Path = Path("/")) -> Disk:
     name = _name(disk)
     refusal = ""
     if part:
-        refusal = f"it is a partition of {device.with_name(disk.name)}: name the whole disk"
+        refusal = f"it is a partition of /dev/{disk.name}: name the whole disk"
     elif used := _used(disk, root):
         refusal = f"it is in use: {used}; unmount it, or name the right one"
     elif not size:
@@ -139,10 +139,6 @@ def alone(device: Path) -> Iterator[BinaryIO]:
             raise WrongUse(
                 f"{device} is in use (the kernel says so): unmount what is on it, or name the right one"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise WrongUse(
-                f'{device} may be written by root only: sudo "$(command -v boardbench)" …'
-            ) from error
         raise WrongUse(f"{device}: can't be written: {error.strerror}") from error
     with open(descriptor, "r+b") as file:
         yield file
@@ -183,6 +179,23 @@ def checked(device: Path, root: Path = Path("/")) -> Disk:
     if found.refusal:
         raise CliError(f"{device} ({found}) is not written: {found.refusal}")
     return found
+
+
+def may_be_written(device: Path) -> None:
+    """Raises WrongUse where only root may read and write it."""
+    if not os.access(device, os.R_OK | os.W_OK):
+        raise WrongUse(f'{device} may be written by root only: sudo "$(command -v boardbench)" …')
+
+
+def still_there(disk: Disk, root: Path = Path("/")) -> None:
+    """Raises CliError unless this is the disk that was looked at: names of disks are given anew when one is
+    pulled out and another put in, while somebody is asked about the first.
+    """
+    now = checked(disk.device, root)
+    if now != disk:
+        raise CliError(
+            f"{disk.device} was {disk} (id {disk.id}), and is {now} (id {now.id}) by now: nothing was written"
+        )
 
 
 def _text(path: Path) -> str:

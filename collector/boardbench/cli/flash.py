@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from boardbench.cli.address import Address, CollectorType, ca_option
-from boardbench.cli.errors import ExitCode, WrongUse
+from boardbench.cli.address import AGENT_PORT, Address, AddressType, CollectorType, ca_option
+from boardbench.cli.collected import pairs
+from boardbench.cli.errors import CliError, ExitCode, WrongUse
 
 if TYPE_CHECKING:
     from boardbench.cli.arrival import Arrival
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _COUNTRY = re.compile(r"[A-Z]{2}")
 _SUITES = ("bookworm", "trixie")
+_LABEL_CHARACTERS = 128  # more are refused by the agent, which a board without a keyboard tells nobody
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,10 @@ class _Settings:
     """What every kind of board is told."""
 
     collector: Address
+    authority: bytes
     token: str
     labels: dict[str, str]
-    listen: str
+    listen: Address
     update_keys: bytes
     package: Path | None
     dry_run: bool
@@ -46,12 +49,12 @@ class _Settings:
             package=package.read_bytes(),
             collector=str(self.collector),
             token=self.token,
-            listen=self.listen,
+            listen=str(self.listen),
             labels=self.labels,
             hostname=hostname,
             wifi=wifi,
             update_keys=self.update_keys,
-            authority=self.collector.ca.read_bytes() if self.collector.ca is not None else b"",
+            authority=self.authority,
         )
 
     def arrival(self) -> Arrival | None:
@@ -73,6 +76,17 @@ class _Settings:
             return None
 
 
+def _labels(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = pairs(ctx, param, values)
+    for text in (*found, *found.values()):
+        _utf8("--label", text)
+        if len(text) > _LABEL_CHARACTERS or not text.isprintable():
+            raise click.BadParameter(
+                f"{text!r} must be printable and at most {_LABEL_CHARACTERS} characters long", ctx, param
+            )
+    return found
+
+
 def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
     """Adds the options that every kind of board has; the command takes them as ``settings``."""
 
@@ -81,8 +95,8 @@ def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
         *,
         collector: Address,
         token: str,
-        labels: tuple[str, ...],
-        listen: str,
+        labels: dict[str, str],
+        listen: Address,
         update_key: Path | None,
         package: Path | None,
         dry_run: bool,
@@ -90,12 +104,13 @@ def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
         **rest: Any,
     ) -> ExitCode:
         keys = _update_keys(update_key) if update_key is not None else b""
+        authority = _authority(collector.ca) if collector.ca is not None else b""
         if collector.is_loopback:
             _note(
                 f"--collector {collector} is the board itself to a board: name the computer on which the "
                 "collector runs by its address in the board's network"
             )
-        settings = _Settings(collector, token, _labels(labels), listen, keys, package, dry_run, wait)
+        settings = _Settings(collector, authority, token, labels, listen, keys, package, dry_run, wait)
         return command(settings=settings, **rest)
 
     for option in reversed(
@@ -120,13 +135,15 @@ def _with_settings(command: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
                 "labels",
                 multiple=True,
                 metavar="NAME=VALUE",
+                callback=_labels,
                 help="A label of the board. Repeatable.",
             ),
             click.option(
                 "--listen",
-                default="0.0.0.0:7341",
+                type=AddressType(AGENT_PORT),
+                default=f"0.0.0.0:{AGENT_PORT}",
                 show_default=True,
-                help="Where the agent takes pushes; 127.0.0.1:7341: only from the board itself.",
+                help="Where the agent takes pushes; 127.0.0.1: only from the board itself.",
             ),
             click.option(
                 "--update-key",
@@ -169,7 +186,8 @@ def flash() -> None:
 )
 @click.option(
     "--device",
-    type=click.Path(path_type=Path, dir_okay=False),
+    # Who may not read it is told how to, and may see what it is.
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
     metavar="DISK",
     help="The card's own disk (/dev/sdX): --image is written over it first, when given. Linux.",
 )
@@ -228,22 +246,28 @@ def pi(
     network = _wifi(wifi, wifi_country, wifi_password)
     disk = None
     if device is not None:
-        from boardbench.cli.disk import checked
+        from boardbench.cli.disk import checked, may_be_written
 
         disk = checked(device)
     source = image or boot or device
     assert source is not None
     if not source.exists():
         raise WrongUse(f"there is no {source}")
-    if source is image and source.is_block_device():
-        raise WrongUse(f"{source} is a disk: name it with --device")
+    if source is image and not source.is_file():
+        raise WrongUse(f"{source} is no file with an image; when it is a disk, name it with --device")
     # Everything that can be wrong is told before anything is written.
+    if disk is not None and image is not None:
+        from boardbench.cli.raw_write import image_bytes
+
+        image_bytes(image, disk)
     with card.opened(source, writable=False) as partition:
         found = card.look(partition, suite, form)
         order = settings.order(_package(settings.package, found.package), hostname=hostname, wifi=network)
         change = card.compare(partition, order, found.form)
     arrival = settings.arrival()
     if disk is not None:
+        if not settings.dry_run:
+            may_be_written(disk.device)
         _confirm(disk, image, yes=yes, dry_run=settings.dry_run)
     if settings.dry_run:
         pass
@@ -307,12 +331,20 @@ def _confirm(disk: Disk, image: Path | None, *, yes: str, dry_run: bool) -> None
 
 def _write_disk(disk: Disk, image: Path | None, order: Order, found: Card) -> Change:
     """The image over the whole disk, then what its first boot needs; all of it read back. Raises CliError."""
+    try:
+        return _write_open_disk(disk, image, order, found)
+    except OSError as error:
+        raise CliError(f"{disk.device}: {error.strerror or error}; is the card gone, or broken?") from error
+
+
+def _write_open_disk(disk: Disk, image: Path | None, order: Order, found: Card) -> Change:
     from boardbench.cli import boot_partition, card, raw_write
-    from boardbench.cli.disk import alone, forget, read_partitions
+    from boardbench.cli.disk import alone, forget, read_partitions, still_there
 
     # Kept open from the first byte to the last: a disk that is closed is looked at by the system, which
     # mounts what it finds there.
     with alone(disk.device) as target:
+        still_there(disk)
         if image is not None:
             size = raw_write.image_bytes(image, disk)
             with image.open("rb") as source:
@@ -436,6 +468,14 @@ def _update_keys(file: Path) -> bytes:
     return ("\n".join(text.splitlines()) + "\n").encode()
 
 
+def _authority(file: Path) -> bytes:
+    """The certificate as it goes onto the board. Raises WrongUse."""
+    content = file.read_bytes()
+    if b"PRIVATE KEY" in content:
+        raise WrongUse(f"{file} holds a private key, too, which no board may ever have: leave it out")
+    return content
+
+
 def _package(given: Path | None, wanted: str) -> Path:
     """The agent's package for the board. Raises WrongUse."""
     if given is None:
@@ -485,22 +525,13 @@ def _wifi(name: str, country: str, password: str | None) -> Wifi | None:
             "--wifi needs --wifi-country with two capital letters: the radio stays off without"
         )
     if password is None:
-        password = click.prompt(f"Password of {name}", hide_input=True, default="", show_default=False)
+        password = click.prompt(
+            f"Password of {name}", hide_input=True, default="", show_default=False, err=True
+        )
     try:
         return Wifi(name, wifi_key(name, password) if password else "", country)
     except ValueError as error:
         raise click.UsageError(f"--wifi-password: {error}") from None
-
-
-def _labels(texts: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise click.UsageError(f"--label: {text!r} is not NAME=VALUE")
-        _utf8("--label", text)
-        found[name.strip()] = value
-    return found
 
 
 def _utf8(option: str, text: str) -> bytes:
