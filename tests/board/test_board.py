@@ -224,9 +224,12 @@ def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_mea
         machine.until_off(INSTALL_SECONDS)
     _check_card(image, token)
     assert "systemd.run" not in emulated.read_boot(image, "cmdline.txt")
+    # It ends with a reboot, behind which the agent is started.
+    assert _starts(tmp_path / "first.log") == 0
     with emulated.powered(made, image, tmp_path / "boot.log", port) as machine:
         with phases.phase("boot, until it reports", machine):
             _check_board(machine.until("the board reports", collector.up, BOOT_SECONDS), collector)
+        assert _starts(tmp_path / "boot.log") == 1
         with phases.phase("two runs", machine):
             _check_runs(machine, port, collector, model)
         with phases.phase("a run while the cable is out", machine):
@@ -257,6 +260,7 @@ def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_rel
             _check_board(
                 machine.until("the board reports", collector.up, BOOT_SECONDS + INSTALL_SECONDS), collector
             )
+        assert _starts(tmp_path / "first.log") == 1
         with phases.phase("two runs", machine):
             _check_runs(machine, port, collector, model)
         with phases.phase("an update", machine):
@@ -469,6 +473,11 @@ def _check_pulled_cable(machine: Any, port: int, collector: Collector, model: Pa
         ]
         told, _ = client.communicate(timeout=120)
         assert client.returncode == 0, told
+
+
+def _starts(log: Path) -> int:
+    """How often systemd has begun to start the agent, as the console tells."""
+    return log.read_text(errors="replace").count("Starting boardbench-agent.service")
 
 
 def _check_card(image: Path, token: str) -> None:

@@ -403,39 +403,111 @@ def test_the_collectors_authority_comes_onto_the_card(card: Path, package: Path,
     assert "holds no certificate" in run(*given, "lab", "--ca", authority, code=2).output
 
 
+def test_the_collectors_own_key_does_not_come_onto_a_card(card: Path, package: Path, tmp_path: Path) -> None:
+    both = tmp_path / "collector.pem"
+    both.write_bytes(ORDER.authority + b"-----BEGIN EC PRIVATE KEY-----\nMC4\n-----END EC PRIVATE KEY-----\n")
+    given = ("pi", "--boot", card, "--package", package, "--collector", "lab", "--ca", both)
+    assert f"{both} holds a private key, too, which no board may ever have" in error_of(*given)
+    assert tree(card).keys() == BOOKWORM.keys()
+
+
+def test_where_the_agent_listens_is_written_whole(card: Path, package: Path) -> None:
+    """The agent takes no address without a port."""
+    from boardbench.agent.config import load
+
+    given = ("pi", "--boot", card, "--package", package, "--collector", "lab")
+    for options, listen in {
+        (): "0.0.0.0:7341",
+        ("--listen", "127.0.0.1"): "127.0.0.1:7341",
+        ("--listen", "::"): "[::]:7341",
+        ("--listen", "[::1]:9"): "[::1]:9",
+    }.items():
+        run(*given, *options)
+        assert load(card / first_boot.SETTINGS, {}).listen == listen
+
+
+class FirstBoot:
+    """install.sh as it is, but for where it looks for systemd, with programs in the place of root's own."""
+
+    def __init__(self, folder: Path, order: Order) -> None:
+        self.card = folder / "card"
+        for path, data in first_boot.bundle(order).items():
+            (self.card / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.card / path).write_bytes(data)
+        (folder / "systemd").mkdir()
+        script = self.card / first_boot.INSTALL
+        script.write_text(script.read_text().replace("/run/systemd/system", str(folder / "systemd")))
+        self._done = folder / "done"
+        self._programs = folder / "programs"
+        self._programs.mkdir()
+        for name in ("dpkg", "install", "systemctl"):
+            self.says(name, f'echo "{name} $* ${{BOARDBENCH_NO_START:+not started}}" >>"{self._done}"')
+        self.says("mkdir", "exit 0")
+
+    def says(self, name: str, text: str) -> None:
+        (self._programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (self._programs / name).chmod(0o755)
+
+    def run(self, *arguments: str) -> int:
+        environment = {"PATH": f"{self._programs}:{os.environ['PATH']}"}
+        command = ["sh", self.card / first_boot.INSTALL, *arguments]
+        return subprocess.run(command, env=environment, check=False).returncode
+
+    def log(self) -> str:
+        return (self.card / first_boot.LOG).read_text()
+
+    def done(self) -> list[str]:
+        """What the programs were asked for."""
+        return [line.rstrip() for line in self._done.read_text().splitlines()]
+
+
 def test_the_first_boot_installs_what_it_is_to_trust(tmp_path: Path, update_key: Path) -> None:
-    """install.sh as it is, with programs in the place of dpkg and of root's own."""
-    card = tmp_path / "card"
-    card.mkdir()
     order = Order(
         package=b"!<arch>\n", collector="c:1", update_keys=update_key.read_bytes(), authority=ORDER.authority
     )
-    for path, data in first_boot.bundle(order).items():
-        (card / path).parent.mkdir(exist_ok=True)
-        (card / path).write_bytes(data)
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, text in {
-        "dpkg": "exit 0",
-        "mkdir": "exit 0",
-        "install": f'echo "$@" >>{tmp_path}/installed',
-    }.items():
-        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (programs / name).chmod(0o755)
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}"}
-    command = ["sh", card / first_boot.INSTALL]
-    done = subprocess.run(command, env=environment, check=False)
-    said = (card / first_boot.LOG).read_text()
-    assert done.returncode == 0, said
-    installed = (tmp_path / "installed").read_text()
+    boot = FirstBoot(tmp_path, order)
+    assert boot.run() == 0, boot.log()
     for name in ("update.pub", "collector-ca.pem"):
-        assert f"-m 0644 {name} /etc/boardbench/{name}\n" in installed
-        assert f"{name}: OK" in said
+        assert f"install -m 0644 {name} /etc/boardbench/{name}" in boot.done()
+        assert f"{name}: OK" in boot.log()
     # A key that the card has damaged is none that a board trusts.
-    (card / first_boot.DONE).unlink()
-    (card / first_boot.UPDATE_KEYS).write_bytes(b"something else")
-    assert subprocess.run(command, env=environment, check=False).returncode == 1
-    assert "flash it again" in (card / first_boot.LOG).read_text()
+    (boot.card / first_boot.DONE).unlink()
+    (boot.card / first_boot.UPDATE_KEYS).write_bytes(b"something else")
+    assert boot.run() == 1
+    assert "flash it again" in boot.log()
+
+
+def test_the_first_boot_starts_the_agent_once_and_with_all_that_it_gets(tmp_path: Path) -> None:
+    boot = FirstBoot(tmp_path, ORDER)
+    assert boot.run() == 0, boot.log()
+    done = boot.done()
+    assert done[1] == "dpkg --force-confold -i agent.deb not started"
+    assert done[-1] == "systemctl restart --no-block boardbench-agent.service"
+    assert done[-2].endswith("enrolment.json /var/lib/boardbench/enrolment-pending.json")
+    assert [line for line in done if "systemctl" in line] == done[-1:]
+    assert not (boot.card / first_boot.ENROLMENT).exists()
+
+
+def test_a_first_boot_that_starts_the_board_anew_does_not_start_the_agent(tmp_path: Path) -> None:
+    """The script of the first format, whose end is a reboot; the second has none."""
+    (word,) = (
+        line.rpartition('" ')[2]
+        for line in planned(ORDER, Format.SYSTEMD, BOOKWORM)["firstrun.sh"].decode().splitlines()
+        if "install.sh" in line
+    )
+    boot = FirstBoot(tmp_path, ORDER)
+    assert boot.run(word) == 0, boot.log()
+    assert not [line for line in boot.done() if "systemctl" in line]
+    assert b'/install.sh"' in planned(ORDER, Format.CLOUD_INIT, TRIXIE)["user-data"]
+
+
+def test_an_agent_that_was_there_before_is_started_anew_also_when_its_files_are_not(tmp_path: Path) -> None:
+    boot = FirstBoot(tmp_path, ORDER)
+    boot.says("install", 'case "$*" in *update.pub*) echo "disk full"; exit 1;; esac')
+    assert boot.run() == 1
+    assert "disk full" in boot.log() and "\ndone" not in boot.log()
+    assert boot.done()[-1] == "systemctl restart --no-block boardbench-agent.service"
+    assert (boot.card / first_boot.ENROLMENT).exists() and not (boot.card / first_boot.DONE).exists()
 
 
 @pytest.mark.parametrize(
@@ -453,6 +525,11 @@ def test_the_first_boot_installs_what_it_is_to_trust(tmp_path: Path, update_key:
         (("--boot", ".", "--wifi", "n" * 33, "--wifi-country", "CH"), "no name of a network"),
         (("--boot", ".", "--wifi", "n", "--wifi-country", "CH", "--wifi-password", "short"), "8 to 63"),
         (("--boot", ".", "--label", "nothing", "--os", "bookworm"), "NAME=VALUE"),
+        (("--boot", ".", "--label", "a=1", "--label", "a=2"), "'a' is given twice"),
+        # With these the agent would not start.
+        (("--boot", ".", "--label", f"a={'x' * 129}"), "at most 128 characters"),
+        (("--boot", ".", "--label", "a=b\x07c"), "must be printable"),
+        (("--boot", ".", "--listen", "everywhere:http"), "'http' in 'everywhere:http' is not a port"),
         # As Python has bytes that are not of the terminal's encoding.
         (("--boot", ".", "--label", "lab=Z\udcfcrich", "--os", "bookworm"), "is not UTF-8"),
         (("--boot", ".", "--wifi", "Caf\udce9", "--wifi-country", "CH"), "is not UTF-8"),
@@ -479,6 +556,8 @@ def test_what_can_not_be_flashed_is_told(
     empty.mkdir()
     assert "there is no cmdline.txt in it" in error_of("pi", "--boot", empty, *given)
     assert "there is no " in error_of("pi", "--image", tmp_path / "none.img", *given)
+    # As the raw disks of macOS, which are no block devices either.
+    assert "is no file with an image" in error_of("pi", "--image", os.devnull, *given)
     (card / "issue.txt").write_bytes(b"Raspberry Pi reference 2025-11-24\n")
     assert "give --os" in error_of("pi", "--boot", card, *given)
     monkeypatch.chdir(tmp_path)
@@ -638,5 +717,11 @@ def test_a_jetsons_files_before_they_are_written(tmp_path: Path, jammy: Path, up
     outside = tmp_path / "outside"
     outside.mkdir()
     install.symlink_to(outside)
+    assert "leads out of" in error_of(*given)
+    assert not list(outside.iterdir())
+    install.unlink()
+    link.unlink()
+    link.parent.rmdir()
+    link.parent.symlink_to(outside)
     assert "leads out of" in error_of(*given)
     assert not list(outside.iterdir())

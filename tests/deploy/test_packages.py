@@ -297,6 +297,37 @@ def test_the_scripts_are_plain_shell(name: str) -> None:
     assert script.read_text().startswith("#!/bin/sh\nset -e\n")
 
 
+def configured(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """What the package's script asks of systemd: the script as it is, but for the place of its folders, with
+    programs in the place of root's own.
+    """
+    programs = folder / "programs"
+    programs.mkdir(exist_ok=True)
+    (folder / "run/systemd/system").mkdir(parents=True, exist_ok=True)
+    asked = folder / "asked"
+    asked.write_text("")
+    for name in ("getent", "install", "ln", "mv", "udevadm", "systemctl"):
+        text = f'echo "$*" >>"{asked}"' if name == "systemctl" else "exit 0"
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    script = folder / "postinst"
+    script.write_text((DEPLOY / "debian/postinst").read_text().replace("/run/", f"{folder}/run/"))
+    path = f"{programs}:{os.environ['PATH']}"
+    subprocess.run(["sh", script, *arguments], env={"PATH": path, **environment}, check=True)
+    return asked.read_text().splitlines()
+
+
+def test_the_agent_is_started_by_the_package_unless_whoever_installs_it_does(tmp_path: Path) -> None:
+    agent, before = "boardbench-agent.service", "0.1.0+cp311"
+    first = configured(tmp_path, "configure", "")
+    assert first[-1] == f"start --no-block {agent}"
+    later = configured(tmp_path, "configure", before)
+    assert later[-1] == f"try-restart --no-block {agent}"
+    for told, *arguments in ((first, "configure", ""), (later, "configure", before)):
+        # The same, and nothing of the agent.
+        assert configured(tmp_path, *arguments, BOARDBENCH_NO_START="1") == told[:-1]
+
+
 def test_the_agents_settings_in_the_package_are_valid(tmp_path: Path) -> None:
     from boardbench.agent.config import AgentConfig, load
 

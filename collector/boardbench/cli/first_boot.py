@@ -34,6 +34,7 @@ MAYBE = (ENROLMENT, UPDATE_KEYS, AUTHORITY)
 _AUTHORITY_PLACE = "/etc/boardbench/collector-ca.pem"
 _MARK = "# Written by `boardbench flash`."
 _BEFORE = f"{FOLDER}/before"
+_STARTED_ANEW = "reboots"
 _RUN = "systemd.run=/boot/firmware/firstrun.sh"
 _TARGET = "systemd.unit=kernel-command-line.target"
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -192,7 +193,7 @@ def _first_run(order: Order, before: bool) -> str:
     if order.wifi is not None:
         parts.append(_wifi_script(order.wifi))
     parts.append(
-        f'sh "$boot/{INSTALL}"\n'
+        f'sh "$boot/{INSTALL}" {_STARTED_ANEW}\n'
         'rm -f "$boot/firstrun.sh"\n'
         "sed -i 's| systemd\\.run[^ ]*||g; s| systemd\\.unit=kernel-command-line\\.target||g' "
         '"$boot/cmdline.txt"\n'
@@ -357,23 +358,13 @@ _INSTALL = f"""\
 #!/bin/sh
 {_MARK} Installs the agent; runs once, as root, at the first boot.
 # What it did stands in install.log beside it, to be read with the card in any computer.
+# Its argument "{_STARTED_ANEW}": the board starts anew behind it, and the agent with the board.
 here=$(cd "$(dirname "$0")" && pwd)
 state=/var/lib/boardbench
+behind=$1
 [ -e "$here/installed" ] && exit 0
 
-install_agent() {{
-    echo "began at $(date -u +%Y-%m-%dT%H:%M:%SZ), $(cut -d' ' -f1 /proc/uptime) s after the start"
-    cd "$here" || return 1
-    if ! sha256sum -c SHA256SUMS; then
-        echo "what is on the card is damaged: flash it again"
-        return 1
-    fi
-    mkdir -p /etc/boardbench/agent.d
-    install -m 0644 agent.toml /etc/boardbench/agent.d/50-flash.toml || return 1
-    if ! DEBIAN_FRONTEND=noninteractive dpkg --force-confold -i agent.deb; then
-        echo "dpkg refused the package: what it wrote above says why (a package for another system?)"
-        return 1
-    fi
+hand_over() {{
     if [ -f update.pub ]; then
         install -m 0644 update.pub /etc/boardbench/update.pub || return 1
     fi
@@ -389,9 +380,29 @@ install_agent() {{
         sync
         rm -f enrolment.json
     fi
-    if [ -d /run/systemd/system ]; then
+}}
+
+install_agent() {{
+    echo "began at $(date -u +%Y-%m-%dT%H:%M:%SZ), $(cut -d' ' -f1 /proc/uptime) s after the start"
+    cd "$here" || return 1
+    if ! sha256sum -c SHA256SUMS; then
+        echo "what is on the card is damaged: flash it again"
+        return 1
+    fi
+    mkdir -p /etc/boardbench/agent.d
+    install -m 0644 agent.toml /etc/boardbench/agent.d/50-flash.toml || return 1
+    # The package does not start the agent, which has no token yet: it is started once, below.
+    if ! BOARDBENCH_NO_START=1 DEBIAN_FRONTEND=noninteractive dpkg --force-confold -i agent.deb; then
+        echo "dpkg refused the package: what it wrote above says why (a package for another system?)"
+        return 1
+    fi
+    hand_over
+    code=$?
+    # Also when something of that went wrong: its program is another one now.
+    if [ "$behind" != "{_STARTED_ANEW}" ] && [ -d /run/systemd/system ]; then
         systemctl restart --no-block boardbench-agent.service
     fi
+    [ $code = 0 ] || return $code
     echo "done $(cut -d' ' -f1 /proc/uptime) s after the start"
     : >installed
 }}

@@ -100,7 +100,6 @@ def put_into(rootfs: Path, order: first_boot.Order, *, dry_run: bool) -> card.Ch
     files["etc/systemd/system/boardbench-install.service"] = _UNIT.encode()
     stale = (f"{_FOLDER}/{_inside(path)}" for path in (*first_boot.MAYBE, first_boot.LOG, first_boot.DONE))
     removed = tuple(path for path in stale if path not in files and (rootfs / path).exists())
-    link = rootfs / "etc/systemd/system/multi-user.target.wants/boardbench-install.service"
     secret = frozenset(f"{_FOLDER}/{name}" for name in bundle.secret)
     done = card.Change(files, frozenset(files), removed, secret)
     if dry_run:
@@ -114,7 +113,10 @@ def put_into(rootfs: Path, order: first_boot.Order, *, dry_run: bool) -> card.Ch
             place.write_bytes(data)
         for path in removed:
             _within(rootfs, path).unlink()
-        link.parent.mkdir(parents=True, exist_ok=True)
+        # Itself it leads to where the unit will be.
+        wanted = _within(rootfs, "etc/systemd/system/multi-user.target.wants")
+        wanted.mkdir(parents=True, exist_ok=True)
+        link = wanted / "boardbench-install.service"
         link.unlink(missing_ok=True)
         link.symlink_to("/etc/systemd/system/boardbench-install.service")
     except PermissionError as error:
