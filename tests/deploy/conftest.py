@@ -150,7 +150,7 @@ import numpy, onnxruntime, grpc, google.protobuf, psutil
 from ai_edge_litert import interpreter
 matrix = numpy.random.default_rng(0).standard_normal((64, 64)).astype("f")
 assert numpy.isfinite(matrix @ matrix).all()
-model = interpreter.Interpreter("/root/model.tflite", num_threads=1)
+model = interpreter.Interpreter("/srv/model.tflite", num_threads=1)
 model.allocate_tensors()
 given = model.get_input_details()[0]
 model.set_tensor(given["index"], numpy.full(given["shape"], 128, given["dtype"]))
@@ -186,7 +186,9 @@ def loads(
             subprocess.run(["dpkg-deb", "-x", deb, str(root)], check=True)
             tag = target.partition("-")[2]
             unpacked[target] = Path(f"/opt/boardbench/releases/0.1.0+{tag}/bin/python")
-        shutil.copy(shared_models / "mobilenet_v1_0.25_128_quant.tflite", root / "root/model.tflite")
+        # What is only unpacked has no such folder: a script of base-files makes it.
+        (root / "srv").mkdir(exist_ok=True)
+        shutil.copy(shared_models / "mobilenet_v1_0.25_128_quant.tflite", root / "srv/model.tflite")
         shutil.copy(qemu("arm64"), root / "usr/bin/qemu-aarch64")
         done = System(root).done(
             "/usr/bin/qemu-aarch64", "-cpu", processor, str(unpacked[target]), "-IB", "-c", _LOADS,
