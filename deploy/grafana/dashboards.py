@@ -8,29 +8,48 @@ from typing import Any
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 from panels import (
+    BLUE,
     CHOSEN,
+    COUNT,
     GREEN,
+    MINE,
     MOMENT,
     NAMED,
+    ORANGE,
     RED,
     SERIES,
     SOURCE,
+    STATES,
+    THESE,
+    VALIDITY,
+    WORTH,
     Ask,
     bars,
     heat,
     judged,
     lines,
     listing,
+    named,
+    newest,
     number,
+    on_board,
     states,
 )
 
 # Medians of a series over what Prometheus has of it: what a regression is held against.
 HISTORY = "$history"
+# What a row of a table of results is of.
+RESULT = ("device", "model", "runtime", "target", "threads", "variant", "validity", "standin")
 
-BOARD = "label_values(boardbench_device_up, device)"
-MODEL = 'label_values(boardbench_latency_seconds{device=~"$board"}, model)'
-RUNTIME = 'label_values(boardbench_latency_seconds{device=~"$board"}, runtime)'
+BOARD = 'label_values(boardbench_device_up{job=~"$job"}, device)'
+MODEL = f"label_values(boardbench_latency_seconds{{{THESE}}}, model)"
+RUNTIME = f"label_values(boardbench_latency_seconds{{{THESE}}}, runtime)"
+# Every target has one, whatever it is: a collector, a board that is scraped, results by remote write.
+JOB = "label_values({__name__=~'boardbench_result_validity_info|boardbench_device_up'}, job)"
+COLLECTORS = "label_values(boardbench_collector_open_streams, job)"
+INSTANCE = 'label_values(boardbench_collector_open_streams{job=~"$job"}, instance)'
+# When the alert of the rules fires.
+CERTIFICATE_DAYS = 14
 
 
 def p(percentile: int) -> str:
@@ -41,18 +60,23 @@ def p(percentile: int) -> str:
 def fleet() -> dashboard.Dashboard:
     """Are the boards there, fit, and as fast as they were?"""
     page = _page("Fleet", "fleet", "All boards: which are there, which are unfit, what they measured last.")
-    gone = 'count(boardbench_device_up{device=~"$board"} == 0) or vector(0)'
-    throttled = 'count(max by (device) (boardbench_device_throttled{device=~"$board"}) == 1) or vector(0)'
-    invalid = f'count(boardbench_result_validity_info{{{CHOSEN}, validity="invalid"}}) or vector(0)'
-    doubtful = f'count(boardbench_result_validity_info{{{CHOSEN}, validity="doubtful"}}) or vector(0)'
+    # Once, however often Prometheus has them.
+    up = f"max by (device) (boardbench_device_up{{{THESE}}})"
+    gone = f"count({up} == 0) or vector(0)"
+    throttled = f"count(max by (device) (boardbench_device_throttled{{{THESE}}}) == 1) or vector(0)"
+
+    def worth(validity: str) -> str:
+        info = f'boardbench_result_validity_info{{{CHOSEN}, validity="{validity}"}}'
+        return f"count(count without (job, instance) ({info})) or vector(0)"
+
     return (
         page.with_row(dashboard.Row("At a glance"))
         .with_panel(
             number(
                 "Boards up",
                 "Boards whose stream to the collector is open.",
-                "none",
-                Ask('sum(boardbench_device_up{device=~"$board"})', "up"),
+                COUNT,
+                Ask(f"sum({up})", "up"),
                 good_from=1,
             )
         )
@@ -60,7 +84,7 @@ def fleet() -> dashboard.Dashboard:
             number(
                 "Boards gone",
                 "Boards that the collector knows and that are not connected.",
-                "none",
+                COUNT,
                 Ask(gone, "gone"),
                 bad_from=1,
             )
@@ -69,7 +93,7 @@ def fleet() -> dashboard.Dashboard:
             number(
                 "Boards throttled",
                 "Boards that something slows down now: heat, their supply, a power limit.",
-                "none",
+                COUNT,
                 Ask(throttled, "throttled"),
                 bad_from=1,
             )
@@ -78,8 +102,8 @@ def fleet() -> dashboard.Dashboard:
             number(
                 "Invalid results",
                 "Series whose latest result is invalid: its figures must not be compared.",
-                "none",
-                Ask(invalid, "invalid"),
+                COUNT,
+                Ask(worth("invalid"), "invalid"),
                 bad_from=1,
             )
         )
@@ -87,8 +111,8 @@ def fleet() -> dashboard.Dashboard:
             number(
                 "Doubtful results",
                 "Series whose latest result is to be used with its warnings in mind.",
-                "none",
-                Ask(doubtful, "doubtful"),
+                COUNT,
+                Ask(worth("doubtful"), "doubtful"),
                 doubtful_from=1,
             )
         )
@@ -96,8 +120,8 @@ def fleet() -> dashboard.Dashboard:
             number(
                 "Jobs waiting",
                 "Jobs that no board has yet.",
-                "none",
-                Ask('sum(boardbench_jobs{state="queued"}) or vector(0)', "waiting"),
+                COUNT,
+                Ask('max(boardbench_jobs{job=~"$job", state="queued"}) or vector(0)', "waiting"),
             )
         )
         .with_row(dashboard.Row("What was measured"))
@@ -113,7 +137,7 @@ def fleet() -> dashboard.Dashboard:
                     MOMENT,
                     Ask(judged(f"boardbench_result_timestamp_seconds{{{CHOSEN}}}") + " * 1000"),
                 ),
-                joined_by=("device", "model", "runtime", "target", "threads", "variant", "validity"),
+                joined_by=RESULT,
             )
         )
         .with_panel(
@@ -121,8 +145,7 @@ def fleet() -> dashboard.Dashboard:
                 "Median latency",
                 "Median of one inference by board and model, from the latest run at each moment.",
                 "s",
-                Ask(judged(p(50)), NAMED),
-                points=True,
+                Ask(named(p(50)), NAMED),
             )
         )
         .with_panel(
@@ -131,13 +154,14 @@ def fleet() -> dashboard.Dashboard:
                 "Share of the operations of a model that run on the CPU, whatever was asked for.",
                 "percentunit",
                 Ask(
-                    judged(
+                    named(
                         f"(sum by ({SERIES}) (boardbench_ops{{{CHOSEN}, unit=~'cpu|cpu_delegate'}}) or "
                         f"sum by ({SERIES}) (boardbench_ops{{{CHOSEN}}}) * 0) / "
                         f"sum by ({SERIES}) (boardbench_ops{{{CHOSEN}}})"
                     ),
                     NAMED,
                 ),
+                at_most=1,
             )
         )
         .with_row(dashboard.Row("How the boards are"))
@@ -149,9 +173,10 @@ def fleet() -> dashboard.Dashboard:
                     "last heard of",
                     MOMENT,
                     Ask(
-                        'boardbench_device_last_seen_timestamp_seconds{device=~"$board"} * 1000'
-                        " * on (device) group_left (board, os, architecture, emulator) boardbench_device_info"
-                        " * on (device) group_left (version) boardbench_agent_info"
+                        f"boardbench_device_last_seen_timestamp_seconds{{{THESE}}} * 1000"
+                        " * on (job, instance, device) group_left (board, os, architecture, emulator) "
+                        "boardbench_device_info"
+                        " * on (job, instance, device) group_left (version) boardbench_agent_info"
                     ),
                 ),
                 joined_by=("device", "board", "os", "architecture", "emulator", "version"),
@@ -163,19 +188,23 @@ def fleet() -> dashboard.Dashboard:
                 "The highest temperature that a board tells now, at rest or while it measures.",
                 "celsius",
                 Ask(
-                    'max by (device) (boardbench_device_temperature_celsius{device=~"$board"})', "{{device}}"
+                    "max by (device, emulator) "
+                    f"({on_board(f'boardbench_device_temperature_celsius{{{THESE}}}')})",
+                    "{{device}} {{emulator}}",
                 ),
                 runs=False,
+                from_zero=False,
             )
         )
         .with_panel(
             lines(
                 "Runs by how they ended",
                 "Runs that were reported, in the last hour.",
-                "none",
-                Ask('sum by (status) (increase(boardbench_runs_total{device=~"$board"}[1h]))', "{{status}}"),
+                COUNT,
+                Ask(f"sum by (status) (increase(boardbench_runs_total{{{THESE}}}[1h]))", "{{status}}"),
                 stacked=True,
                 runs=False,
+                colours=STATES,
             )
         )
     )
@@ -188,7 +217,10 @@ def board() -> dashboard.Dashboard:
     )
 
     def worst(metric: str) -> str:
-        return f"max by (validity) ({judged(metric)})"
+        return f"max by (validity, standin) ({judged(metric)})"
+
+    def reading(name: str) -> Ask:
+        return Ask(on_board(f"boardbench_device_{name}{{{THESE}}}"), "{{device}} {{emulator}} {{source}}")
 
     return (
         page.with_row(dashboard.Row("Latency"))
@@ -197,8 +229,7 @@ def board() -> dashboard.Dashboard:
                 "$model: percentiles",
                 "Half, nine of ten and 99 of 100 inferences were faster. Of several engines the slowest.",
                 "s",
-                *(Ask(worst(p(each)), f"p{each} {{{{validity}}}}") for each in (50, 90, 99)),
-                points=True,
+                *(Ask(worst(p(each)), f"p{each} {{{{validity}}}}{{{{standin}}}}") for each in (50, 90, 99)),
                 runs=False,
                 bands=(("p90", "p50"), ("p99", "p90")),
                 repeated_by="model",
@@ -209,11 +240,16 @@ def board() -> dashboard.Dashboard:
                 "$model: median and its bounds",
                 "The median with its 95 % bounds. Of several engines the slowest.",
                 "s",
-                Ask(worst(p(50).replace("latency_seconds", "latency_high_seconds")), "upper {{validity}}"),
-                Ask(worst(p(50)), "p50 {{validity}}"),
-                Ask(worst(p(50).replace("latency_seconds", "latency_low_seconds")), "lower {{validity}}"),
-                points=True,
+                *(
+                    Ask(worst(p(50).replace("_seconds", which)), f"{bound} {{{{validity}}}}{{{{standin}}}}")
+                    for bound, which in (
+                        ("upper", "_high_seconds"),
+                        ("p50", "_seconds"),
+                        ("lower", "_low_seconds"),
+                    )
+                ),
                 runs=False,
+                from_zero=False,
                 bands=(("upper", "lower"),),
                 repeated_by="model",
             )
@@ -232,8 +268,8 @@ def board() -> dashboard.Dashboard:
                 "Proportional memory of the worker at the end of each phase of its life.",
                 "bytes",
                 Ask(
-                    judged(f"boardbench_memory_pss_bytes{{{CHOSEN}}}"),
-                    "{{phase}} {{model}} {{runtime}} {{validity}}",
+                    named(f"boardbench_memory_pss_bytes{{{CHOSEN}}}"),
+                    f"{{{{phase}}}} {{{{model}}}} {{{{runtime}}}} {WORTH}",
                 ),
             )
         )
@@ -243,8 +279,9 @@ def board() -> dashboard.Dashboard:
                 "Temperature",
                 "What the thermal zones tell, at rest and while it measures.",
                 "celsius",
-                Ask('boardbench_device_temperature_celsius{device=~"$board"}', "{{device}} {{source}}"),
+                reading("temperature_celsius"),
                 runs=False,
+                from_zero=False,
             )
         )
         .with_panel(
@@ -252,7 +289,7 @@ def board() -> dashboard.Dashboard:
                 "Clock",
                 "Frequency of each processor, now.",
                 "hertz",
-                Ask('boardbench_device_frequency_hertz{device=~"$board"}', "{{device}} {{source}}"),
+                reading("frequency_hertz"),
                 runs=False,
             )
         )
@@ -261,15 +298,28 @@ def board() -> dashboard.Dashboard:
                 "Power",
                 "What the rails tell, now.",
                 "watt",
-                Ask('boardbench_device_power_watts{device=~"$board"}', "{{device}} {{source}}"),
+                reading("power_watts"),
                 runs=False,
+            )
+        )
+        .with_panel(
+            lines(
+                "Busy",
+                "Share of the time that each part is busy, now.",
+                "percentunit",
+                reading("busy_ratio"),
+                runs=False,
+                at_most=1,
             )
         )
         .with_panel(
             states(
                 "Throttled by",
                 "Whether anything slows the board down now, by cause. Absent: the board can't tell.",
-                Ask('boardbench_device_throttled{device=~"$board"}', "{{device}} {{cause}}"),
+                Ask(
+                    on_board(f"boardbench_device_throttled{{{THESE}}}"),
+                    "{{device}} {{emulator}} {{source}} {{cause}}",
+                ),
                 {"0": ("no", GREEN), "1": ("throttled", RED)},
             )
         )
@@ -277,7 +327,7 @@ def board() -> dashboard.Dashboard:
             states(
                 "Connected",
                 "Whether the board's stream to the collector is open.",
-                Ask('boardbench_device_up{device=~"$board"}', "{{device}}"),
+                Ask(on_board(f"boardbench_device_up{{{THESE}}}"), "{{device}} {{emulator}}"),
                 {"0": ("gone", RED), "1": ("up", GREEN)},
             )
         )
@@ -288,20 +338,19 @@ def board() -> dashboard.Dashboard:
                 (
                     "available",
                     "bool_yes_no",
-                    Ask('boardbench_runtime_available{device=~"$board"}'),
+                    Ask(f"boardbench_runtime_available{{{THESE}}}"),
                 ),
                 joined_by=("device", "runtime"),
                 width=12,
-                height=7,
             )
         )
         .with_panel(
             lines(
                 "Work on the board",
                 "Runs that wait on the board, and results that it has not handed over yet.",
-                "none",
-                Ask('boardbench_queued_runs{device=~"$board"}', "{{device}} runs waiting"),
-                Ask('boardbench_spool_pending{device=~"$board"}', "{{device}} results in the spool"),
+                COUNT,
+                Ask(f"boardbench_queued_runs{{{THESE}}}", "{{device}} runs waiting"),
+                Ask(f"boardbench_spool_pending{{{THESE}}}", "{{device}} results in the spool"),
                 runs=False,
             )
         )
@@ -323,7 +372,7 @@ def one_model() -> dashboard.Dashboard:
                 "Median latency",
                 "Median of one inference in the latest run, by board and engine.",
                 "s",
-                Ask(judged(p(50)), NAMED),
+                Ask(named(p(50)), NAMED),
             )
         )
         .with_panel(
@@ -331,7 +380,7 @@ def one_model() -> dashboard.Dashboard:
                 "p90",
                 "Nine of ten inferences of the latest run were faster.",
                 "s",
-                Ask(judged(p(90)), NAMED),
+                Ask(named(p(90)), NAMED),
             )
         )
         .with_panel(
@@ -339,8 +388,7 @@ def one_model() -> dashboard.Dashboard:
                 "Median latency over time",
                 "Median of one inference, from the latest run at each moment.",
                 "s",
-                Ask(judged(p(50)), NAMED),
-                points=True,
+                Ask(named(p(50)), NAMED),
             )
         )
         .with_panel(
@@ -357,7 +405,7 @@ def one_model() -> dashboard.Dashboard:
                 "Peak memory",
                 "Highest resident memory of the worker over all phases of the latest run.",
                 "bytes",
-                Ask(judged(f"boardbench_memory_run_peak_rss_bytes{{{CHOSEN}}}"), NAMED),
+                Ask(named(f"boardbench_memory_run_peak_rss_bytes{{{CHOSEN}}}"), NAMED),
             )
         )
         .with_panel(
@@ -365,7 +413,7 @@ def one_model() -> dashboard.Dashboard:
                 "Energy of one inference",
                 "Energy with the idle board's subtracted. Boards without a power rail are not here.",
                 "joule",
-                Ask(judged(f"boardbench_energy_per_inference_joules{{{CHOSEN}}}"), NAMED),
+                Ask(named(f"boardbench_energy_per_inference_joules{{{CHOSEN}}}"), NAMED),
             )
         )
         .with_panel(
@@ -373,7 +421,7 @@ def one_model() -> dashboard.Dashboard:
                 "Time to create",
                 "Time to create the session or interpreter, the import of the engine left out.",
                 "s",
-                Ask(judged(f"boardbench_create_seconds{{{CHOSEN}}}"), NAMED),
+                Ask(named(f"boardbench_create_seconds{{{CHOSEN}}}"), NAMED),
             )
         )
         .with_panel(
@@ -381,7 +429,7 @@ def one_model() -> dashboard.Dashboard:
                 "First inference",
                 "Time of the very first inference.",
                 "s",
-                Ask(judged(f"boardbench_first_inference_seconds{{{CHOSEN}}}"), NAMED),
+                Ask(named(f"boardbench_first_inference_seconds{{{CHOSEN}}}"), NAMED),
             )
         )
     )
@@ -394,20 +442,31 @@ def placement() -> dashboard.Dashboard:
         "placement",
         "Where operations really ran, and what those cost that were moved to the CPU without a word.",
     )
+    verdict = (
+        "group_left (verdict, evidence) "
+        f'label_replace({newest("boardbench_placement_info")}, "verdict", "cpu_as_asked", "target", "cpu")'
+    )
+
+    def ops(unit: str) -> str:
+        # 0 where there are others.
+        every = f"sum by ({SERIES}) (boardbench_ops{{{CHOSEN}}})"
+        return f"sum by ({SERIES}) (boardbench_ops{{{CHOSEN}, unit=~'{unit}'}}) or {every} * 0"
+
     return (
         page.with_row(dashboard.Row("Where it ran"))
         .with_panel(
             listing(
                 "Verdicts",
-                "What all evidence says about the accelerator. A stand-in says nothing about hardware.",
-                (
-                    "operations",
-                    "none",
-                    Ask(
-                        judged(f"sum by ({SERIES}) (boardbench_ops{{{CHOSEN}}})") + f" * on ({SERIES}) "
-                        "group_left (verdict, evidence, standin) "
-                        'label_replace(boardbench_placement_info, "verdict", "cpu_as_asked", "target", "cpu")'
-                    ),
+                "What all evidence says about the accelerator, and how many operations ran where. A stand-in "
+                "says nothing about hardware.",
+                *(
+                    (heading, COUNT, Ask(judged(ops(unit)) + f" * on ({SERIES}) {verdict}"))
+                    for heading, unit in (
+                        ("on accelerators", "tpu|gpu|npu|delegate"),
+                        ("on the CPU", "cpu"),
+                        ("by a delegate for it", "cpu_delegate"),
+                        ("unknown", "unknown"),
+                    )
                 ),
                 joined_by=(
                     *("device", "model", "runtime", "target", "verdict", "evidence", "standin", "validity"),
@@ -417,11 +476,12 @@ def placement() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Operations by unit",
-                "Operations of the chosen models by what ran them: accelerators green, the CPU orange.",
-                "none",
+                "Operations of the chosen models by what ran them: accelerators green, the CPU orange, a "
+                "delegate for the CPU blue.",
+                COUNT,
                 Ask(
-                    judged(f"boardbench_ops{{{CHOSEN}}}"),
-                    "{{unit}} {{model}} {{device}} {{runtime}} {{target}} {{validity}}",
+                    named(f"boardbench_ops{{{CHOSEN}}}"),
+                    f"{{{{unit}}}} {{{{model}}}} {{{{device}}}} {{{{runtime}}}} {{{{target}}}} {WORTH}",
                 ),
                 stacked=True,
                 by_unit=True,
@@ -431,11 +491,8 @@ def placement() -> dashboard.Dashboard:
             lines(
                 "Changes of placement",
                 "Times that operations were elsewhere than in the run before, in the last hour.",
-                "none",
-                Ask(
-                    judged(f"increase(boardbench_placement_drifts_total{{{CHOSEN}}}[1h])"),
-                    NAMED,
-                ),
+                COUNT,
+                Ask(named(f"increase(boardbench_placement_drifts_total{{{CHOSEN}}}[1h])"), NAMED),
             )
         )
         .with_row(dashboard.Row("What it cost"))
@@ -445,9 +502,10 @@ def placement() -> dashboard.Dashboard:
                 "Share of an inference's time in operations that were to be on an accelerator and ran on "
                 "the CPU, with its 95 % bounds. Absent: not measured, or nothing was asked for.",
                 "percentunit",
-                Ask(judged(f"boardbench_fallback_share_high_ratio{{{CHOSEN}}}"), f"upper {NAMED}"),
-                Ask(judged(f"boardbench_fallback_share_ratio{{{CHOSEN}}}"), f"share {NAMED}"),
-                Ask(judged(f"boardbench_fallback_share_low_ratio{{{CHOSEN}}}"), f"lower {NAMED}"),
+                Ask(named(f"boardbench_fallback_share_high_ratio{{{CHOSEN}}}"), f"upper {NAMED}"),
+                Ask(named(f"boardbench_fallback_share_ratio{{{CHOSEN}}}"), f"share {NAMED}"),
+                Ask(named(f"boardbench_fallback_share_low_ratio{{{CHOSEN}}}"), f"lower {NAMED}"),
+                at_most=1,
             )
         )
         .with_panel(
@@ -455,17 +513,16 @@ def placement() -> dashboard.Dashboard:
                 "Median, and what it could be at best",
                 "Median latency, and the same without the time of operations that fell back: a lower bound.",
                 "s",
-                Ask(judged(p(50)), f"p50 {NAMED}"),
-                Ask(judged(f"boardbench_latency_without_fallback_seconds{{{CHOSEN}}}"), f"at best {NAMED}"),
-                points=True,
+                Ask(named(p(50)), f"p50 {NAMED}"),
+                Ask(named(f"boardbench_latency_without_fallback_seconds{{{CHOSEN}}}"), f"at best {NAMED}"),
             )
         )
         .with_panel(
             lines(
                 "Crossings",
                 "Times that one inference moves between the accelerator and the CPU.",
-                "none",
-                Ask(judged(f"boardbench_crossings{{{CHOSEN}}}"), NAMED),
+                COUNT,
+                Ask(named(f"boardbench_crossings{{{CHOSEN}}}"), NAMED),
                 width=24,
             )
         )
@@ -494,7 +551,7 @@ def regressions() -> dashboard.Dashboard:
         .with_panel(
             listing(
                 "Latest against the median of its history",
-                "Above 1: worse than it was. Look at validity first.",
+                "Above 100 %: worse than it was. Look at validity first.",
                 ("p50", "percentunit", Ask(judged(against_history(p(50))))),
                 ("p90", "percentunit", Ask(judged(against_history(p(90))))),
                 (
@@ -502,16 +559,16 @@ def regressions() -> dashboard.Dashboard:
                     "percentunit",
                     Ask(judged(against_history(f"boardbench_memory_run_peak_rss_bytes{{{CHOSEN}}}"))),
                 ),
-                joined_by=("device", "model", "runtime", "target", "threads", "variant", "validity"),
+                joined_by=RESULT,
             )
         )
         .with_panel(
             lines(
                 "Median latency against its history",
-                "Median of the latest run over the median of the chosen history; 1: as it was.",
+                "Median of the latest run over the median of the chosen history; 100 %: as it was.",
                 "percentunit",
-                Ask(judged(against_history(p(50))), NAMED),
-                points=True,
+                Ask(named(against_history(p(50))), NAMED),
+                from_zero=False,
             )
         )
         .with_panel(
@@ -519,26 +576,31 @@ def regressions() -> dashboard.Dashboard:
                 "First inference against its history",
                 "Time of the first inference over the median of the chosen history.",
                 "percentunit",
-                Ask(judged(against_history(f"boardbench_first_inference_seconds{{{CHOSEN}}}")), NAMED),
-                points=True,
+                Ask(named(against_history(f"boardbench_first_inference_seconds{{{CHOSEN}}}")), NAMED),
+                from_zero=False,
             )
         )
         .with_panel(
             lines(
                 "Changes of placement",
                 "Times that operations were elsewhere than in the run before, within the chosen history.",
-                "none",
-                Ask(judged(f"increase(boardbench_placement_drifts_total{{{CHOSEN}}}[{HISTORY}])"), NAMED),
+                COUNT,
+                Ask(named(f"increase(boardbench_placement_drifts_total{{{CHOSEN}}}[{HISTORY}])"), NAMED),
             )
         )
         .with_panel(
             lines(
                 "Worth of the latest results",
                 "Series by what their latest result is worth.",
-                "none",
-                Ask(f"count by (validity) (boardbench_result_validity_info{{{CHOSEN}}})", "{{validity}}"),
+                COUNT,
+                Ask(
+                    "count by (validity) (count without (job, instance) "
+                    f"(boardbench_result_validity_info{{{CHOSEN}}}))",
+                    "{{validity}}",
+                ),
                 stacked=True,
                 runs=False,
+                colours=VALIDITY,
             )
         )
     )
@@ -547,30 +609,100 @@ def regressions() -> dashboard.Dashboard:
 def collector() -> dashboard.Dashboard:
     """Is the collector itself well?"""
     page = _page("Collector", "collector", "The collector itself: what comes in, what it costs, what waits.")
+    ends = f"min(boardbench_collector_certificate_expiry_timestamp_seconds{{{MINE}}})"
+    # Collectors that share a database tell the same jobs.
+    waiting = f'max(boardbench_jobs{{{MINE}, state="queued"}})'
+
+    def second(name: str) -> str:
+        return f"sum(rate(boardbench_collector_{name}_total{{{MINE}}}[$__rate_interval])) or vector(0)"
+
+    def hour(*names: str) -> str:
+        each = (f"sum(increase(boardbench_collector_{name}_total{{{MINE}}}[1h]))" for name in names)
+        return " + ".join(f"({one} or vector(0))" for one in each)
+
+    def slowest(quantile: float) -> str:
+        buckets = f"boardbench_collector_acknowledge_seconds_bucket{{{MINE}}}[$__rate_interval]"
+        return f"histogram_quantile({quantile}, sum by (le) (rate({buckets})))"
+
     return (
-        page.with_row(dashboard.Row("What comes in"))
+        page.with_row(dashboard.Row("At a glance"))
+        .with_panel(
+            number(
+                "Collectors",
+                "Collectors that are scraped, and answer.",
+                COUNT,
+                Ask(f"count(boardbench_collector_open_streams{{{MINE}}}) or vector(0)", "collectors"),
+                good_from=1,
+            )
+        )
+        .with_panel(
+            number(
+                "Boards connected",
+                "Boards whose stream to a collector is open.",
+                COUNT,
+                Ask(f"sum(boardbench_collector_open_streams{{{MINE}}})", "open"),
+            )
+        )
+        .with_panel(
+            number(
+                "Stored in an hour",
+                "Results that were stored in the last hour.",
+                COUNT,
+                Ask(hour("results_stored"), "stored"),
+            )
+        )
+        .with_panel(
+            number(
+                "Not stored in an hour",
+                "Results that were refused for good, or could not be stored, in the last hour.",
+                COUNT,
+                Ask(hour("results_refused", "store_failures"), "refused or failed"),
+                bad_from=1,
+            )
+        )
+        .with_panel(
+            number(
+                "Jobs waiting",
+                "Jobs that no board has yet.",
+                COUNT,
+                Ask(waiting, "waiting"),
+            )
+        )
+        .with_panel(
+            number(
+                "Certificate ends in",
+                "Days until the first certificate of a collector's chain ends; red in the two weeks before.",
+                "d",
+                Ask(f"({ends} - time()) / 86400", "left"),
+                good_from=CERTIFICATE_DAYS,
+                none="no TLS",
+            )
+        )
+        .with_row(dashboard.Row("What comes in"))
         .with_panel(
             lines(
-                "Results",
+                "Results a second",
                 "Results a second: stored, come again, refused, failed to be stored.",
-                "cps",
-                Ask("sum(rate(boardbench_collector_results_stored_total[$__rate_interval]))", "stored"),
-                Ask(
-                    "sum(rate(boardbench_collector_results_duplicate_total[$__rate_interval]))", "came again"
-                ),
-                Ask(
-                    "sum(rate(boardbench_collector_store_failures_total[$__rate_interval]))",
-                    "failed to be stored",
-                ),
+                "short",
+                Ask(second("results_stored"), "stored"),
+                Ask(second("results_duplicate"), "came again"),
+                Ask(second("results_refused"), "refused"),
+                Ask(second("store_failures"), "failed to be stored"),
                 runs=False,
+                colours={
+                    "stored": GREEN,
+                    "came again": BLUE,
+                    "refused": ORANGE,
+                    "failed to be stored": RED,
+                },
             )
         )
         .with_panel(
             lines(
                 "Streams",
                 "Boards that are connected.",
-                "none",
-                Ask("boardbench_collector_open_streams", "open"),
+                COUNT,
+                Ask(f"boardbench_collector_open_streams{{{MINE}}}", "{{instance}}"),
                 runs=False,
             )
         )
@@ -579,16 +711,8 @@ def collector() -> dashboard.Dashboard:
                 "Time to acknowledge",
                 "From a result's arrival to its acknowledgement.",
                 "s",
-                Ask(
-                    "histogram_quantile(0.99, sum by (le) "
-                    "(rate(boardbench_collector_acknowledge_seconds_bucket[$__rate_interval])))",
-                    "p99",
-                ),
-                Ask(
-                    "histogram_quantile(0.5, sum by (le) "
-                    "(rate(boardbench_collector_acknowledge_seconds_bucket[$__rate_interval])))",
-                    "p50",
-                ),
+                Ask(slowest(0.99), "p99"),
+                Ask(slowest(0.5), "p50"),
                 runs=False,
             )
         )
@@ -596,10 +720,11 @@ def collector() -> dashboard.Dashboard:
             lines(
                 "Jobs",
                 "Jobs by their state.",
-                "none",
-                Ask("boardbench_jobs", "{{state}}"),
+                COUNT,
+                Ask(f"max by (state) (boardbench_jobs{{{MINE}}})", "{{state}}"),
                 stacked=True,
                 runs=False,
+                colours=STATES,
             )
         )
         .with_row(dashboard.Row("What it costs"))
@@ -608,8 +733,11 @@ def collector() -> dashboard.Dashboard:
                 "Scrapes",
                 "Time that a scrape takes: in all, and waiting for the store.",
                 "s",
-                Ask("boardbench_collector_scrape_duration_seconds", "in all"),
-                Ask("boardbench_collector_scrape_store_seconds", "waiting for the store"),
+                Ask(f"boardbench_collector_scrape_duration_seconds{{{MINE}}}", "{{instance}} in all"),
+                Ask(
+                    f"boardbench_collector_scrape_store_seconds{{{MINE}}}",
+                    "{{instance}} waiting for the store",
+                ),
                 runs=False,
             )
         )
@@ -617,8 +745,26 @@ def collector() -> dashboard.Dashboard:
             lines(
                 "Series",
                 "Series of boards in a scrape.",
-                "none",
-                Ask("boardbench_collector_series", "series"),
+                COUNT,
+                Ask(f"boardbench_collector_series{{{MINE}}}", "{{instance}}"),
+                runs=False,
+            )
+        )
+        .with_panel(
+            lines(
+                "Processor",
+                "Processors that the collector keeps busy.",
+                "short",
+                Ask(f"rate(process_cpu_seconds_total{{{MINE}}}[$__rate_interval])", "{{instance}}"),
+                runs=False,
+            )
+        )
+        .with_panel(
+            lines(
+                "Memory",
+                "Resident memory of the collector.",
+                "bytes",
+                Ask(f"process_resident_memory_bytes{{{MINE}}}", "{{instance}}"),
                 runs=False,
             )
         )
@@ -627,7 +773,7 @@ def collector() -> dashboard.Dashboard:
                 "Files for jobs",
                 "Bytes of the models and inputs that are kept for jobs.",
                 "bytes",
-                Ask("boardbench_collector_files_bytes", "files"),
+                Ask(f"boardbench_collector_files_bytes{{{MINE}}}", "{{instance}}"),
                 runs=False,
             )
         )
@@ -636,7 +782,7 @@ def collector() -> dashboard.Dashboard:
                 "Oldest job that waits",
                 "How long the oldest job that no board has yet has been waiting.",
                 "s",
-                Ask("boardbench_job_oldest_waiting_seconds", "oldest"),
+                Ask(f"max(boardbench_job_oldest_waiting_seconds{{{MINE}}})", "oldest"),
                 runs=False,
             )
         )
@@ -689,8 +835,12 @@ def _page(title: str, name: str, description: str, one: str = "") -> dashboard.D
             .default_value("http://localhost:7343")
         )
     )
-    if name != "collector":
+    if name == "collector":
+        page = page.with_variable(_variable("job", "Job", COLLECTORS, several=True))
+        page = page.with_variable(_variable("instance", "Instance", INSTANCE, several=True))
+    else:
         for variable, label, values in (
+            ("job", "Job", JOB),
             ("board", "Board", BOARD),
             ("model", "Model", MODEL),
             ("runtime", "Runtime", RUNTIME),

@@ -7,6 +7,7 @@ colour: invalid in red and dashed, doubtful in orange.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,20 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import prometheus as prometheus_model
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
-# What makes a series of results: the labels that a result's figures and its validity share.
-SERIES = "device, model, model_sha256, runtime, target, threads, variant"
-# What the reader has chosen above the dashboard.
-CHOSEN = 'device=~"$board", model=~"$model", runtime=~"$runtime"'
-# How a series of results is called, and what it is worth.
-NAMED = "{{device}} {{model}} {{runtime}} {{target}} {{validity}}"
+# What makes a series of results: the labels that a result's figures and its validity share. A Prometheus may
+# have it more than once: of several collectors, by a scrape and by remote write.
+SERIES = "job, instance, device, model, model_sha256, runtime, target, threads, variant"
+# What the reader has chosen above the dashboard: of boards, of results, of collectors.
+THESE = 'job=~"$job", device=~"$board"'
+CHOSEN = f'{THESE}, model=~"$model", runtime=~"$runtime"'
+MINE = 'job=~"$job", instance=~"$instance"'
+# What a series of results is worth, and what tells those of one model on one board apart.
+WORTH = "{{validity}}{{standin}}{{asked}} {{variant}}"
+# How a series of results is called.
+NAMED = f"{{{{device}}}} {{{{model}}}} {{{{runtime}}}} {{{{target}}}} {WORTH}"
+# The label `standin` of a series in which an emulator or a stand-in had a part, and of none else. The space
+# is for legends, in which it follows another label.
+STANDIN = " stand-in"
 
 RED, ORANGE, GREEN, BLUE, GREY = "red", "orange", "green", "blue", "#808080"
 VALIDITY = {"valid": GREEN, "doubtful": ORANGE, "invalid": RED, "unknown": GREY}
@@ -53,6 +62,20 @@ UNITS = {
     "cpu": ORANGE,
     "unknown": GREY,
 }
+# Of jobs and of runs, where they are and how they ended.
+STATES = {
+    "queued": "light-blue",
+    "leased": BLUE,
+    "running": "dark-blue",
+    "done": GREEN,
+    "succeeded": GREEN,
+    "cancelled": GREY,
+    "unknown": ORANGE,
+    "dead": RED,
+    "failed": RED,
+}
+# Grafana's unit for what is counted.
+COUNT = "none"
 # Grafana's unit for a moment, as how long ago it was.
 MOMENT = "dateTimeFromNow"
 # Room for "a few seconds ago", in pixels.
@@ -61,26 +84,55 @@ MOMENT_WIDTH = 140
 BAR_TITLE, BAR_VALUE = 13, 20
 # Of columns of a table, in pixels.
 WIDTHS = {
-    "device": 130,
-    "model": 260,
+    "device": 165,
+    "model": 300,
     "runtime": 100,
-    "target": 80,
+    "target": 75,
     "threads": 65,
     "variant": 110,
-    "validity": 80,
+    "validity": 75,
+    "standin": 75,
     "verdict": 130,
-    "board": 240,
-    "os": 220,
+    "evidence": 90,
+    "board": 300,
+    "os": 250,
 }
+# Those with figures share what is left.
+LEAST_WIDTH = 80
+# What is longer than its column is shown by a click.
+LONG = ("device", "model", "variant", "board", "os")
 RUNS = (
     "${collector}/api/v1/results?device=${__field.labels.device}&model=${__field.labels.model_sha256}"
     "&page_size=20&summary=true"
 )
 
 
+def newest(metric: str) -> str:
+    """The chosen of a metric that is always 1, once a series of results.
+
+    What is sent by remote write has no end: for five minutes what the result before was worth is there, too.
+    """
+    return f"(topk by ({SERIES}) (1, timestamp({metric}{{{CHOSEN}}})) * 0 + 1)"
+
+
 def judged(expression: str) -> str:
-    """The expression, of figures of results, with the label ``validity``."""
-    return f"({expression}) * on ({SERIES}) group_left (validity) boardbench_result_validity_info"
+    """The expression, of figures of results, with the labels ``validity`` and ``standin``."""
+    had = f"boardbench_result_standin{{{CHOSEN}}}"
+    standin = f'(label_replace({had} == 1, "standin", "{STANDIN}", "", "") or ({had} == 0) + 1)'
+    return (
+        f"({expression}) * on ({SERIES}) group_left (validity) {newest('boardbench_result_validity_info')} "
+        f"* on ({SERIES}) group_left (standin) {standin}"
+    )
+
+
+def named(expression: str) -> str:
+    """The figures of results, judged, as :data:`NAMED` names them: with the threads that were asked for."""
+    return f'label_replace({judged(expression)}, "asked", " threads=$1", "threads", "(.+)")'
+
+
+def on_board(expression: str) -> str:
+    """The expression, of readings of boards, with the label ``emulator``."""
+    return f"{expression} * on (job, instance, device) group_left (emulator) boardbench_device_info"
 
 
 @dataclass(frozen=True)
@@ -99,22 +151,31 @@ def lines(
     width: int = 12,
     height: int = 9,
     stacked: bool = False,
-    points: bool = False,
     runs: bool = True,
     bands: Sequence[tuple[str, str]] = (),
     repeated_by: str = "",
     by_unit: bool = False,
+    from_zero: bool = True,
+    at_most: float | None = None,
+    colours: Mapping[str, str] | None = None,
 ) -> timeseries.Panel:
     """Series over time.
 
     ``by_unit``: coloured by the unit that their names begin with, and not by validity, which the name has.
+    ``from_zero``: the axis begins there. ``at_most``: it ends there. ``colours``: of series, by their names.
     ``bands``: names of series, upper and lower edge, between which it is filled, one band for each worth of
     a result. ``repeated_by``: the variable of whose every value there is a panel.
     """
     panel = timeseries.Panel().fill_opacity(60 if stacked else 0).line_width(0 if stacked else 2)
-    panel = panel.show_points(
-        common_model.VisibilityMode.ALWAYS if points else common_model.VisibilityMode.NEVER
-    )
+    # Only where they are far apart, as what is sent by remote write is.
+    panel = panel.show_points(common_model.VisibilityMode.AUTO)
+    if from_zero:
+        panel = panel.min(0)
+    if at_most is not None:
+        panel = panel.max(at_most)
+    if unit == COUNT:
+        # Or an axis of nothing but zeros would go to 100.
+        panel = panel.decimals(0).axis_soft_max(1)
     panel = panel.legend(
         common.VizLegendOptions()
         .show_legend(True)
@@ -130,13 +191,14 @@ def lines(
             panel = panel.override_by_regexp(f"/^{ran_on} /", [_fixed(colour)])
     else:
         panel = _by_validity(panel, [dashed])
-    for upper, lower in bands:
-        for worth in VALIDITY:
-            filled = [
-                model.DynamicConfigValue(id_val="custom.fillBelowTo", value=f"{lower} {worth}"),
-                model.DynamicConfigValue(id_val="custom.fillOpacity", value=20),
-            ]
-            panel = panel.override_by_name(f"{upper} {worth}", filled)
+    for name, colour in (colours or {}).items():
+        panel = panel.override_by_name(name, [_fixed(colour)])
+    for (upper, lower), worth, standin in itertools.product(bands, VALIDITY, ("", STANDIN)):
+        filled = [
+            model.DynamicConfigValue(id_val="custom.fillBelowTo", value=f"{lower} {worth}{standin}"),
+            model.DynamicConfigValue(id_val="custom.fillOpacity", value=20),
+        ]
+        panel = panel.override_by_name(f"{upper} {worth}{standin}", filled)
     if repeated_by:
         panel = panel.repeat(repeated_by).repeat_direction("h").max_per_row(2)
     if runs:
@@ -155,8 +217,9 @@ def number(
     bad_from: float | None = None,
     doubtful_from: float | None = None,
     good_from: float | None = None,
+    none: str = "",
 ) -> stat.Panel:
-    """One figure, coloured by where it becomes good or bad."""
+    """One figure, coloured by where it becomes good or bad. ``none``: what is shown when there is none."""
     steps = [model.Threshold(value=None, color=GREEN if good_from is None else RED)]
     if good_from is not None:
         steps.append(model.Threshold(value=good_from, color=GREEN))
@@ -173,6 +236,8 @@ def number(
         .graph_mode(common_model.BigValueGraphMode.NONE)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     )
+    if none:
+        panel = panel.no_value(none)
     return _placed(panel, title, description, unit, width, height, [ask], instant=True)
 
 
@@ -182,6 +247,8 @@ def bars(
     """The latest value of each series, side by side."""
     panel = (
         bargauge.Panel()
+        # Or the shortest would have no length.
+        .min(0)
         .orientation(common_model.VizOrientation.HORIZONTAL)
         .display_mode(common_model.BarGaugeDisplayMode.BASIC)
         .name_placement(common_model.BarGaugeNamePlacement.TOP)
@@ -245,12 +312,12 @@ def listing(
     """
     panel = table.Panel().cell_height(common_model.TableCellHeight.SM)
     for place, (heading, unit, _) in enumerate(columns):
-        named = [model.DynamicConfigValue(id_val="displayName", value=heading)]
+        shown = [model.DynamicConfigValue(id_val="displayName", value=heading)]
         if unit:
-            named.append(model.DynamicConfigValue(id_val="unit", value=unit))
-        if unit == MOMENT:
-            named.append(model.DynamicConfigValue(id_val="custom.width", value=MOMENT_WIDTH))
-        panel = panel.override_by_name(f"Value #{_ref(place)}", named)
+            shown.append(model.DynamicConfigValue(id_val="unit", value=unit))
+        width_of = ("width", MOMENT_WIDTH) if unit == MOMENT else ("minWidth", LEAST_WIDTH)
+        shown.append(model.DynamicConfigValue(id_val=f"custom.{width_of[0]}", value=width_of[1]))
+        panel = panel.override_by_name(f"Value #{_ref(place)}", shown)
     for label, colours in (("validity", VALIDITY), ("verdict", VERDICTS)):
         mapped = {
             value: {"text": value, "color": colour, "index": index}
@@ -265,8 +332,10 @@ def listing(
         )
     for label, pixels in WIDTHS.items():
         if label in joined_by:
-            wide = model.DynamicConfigValue(id_val="custom.width", value=pixels)
-            panel = panel.override_by_name(label, [wide])
+            wide = [model.DynamicConfigValue(id_val="custom.width", value=pixels)]
+            if label in LONG:
+                wide.append(model.DynamicConfigValue(id_val="custom.inspect", value=True))
+            panel = panel.override_by_name(label, wide)
     panel = panel.with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
     panel = panel.with_transformation(
         model.DataTransformerConfig(

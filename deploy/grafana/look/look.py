@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -27,7 +28,10 @@ DASHBOARDS = HERE.parent / "dashboards"
 WORK = HERE.parents[2] / ".cache" / "grafana"
 SOURCES = ("package.json", "tsconfig.json", "dashboard.ts", "panels.jsx", "scrollbars.js", "validate.mjs")
 # What Grafana would fill in with everything chosen.
-EVERYTHING = {"$board": ".*", "$model": ".*", "$runtime": ".*", "$history": "1h", "$__rate_interval": "1m"}
+EVERYTHING = {f"${name}": ".*" for name in ("job", "instance", "board", "model", "runtime")} | {
+    "$history": "1h",
+    "$__rate_interval": "1m",
+}
 # The variables of which dashboards that are about one of something have one chosen.
 ABOUT = {"board": ("board", "model"), "model": ("model",)}
 WIDTH = 24 * 62
@@ -134,7 +138,7 @@ def answered(
     for panel in panels(named(dashboard, about)):
         found = [_ask(prometheus, target, seconds, filled) for target in panel["targets"]]
         answers[panel["title"]] = found
-        if not any(found):
+        if not any(found) and "noValue" not in panel["fieldConfig"]["defaults"]:
             without.append(panel["title"])
     return answers, without
 
@@ -151,7 +155,9 @@ def _ask(
         path = "query"
     else:
         path = "query_range"
-        query |= {"start": end - seconds, "end": end, "step": max(1, seconds / 240)}
+        # As Grafana does: whole steps, at whole multiples of them.
+        step = max(1, math.ceil(seconds / 240))
+        query |= {"start": (end - seconds) // step * step, "end": end // step * step, "step": step}
     address = f"{prometheus}/api/v1/{path}?{urllib.parse.urlencode(query)}"
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
@@ -162,6 +168,7 @@ def _ask(
         {
             "name": _named(target.get("legendFormat", ""), each["metric"]),
             "labels": each["metric"],
+            "step": query.get("step"),
             "values": each.get("values") or [each["value"]],
         }
         for each in document["data"]["result"]

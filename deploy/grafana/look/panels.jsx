@@ -1,7 +1,7 @@
 // Draws a dashboard with the components that Grafana itself draws it with.
 //
 // window.DASHBOARD is the dashboard's JSON, window.ANSWERS what Prometheus answered: for each panel's title the
-// answers of its targets, each a list of {name, labels, values: [[seconds, value], …]}.
+// answers of its targets, each a list of {name, labels, step: seconds, values: [[seconds, value], …]}.
 import './node_modules/uplot/dist/uPlot.min.css';
 import React from 'react';
 import { createRoot } from 'react-dom/client';
@@ -34,12 +34,13 @@ const CELL_HEIGHT = 38;
 
 // What overrides may set. In Grafana each panel plugin brings this list along.
 const registry = new FieldConfigOptionsRegistry();
-for (const id of ['color', 'unit', 'displayName', 'mappings', 'links', 'thresholds', 'decimals', 'min', 'max']) {
-  register(id, id, false);
-}
-for (const id of ['lineStyle', 'lineWidth', 'fillBelowTo', 'fillOpacity', 'cellOptions', 'stacking', 'width']) {
-  register(`custom.${id}`, id, true);
-}
+const OWN = ['color', 'unit', 'displayName', 'mappings', 'links', 'thresholds', 'decimals', 'min', 'max', 'noValue'];
+const CUSTOM = [
+  'axisSoftMax', 'cellOptions', 'fillBelowTo', 'fillOpacity', 'inspect', 'lineStyle', 'lineWidth', 'minWidth',
+  'showPoints', 'stacking', 'width',
+];
+OWN.forEach((id) => register(id, id, false));
+CUSTOM.forEach((id) => register(`custom.${id}`, id, true));
 
 function register(id, path, isCustom) {
   registry.register({
@@ -63,7 +64,13 @@ function series(answer) {
   return toDataFrame({
     name: answer.name,
     fields: [
-      { name: 'Time', type: FieldType.time, values: answer.values.map((value) => value[0] * 1000) },
+      {
+        name: 'Time',
+        type: FieldType.time,
+        // Or a line would be drawn to where there is a value again.
+        config: answer.step ? { interval: answer.step * 1000 } : {},
+        values: answer.values.map((value) => value[0] * 1000),
+      },
       {
         name: 'Value',
         type: FieldType.number,
@@ -95,7 +102,7 @@ function Lines({ panel, answers, width, height }) {
       timeRange={range}
       timeZone="utc"
       theme={theme}
-      legend={{ showLegend: true, displayMode: 'list', placement: 'bottom', calcs: [] }}
+      legend={panel.options.legend}
     />
   );
 }
@@ -124,7 +131,6 @@ function Bars({ panel, answers, width, height }) {
     <div>
       {frames.map((frame, index) => {
         const field = frame.fields[1];
-        const greatest = Math.max(...frames.map((other) => other.fields[1].values.at(-1)));
         const value = field.display(field.values.at(-1));
         const colour = field.config.color?.fixedColor;
         return (
@@ -136,7 +142,7 @@ function Bars({ panel, answers, width, height }) {
             orientation={VizOrientation.Horizontal}
             displayMode={BarGaugeDisplayMode.Basic}
             namePlacement={BarGaugeNamePlacement.Top}
-            field={{ ...field.config, min: 0, max: greatest }}
+            field={{ ...field.config, ...field.state.range }}
             value={{ ...value, title: frame.name, color: colour ? theme.visualization.getColorByName(colour) : value.color }}
             display={field.display}
             text={panel.options.text}
@@ -179,7 +185,11 @@ const DRAWN = { timeseries: Lines, stat: Number_, bargauge: Bars, table: Listing
 
 // Grafana draws these in its application and not in a library.
 function Undrawn({ panel, answers }) {
-  const names = answers.flat().map((answer) => answer.name);
+  const texts = panel.fieldConfig.defaults.mappings?.[0]?.options ?? {};
+  const names = answers.flat().map(({ name, values }) => {
+    const text = texts[values.at(-1)[1]]?.text;
+    return text ? `${name}: ${text}` : name;
+  });
   return (
     <div style={{ padding: 12, color: theme.colors.text.secondary }}>
       <p>Only Grafana itself draws a panel of the type “{panel.type}”. It would show:</p>
@@ -204,6 +214,11 @@ class Guard extends React.Component {
   }
 }
 
+function Row({ row }) {
+  const outer = { position: 'absolute', left: 12, top: row.gridPos.y * CELL_HEIGHT + 6, color: theme.colors.text.primary };
+  return <div style={{ ...outer, fontSize: 16 }}>{row.title}</div>;
+}
+
 function Panel({ panel }) {
   const place = panel.gridPos;
   const answers = window.ANSWERS[panel.title] ?? [];
@@ -218,7 +233,9 @@ function Panel({ panel }) {
               <Drawn panel={panel} answers={answers} width={width} height={height} />
             </Guard>
           ) : (
-            <div style={{ padding: 12 }}>No data</div>
+            <div style={{ padding: 12, fontSize: panel.type === 'stat' ? 32 : 14 }}>
+              {panel.fieldConfig.defaults.noValue ?? 'No data'}
+            </div>
           )
         }
       </PanelChrome>
@@ -227,12 +244,16 @@ function Panel({ panel }) {
 }
 
 document.body.style.background = theme.colors.background.canvas;
+const rows = window.DASHBOARD.panels.filter((panel) => panel.type === 'row');
 const panels = window.DASHBOARD.panels.flatMap((panel) => (panel.type === 'row' ? panel.panels ?? [] : [panel]));
 createRoot(document.getElementById('root')).render(
   <ThemeContext.Provider value={theme}>
     <GlobalStyles />
     <h2 style={{ color: theme.colors.text.primary, padding: '8px 12px' }}>{window.DASHBOARD.title}</h2>
     <div style={{ position: 'relative' }}>
+      {rows.map((row) => (
+        <Row key={row.title} row={row} />
+      ))}
       {panels.map((panel) => (
         <Panel key={panel.title} panel={panel} />
       ))}
