@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from boardbench.collector.dispatch import Desk, Dispatcher, Rules
-from boardbench.collector.errors import StoreUnavailable
+from boardbench.collector.errors import InvalidRequest, StoreUnavailable
 from boardbench.collector.files import Files
 from boardbench.collector.fleet import Fleet
 from boardbench.collector.jobs import Batch, JobQuery, JobRecord, Transition, new_record
@@ -108,6 +108,21 @@ async def test_what_another_process_has_queued_is_found(lab: Lab) -> None:
     await lab.submit()
     await lab.until(lambda: lab.told, "it is offered")
     assert lab.told[0].offer.job_id == JOB
+
+
+async def test_whoever_queues_for_a_fleet_may_name_all_its_jobs(lab: Lab) -> None:
+    job_ids = [f"{number:020x}" for number in range(1, 1201)]
+    for number, job_id in enumerate(job_ids):
+        await lab.submit(job_id, f"board-{number}")
+    await lab.submit()
+    # Whole ones, and one by its first digits.
+    named = job_pb2.JobFilter(job_ids=[*job_ids, JOB[:6].upper()])
+    ended = await lab.dispatcher.cancel(named)
+    assert [job.job_id for job in ended] == [*job_ids, JOB]
+    seen = [job.job_id async for job in lab.dispatcher.watch(named)]
+    assert seen == [*job_ids, JOB]
+    with pytest.raises(InvalidRequest, match="at most 10,000 jobs can be named at once"):
+        await lab.dispatcher.cancel(job_pb2.JobFilter(job_ids=[JOB] * 10_001))
 
 
 async def test_nothing_is_handed_out_before_a_board_has_named_what_it_has(lab: Lab) -> None:

@@ -498,7 +498,7 @@ class Dispatcher:
             seconds = request.timeout_seconds
         if not 0 < seconds <= _LONGEST_SECONDS:
             raise InvalidRequest(f"timeout_seconds: more than 0 and at most a year, not {seconds:g}")
-        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()
+        digest = _digest(request)
         known = await self._jobs.jobs(JobQuery(batch_id=batch_id), limit=1)
         if known:
             # Neither the files nor the boards need to be there still.
@@ -652,21 +652,27 @@ class Dispatcher:
 
     async def _query(self, filter: job_pb2.JobFilter) -> JobQuery:
         """Returns the filter with whole identities; NotFound or Ambiguous when one names not one job."""
-        names = []
-        for digits in filter.job_ids[: _MAX_PAGE + 1]:
+        given = [digits.lower() for digits in filter.job_ids]
+        if len(given) > _MAX_WATCHED:
+            raise InvalidRequest(f"at most {_MAX_WATCHED:,} jobs can be named at once; name their batch")
+        for digits in given:
             _check("job_id", digits)
-            found = await self._jobs.find_jobs(digits.lower())
-            if not found:
-                raise NotFound(f"no job is named {digits!r}, nor does one begin so")
-            if len(found) > 1:
-                raise Ambiguous(
-                    f"several jobs begin with {digits!r}, {found[0].job_id} and {found[1].job_id} among them;"
-                    " give more digits"
-                )
-            names.append(found[0].job_id)
-        if len(names) > _MAX_PAGE:
-            raise InvalidRequest(f"at most {_MAX_PAGE} jobs can be named at once; name their batch")
+        # Whoever follows what was queued for a fleet names every job, whole: one question for all of them.
+        there = await self._jobs.versions(given) if given else {}
+        names = [digits if digits in there else await self._begins(digits) for digits in given]
         return JobQuery(tuple(names), filter.batch_id, filter.device_id, tuple(filter.states))
+
+    async def _begins(self, digits: str) -> str:
+        """Returns the one job whose identity begins so; NotFound or Ambiguous."""
+        found = await self._jobs.find_jobs(digits)
+        if not found:
+            raise NotFound(f"no job is named {digits!r}, nor does one begin so")
+        if len(found) > 1:
+            raise Ambiguous(
+                f"several jobs begin with {digits!r}, {found[0].job_id} and {found[1].job_id} among them;"
+                " give more digits"
+            )
+        return found[0].job_id
 
     async def _all(self, query: JobQuery) -> tuple[JobRecord, ...]:
         records = await self._jobs.jobs(query, limit=_MAX_WATCHED + 1)
@@ -788,6 +794,17 @@ class Dispatcher:
     def _poke_for(self, device_ids: Iterable[str]) -> None:
         self._poked |= set(device_ids)
         self._poke.set()
+
+
+def _digest(request: job_pb2.SubmitJobsRequest) -> str:
+    """Returns what tells requests apart that have one request_id: all but who asks.
+
+    A CI job that is repeated runs in another container, under another name.
+    """
+    asked = job_pb2.SubmitJobsRequest()
+    asked.CopyFrom(request)
+    asked.ClearField("holder")
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _shares(met: int, idle: int, reserved: int) -> str:
