@@ -367,6 +367,16 @@ async def test_what_a_board_refuses_is_dead(store: ResultStore) -> None:
     assert (record.job.state, record.job.reason) == (DEAD, "refused by the board: it has no Edge TPU")
 
 
+async def test_a_reason_that_is_cut_says_so(store: ResultStore) -> None:
+    for number, length in ((1, 500), (2, 501)):
+        await submit(store, make_record(number), batch_id=f"batch-{number}")
+        await claim(store)
+        told = "x" * (length - len("refused by the board: "))
+        record = await change(store, number, report(job_pb2.JOB_PHASE_REFUSED, reason=told))
+        assert len(record.job.reason) == 500
+        assert record.job.reason.endswith("xx" if number == 1 else "x…")
+
+
 # Results.
 
 
@@ -563,6 +573,7 @@ async def test_a_dead_job_gets_its_attempts_again(store: ResultStore) -> None:
     record = await change(store, 1, lambda record: retried(record, NOW + 9000, NOW + 100))
     assert (record.job.state, record.deadline, record.ended) == (QUEUED, NOW + 9000, None)
     assert not record.job.HasField("ended_at")
+    assert record.job.reason.startswith("queued again; before that: given up after 1 attempt: its lease")
     (record,) = await claim(store, at=NOW + 100)
     # A name that was given out is not given out again.
     assert record.job.run_id == f"{job_id(1)}-2"

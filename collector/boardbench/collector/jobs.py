@@ -371,7 +371,9 @@ def retried(record: JobRecord, deadline: float, at: float) -> JobRecord:
     """A dead one gets as many attempts again as it had."""
     if record.job.state != job_pb2.JOB_STATE_DEAD:
         return record
-    changed = _changed(record, state=job_pb2.JOB_STATE_QUEUED, progress="", run_status=0)
+    # It waits now, and must not look as if it were given up still.
+    reason = f"queued again; before that: {record.job.reason}"
+    changed = _changed(record, state=job_pb2.JOB_STATE_QUEUED, reason=reason, progress="", run_status=0)
     changed.job.ClearField("ended_at")
     set_time(changed.job.deadline_at, deadline)
     return replace(
@@ -462,8 +464,13 @@ def _changed(record: JobRecord, **fields: Any) -> JobRecord:
     job = job_pb2.Job()
     job.CopyFrom(record.job)
     for name, value in fields.items():
-        setattr(job, name, value[:_MAX_REASON_LENGTH] if isinstance(value, str) else value)
+        setattr(job, name, _cut(value) if isinstance(value, str) else value)
     return replace(record, job=job, version=record.version + 1)
+
+
+def _cut(text: str) -> str:
+    """Returns the text, or its beginning, which then says that there was more."""
+    return text if len(text) <= _MAX_REASON_LENGTH else text[: _MAX_REASON_LENGTH - 1] + "…"
 
 
 # What a table holds.
