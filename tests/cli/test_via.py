@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from boardbench.cli import via as by_collector
 from boardbench.v1 import (
     agent_pb2,
     board_pb2,
@@ -205,6 +206,7 @@ def via(collector: ScriptedCollector) -> tuple[str, str]:
         (["--via", "x", "--on", "pi5"], "'pi5' is not NAME=VALUE"),
         (["--via", "x", "--all", "--tag", "suite"], "'suite' is not NAME=VALUE"),
         (["--via", "x", "--all", "--count", "0"], "0 is not from 1"),
+        (["--via", "x", "--all", "--priority", "3000000000"], "3000000000 is not from -2147483648"),
         (["--via", "x", "--all", "--interleave"], "--interleave needs at least two models"),
     ],
 )
@@ -393,6 +395,21 @@ def test_results_of_a_suite_are_named_by_their_cases(boardbench, collector, via,
         assert f"{case} on b1: required p50<=1ns" in done.err
 
 
+def test_a_suite_that_asks_for_more_boards_than_there_are_is_told_of(
+    boardbench, collector, via, tmp_path
+) -> None:
+    (tmp_path / "m.tflite").write_bytes(b"model")
+    suite = tmp_path / "s.toml"
+    for count, code in ((1, 0), (2, 1)):
+        suite.write_text(f'models = ["m.tflite"]\n[boards.first]\non = ["device_id=b1"]\ncount = {count}\n')
+        done = boardbench("suite", "check", suite, *via)
+        told = "m.tflite first: 2 boards are asked for, and 1 meets device_id=b1" in done.err
+        assert (done.code, told) == (code, count == 2)
+    suite.write_text('models = ["m.tflite"]\n[boards.any]\ncount = 2\n')
+    done = boardbench("suite", "check", suite, *via)
+    assert "m.tflite any: 2 boards are asked for, and there is 1" in done.err
+
+
 def test_boards_are_chosen_reserved_and_labelled(boardbench, collector, via) -> None:
     done = boardbench("devices", *via, "--on", "lab=zurich")
     assert list(collector.asked[-1].on) == ["lab=zurich"]
@@ -412,3 +429,15 @@ def test_boards_are_chosen_reserved_and_labelled(boardbench, collector, via) -> 
     for arguments in (("reserve",), ("release", "--force"), ("label", "a=b")):
         done = boardbench("devices", *arguments, *via)
         assert (done.code, "which boards?" in done.err) == (2, True)
+    for before in (("--via", "elsewhere"), ("--on", "rack=7"), ("--format", "json")):
+        done = boardbench("devices", *before, "reserve", "--on", "rack=7", *via)
+        assert (done.code, f"{before[0]} stands before 'reserve'" in done.err) == (2, True)
+
+
+def test_a_job_waits_again_after_an_attempt_only() -> None:
+    job = job_pb2.Job(state=job_pb2.JOB_STATE_QUEUED, reason="it takes no jobs")
+    assert by_collector.words(job) == "waiting for the board (it takes no jobs)"
+    job.attempts, job.reason = 1, "no room"
+    assert by_collector.words(job) == "waiting for the board again (no room)"
+    job.reason = ""
+    assert by_collector.words(job) == "waiting for the board again"

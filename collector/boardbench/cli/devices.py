@@ -48,6 +48,7 @@ def devices(
     With --format json: an array of Device; with --to the DescribeResponse of one board, an array for several.
     """
     if context.invoked_subcommand is not None:
+        _leave_to(context, context.invoked_subcommand)
         return None
     output = output_from(values)
     if boards and on:
@@ -76,6 +77,16 @@ def devices(
             f"no board has reported to the collector at {collector}; ask one itself with --to HOST{hint}"
         )
     return ExitCode.DONE
+
+
+def _leave_to(context: click.Context, command: str) -> None:
+    """Returns when the subcommand was given all options: one before it would not reach it, unseen."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} stands before {command!r}, which would not see it: write it behind"
+            )
 
 
 def _describe(boards: list[Address], output: Output) -> ExitCode:

@@ -72,7 +72,10 @@ Examples:
 )
 @click.option("--all", "every", is_flag=True, help="With --via: all boards, when no --on chooses some.")
 @click.option(
-    "--priority", type=int, default=0, help="With --via: higher goes first, where jobs wait.  [default: 0]"
+    "--priority",
+    type=Count(-(1 << 31), (1 << 31) - 1),
+    default=0,
+    help="With --via: higher goes first, where jobs wait.  [default: 0]",
 )
 @click.option(
     "--attempts", type=Count(1, 100), help="With --via: give a job up after so many attempts of its board."

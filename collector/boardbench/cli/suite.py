@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boardbench.cli import figures
 from boardbench.cli.address import Address, CollectorType, ca_option
 from boardbench.cli.collected import holder_option, retry_option, via_option
 from boardbench.cli.errors import CliError, ExitCode, Unreachable, WrongUse, worst
@@ -122,10 +123,21 @@ def check(path: Path, collector: Address | None, patterns: tuple[str, ...], **va
             for case in cases
         ]
         output.show(cases_table(rows), table=True)
-    empty = [case for case in cases if boards.get(case.board.on, 1) == 0]
-    for case in empty:
-        output.complain(f"{case.name}: no board meets {','.join(case.board.on)}")
-    return ExitCode.FAILED if empty else ExitCode.DONE
+    if collector is None:
+        return ExitCode.DONE
+    lacking = [case for case in cases if boards[case.board.on] < max(1, case.board.count)]
+    for case in lacking:
+        output.complain(f"{case.name}: {_too_few(case, boards[case.board.on])}")
+    return ExitCode.FAILED if lacking else ExitCode.DONE
+
+
+def _too_few(case: Case, there: int) -> str:
+    """Why a case would not be queued."""
+    terms = ",".join(case.board.on)
+    if not there:
+        return f"no board meets {terms}" if terms else "the collector knows no board"
+    of = f"{there} meets {terms}" if there == 1 else f"{there} meet {terms}"
+    return f"{case.board.count} boards are asked for, and {of if terms else f'there is {there}'}"
 
 
 @suite.command()
@@ -434,7 +446,7 @@ class Watching:
             }
             click.echo(json.dumps(told))
         else:
-            click.echo(f"{name}: {why}: {len(queued.jobs)} jobs queued")
+            click.echo(f"{name}: {why}: {figures.plural(len(queued.jobs), 'job')} queued")
         for case, error in queued.errors:
             self._output.complain(f"{case}: {error}")
         return worst([error.exit_code for _, error in queued.errors])

@@ -327,6 +327,6 @@ def words(job: job_pb2.Job) -> str:
     """How far the job is, for a person."""
     text = job.progress or _STATES.get(job.state, "in an unknown state")
     if job.state == job_pb2.JOB_STATE_QUEUED:
-        text = _STATES[job_pb2.JOB_STATE_QUEUED]
-        return f"{text} again ({job.reason})" if job.reason else text
+        again = " again" if job.attempts else ""
+        return f"{_STATES[job.state]}{again}" + (f" ({job.reason})" if job.reason else "")
     return text
