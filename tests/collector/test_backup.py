@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -203,17 +204,50 @@ async def test_a_database_with_tokens_is_not_filled(
         where.restore(saved)
 
 
-async def test_older_files_beside_the_store_are_to_be_brought_up_to_date_first(
+async def test_older_files_beside_the_store_are_in_its_backup(
     make_place: Callable[[str, str], Place], tmp_path: Path
 ) -> None:
     where = make_place("sqlite", "older")
     await (await where.open()).close()
-    older = sqlite3.connect(where.where.with_name("updates.db"))
-    older.execute("CREATE TABLE updates (update_id TEXT, created INTEGER, content BLOB)")
-    older.commit()
-    older.close()
-    with pytest.raises(StoreForeign, match=r"updates\.db beside it has version 0, .*start the collector"):
+    beside = where.where.with_name("updates.db")
+    update = update_pb2.Update(update_id="u1", version="0.2.0")
+    with contextlib.closing(sqlite3.connect(beside)) as older:
+        # As version 0.1 made it.
+        older.execute(
+            "CREATE TABLE updates (update_id TEXT NOT NULL PRIMARY KEY, created INTEGER NOT NULL,"
+            " content BLOB NOT NULL)"
+        )
+        older.execute("INSERT INTO updates VALUES ('u1', 5, ?)", (update.SerializeToString(),))
+        older.commit()
+    backup.save(tmp_path / "b", where.moment(), version="1")
+    with contextlib.closing(sqlite3.connect(beside)) as older:
+        assert older.execute("PRAGMA user_version").fetchone() == (0,), "it stays as it was"
+    new = make_place("sqlite", "new")
+    new.restore(tmp_path / "b")
+    store = await new.open()
+    async with open_beside(new.config, store) as kept:
+        assert await kept.updates.get(["u1"]) == [(1, update)]
+    await store.close()
+    with contextlib.closing(sqlite3.connect(beside)) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreForeign, match=r"updates\.db has version 99, .*install a newer one"):
         backup.save(tmp_path / "b", where.moment(), version="1")
+
+
+async def test_nobody_waits_for_a_backup(make_place: Callable[[str, str], Place], tmp_path: Path) -> None:
+    """It may take minutes; boards are enrolled meanwhile, and what comes then is not in it."""
+    where = make_place("sqlite", "busy")
+    store = await where.open()
+    async with open_beside(where.config, store) as beside:
+        await beside.enrolments.create()
+        with where.moment() as source:
+            tables = {table.name: table for table in source.tables()}
+            assert len(list(source.rows(tables["enrolment_tokens"]))) == 1
+            await beside.enrolments.enroll(await beside.enrolments.create(), "pi5", "i")
+            await beside.updates.add(update_pb2.Update(update_id="u1"), lambda _: None)
+            assert list(source.rows(tables["device_keys"])) == list(source.rows(tables["updates"])) == []
+            assert len(list(source.rows(tables["enrolment_tokens"]))) == 1
+    await store.close()
 
 
 async def test_a_running_collectors_folder_is_left_alone(
@@ -353,13 +387,47 @@ def test_no_store_and_another_programs_file(tmp_path: Path) -> None:
         backup.save(tmp_path / "b", sqlite_backup.moment(tmp_path / "other.db"), version="1")
 
 
-def test_an_older_store_is_to_be_brought_up_to_date_first(tmp_path: Path) -> None:
-    path = tmp_path / "old.db"
-    db = sqlite3.connect(path)
-    db.executescript((Path(__file__).parent / "data" / "store-1.sql").read_text())
-    db.close()
-    with pytest.raises(StoreForeign, match=r"version 1, .*start the collector"):
-        backup.save(tmp_path / "b", sqlite_backup.moment(path), version="1")
+async def test_a_backup_of_an_older_store_leaves_it_as_it_is(
+    make_place: Callable[[str, str], Place], tmp_path: Path
+) -> None:
+    """Whoever is about to bring it up to date wants a backup of before."""
+    where = make_place("sqlite", "older")
+    where.where.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(where.where)) as db:
+        db.executescript((Path(__file__).parent / "data" / "store-1.sql").read_text())
+    before = where.where.read_bytes()
+    told = backup.save(tmp_path / "b", where.moment(), version="1")
+    assert told.rows["results"] == 4 and told.rows["devices"] == 2
+    assert where.where.read_bytes() == before
+    assert [path.name for path in where.where.parent.iterdir()] == ["results.db"]
+    new = make_place("sqlite", "new")
+    new.restore(tmp_path / "b")
+    stores = [await each.open() for each in (where, new)]
+    old, restored = [await everything(store) for store in stores]
+    assert restored == old
+    for store in stores:
+        await store.close()
+    with contextlib.closing(sqlite3.connect(where.where)) as db:
+        db.execute("INSERT INTO schema_version VALUES (99, 0)")
+        db.commit()
+    with pytest.raises(StoreForeign, match=r"version 99, .*install a newer one"):
+        backup.save(tmp_path / "b", where.moment(), version="1")
+
+
+@pytest.mark.parametrize("name", ["results.db-wal", "enrolments.db-journal"])
+async def test_a_log_of_another_store_is_not_taken_for_the_new_ones(
+    name: str, make_place: Callable[[str, str], Place], saved: Path
+) -> None:
+    """Of a collector that was killed the log is a file beside its store, and may be left when that moves."""
+    where = make_place("sqlite", "moved")
+    where.where.parent.mkdir()
+    log = where.where.with_name(name)
+    log.write_bytes(b"what was committed last")
+    with pytest.raises(StoreUnavailable, match=rf"{name} is left of a store that was moved.*--data-dir"):
+        where.restore(saved)
+    assert not where.where.exists()
+    log.unlink()
+    where.restore(saved)
 
 
 async def test_both_kinds_of_store_have_the_same_tables(make_place: Callable[[str, str], Place]) -> None:

@@ -144,10 +144,15 @@ def test_a_store_of_an_unknown_kind_is_named(command: str, tmp_path: Path) -> No
     assert "secret" not in answer.stderr and "Traceback" not in answer.stderr
 
 
-def test_without_psycopg_the_command_that_mends_it_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["serve", "backup", "restore", "check", "token list"])
+def test_without_psycopg_the_command_that_mends_it_is_told(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    arguments = [*command.split(), "--store", "postgresql:///x", "--data-dir", str(tmp_path)]
+    arguments += [str(file)] if command in {"backup", "restore"} else []
     program = (
         "import sys; sys.modules['psycopg'] = None; from boardbench.collector.cli import main; "
-        f"main(['serve', '--store', 'postgresql:///x', '--data-dir', {str(tmp_path)!r}])"
+        f"main({arguments!r})"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 1

@@ -71,7 +71,7 @@ class TablesFile:
         self._turn = threading.Lock()
         try:
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._db = sqlite3.connect(
                 path or ":memory:", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -80,24 +80,10 @@ class TablesFile:
             raise StoreUnavailable(f"{self._name}: can't be used: {error}") from error
         try:
             with self._transaction() as db:
-                self._migrate(db, migrations)
+                bring_up_to_date(db, self._name, migrations)
         except BaseException:
             self._db.close()
             raise
-
-    def _migrate(
-        self, db: sqlite3.Connection, migrations: Sequence[Callable[[sqlite3.Connection], None]]
-    ) -> None:
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found > len(migrations):
-            raise StoreForeign(
-                f"{self._name} has version {found}, and this boardbench-collector knows versions up to"
-                f" {len(migrations)}; install a newer one"
-            )
-        if found < len(migrations):
-            for migration in migrations[found:]:
-                migration(db)
-            db.execute(f"PRAGMA user_version = {len(migrations)}")
 
     def close(self) -> None:
         """Lets the file go. Idempotent."""
@@ -141,6 +127,25 @@ class TablesFile:
             yield
         except sqlite3.Error as error:
             raise StoreUnavailable(f"{self._name}: can't be used: {error}") from error
+
+
+def bring_up_to_date(
+    db: sqlite3.Connection, name: str, migrations: Sequence[Callable[[sqlite3.Connection], None]]
+) -> None:
+    """Brings the tables of a file of this name to the version that this program has, within a transaction.
+
+    StoreForeign when they are newer.
+    """
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    if found > len(migrations):
+        raise StoreForeign(
+            f"{name} has version {found}, and this boardbench-collector knows versions up to"
+            f" {len(migrations)}; install a newer one"
+        )
+    if found < len(migrations):
+        for migration in migrations[found:]:
+            migration(db)
+        db.execute(f"PRAGMA user_version = {len(migrations)}")
 
 
 def _session(db: sqlite3.Connection) -> Session:

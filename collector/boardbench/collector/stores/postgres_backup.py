@@ -101,9 +101,10 @@ def restore(url: str, backup: Path) -> Told:
 
 @contextlib.contextmanager
 def _database(url: str) -> Iterator[Connection]:
+    db = opened(url, time.time)
+    # Only now: that it is not installed is told there.
     import psycopg
 
-    db = opened(url, time.time)
     try:
         # What it reads may take as long as there are results.
         db.execute("SET statement_timeout = 0")

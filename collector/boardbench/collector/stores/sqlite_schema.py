@@ -262,12 +262,8 @@ def _series_text(series: Series) -> str:
     )
 
 
-def migrate(db: sqlite3.Connection, *, now: float, to_version: int = LATEST_VERSION) -> int:
-    """Returns the version that was found, after bringing the tables to ``to_version``.
-
-    StoreForeign when the file is something else, or newer than this program. The connection is in
-    autocommit mode (``isolation_level=None``).
-    """
+def version_of(db: sqlite3.Connection) -> int:
+    """Returns the version of the tables, 0 when there are none; StoreForeign says why they can't be used."""
     (application_id,) = db.execute("PRAGMA application_id").fetchone()
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if application_id != APPLICATION_ID and (application_id or tables):
@@ -280,6 +276,16 @@ def migrate(db: sqlite3.Connection, *, now: float, to_version: int = LATEST_VERS
             f"it has version {found}, and this boardbench-collector knows versions up to {LATEST_VERSION};"
             " install a newer one"
         )
+    return int(found)
+
+
+def migrate(db: sqlite3.Connection, *, now: float, to_version: int = LATEST_VERSION) -> int:
+    """Returns the version that was found, after bringing the tables to ``to_version``.
+
+    StoreForeign when the file is something else, or newer than this program. The connection is in
+    autocommit mode (``isolation_level=None``).
+    """
+    found = version_of(db)
     for version in range(found + 1, to_version + 1):
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -296,4 +302,4 @@ def migrate(db: sqlite3.Connection, *, now: float, to_version: int = LATEST_VERS
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-    return int(found)
+    return found
