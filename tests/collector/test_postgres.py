@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import threading
 import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -313,6 +314,36 @@ async def test_a_connection_that_was_cut_is_made_anew(postgres_url: str, make_re
     await store.close()
 
 
+async def test_connections_that_lay_idle_and_were_cut_are_none_the_wiser(postgres_url: str) -> None:
+    """As after a restart of the server: who reads first does not find one dead connection after the other."""
+    store = await PostgresResultStore.open(postgres_url)
+    together = threading.Barrier(3)
+    await asyncio.gather(*(store.read(lambda _: together.wait(30)) for _ in range(3)))
+    ask(
+        postgres_url,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'boardbench-collector' AND pid <> pg_backend_pid()",
+    )
+    assert await store.devices() == ()
+    assert await store.read(lambda db: db.execute("SELECT 1").fetchone()) == (1,)
+    await store.close()
+
+
+async def test_what_took_too_long_is_not_asked_again(postgres_url: str) -> None:
+    store = await PostgresResultStore.open(postgres_url)
+    asked = []
+
+    def slowly(db: Any) -> None:
+        asked.append(db)
+        db.execute("SET statement_timeout = 50")
+        db.execute("SELECT pg_sleep(60)")
+
+    with pytest.raises(StoreUnavailable, match="statement timeout"):
+        await store.read(slowly)
+    assert len(asked) == 1
+    await store.close()
+
+
 async def test_a_server_that_would_lose_commits_is_told_not_to(
     postgres_server: Any, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -424,6 +455,37 @@ async def test_one_commit_takes_what_came_meanwhile(postgres_url: str, make_resu
 
 
 # Opening
+
+
+class LikeCockroach:
+    """A PostgreSQL that says it is a CockroachDB, and refuses what that one refuses."""
+
+    def __init__(self, db: Any) -> None:
+        self._db = db
+
+    def execute(self, query: str, values: Any = None) -> Any:
+        assert "COLLATE" not in query
+        if query == "SELECT version()":
+            return self._db.execute("SELECT 'CockroachDB CCL v25.1.0 (x86_64-pc-linux-gnu)'")
+        return self._db.execute(query, values)
+
+    def transaction(self) -> Any:
+        return self._db.transaction()
+
+
+async def test_a_database_that_compares_by_bytes_anyway_is_not_told_to(
+    postgres_url: str, make_result: MakeResult
+) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as db:
+        assert postgres_schema.migrate(LikeCockroach(db), now=5.0) == 0  # type: ignore[arg-type]
+    assert ask(
+        postgres_url,
+        "SELECT DISTINCT collation_name FROM information_schema.columns"
+        " WHERE table_schema = current_schema() AND data_type = 'text'",
+    ) == [(None,)]
+    store = await PostgresResultStore.open(postgres_url)
+    assert await store.append("pi5", "spool", 1, make_result("run-1"))
+    await store.close()
 
 
 async def test_who_stops_waiting_for_a_store_leaves_no_connection(postgres_url: str) -> None:

@@ -124,11 +124,15 @@ def _keep_promises(db: Connection, name: str) -> None:
         )
 
 
-def lost_errors() -> tuple[type[BaseException], ...]:
-    """Returns what is raised when a connection is gone, or can't be made."""
-    from psycopg import InterfaceError, OperationalError
+def is_passing(error: BaseException) -> bool:
+    """Whether the connection failed, or the moment, so that the same may be answered on another one.
 
-    return (InterfaceError, OperationalError)
+    What took too long would take as long again.
+    """
+    from psycopg import InterfaceError, OperationalError, errors
+
+    failed = isinstance(error, (InterfaceError, OperationalError))
+    return failed and not isinstance(error, errors.QueryCanceled)
 
 
 def told(error: BaseException, name: str) -> CollectorError:

@@ -20,7 +20,7 @@ from boardbench.collector.store import (
     check_limit,
 )
 from boardbench.collector.stores.gather import Gatherer
-from boardbench.collector.stores.postgres_connection import connect, lost_errors, place, told
+from boardbench.collector.stores.postgres_connection import connect, is_passing, place, told
 from boardbench.collector.stores.postgres_schema import storable
 from boardbench.collector.stores.reading import SqlReading
 from boardbench.v1 import collector_pb2, result_pb2
@@ -206,9 +206,10 @@ class PostgresReading(SqlReading["Connection"]):
                         return function(db)
                 except Error as error:
                     # A connection that lay idle may have been cut long ago; reading twice harms nobody.
-                    lost = isinstance(error, lost_errors())
-                    if attempt == 2 or not lost:
+                    if attempt == 2 or not is_passing(error):
                         raise self._told(error) from error
+                    # The others lay idle as well: the second time is on a new one.
+                    self._drop_idle()
             raise AssertionError("the second attempt returns or raises")
 
         if self._writer.closed:
@@ -235,5 +236,9 @@ class PostgresReading(SqlReading["Connection"]):
     def _close_readers(self) -> None:
         """Ends what still reads, and its connections; not for the loop's thread."""
         self._readers.shutdown()
-        while not self._idle_readers.empty():
-            self._idle_readers.get_nowait().close()
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle_readers.get_nowait().close()

@@ -6,7 +6,7 @@ migrates, and the others wait and find it done.
 
 The tables and columns are those of the SQLite store (``sqlite_schema.py``), so that a backup of one can be
 restored into the other; a test compares them. Texts are compared byte by byte (``COLLATE "C"``), as SQLite
-and Python do it, whatever the database's own rules are.
+and Python do it, whatever the database's own rules are (:class:`_Making`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     Connection = psycopg.Connection[Any]
 
+_BY_BYTES = ' COLLATE "C"'
+
 MAX_INDEXED = 500
 """Characters of a text that stand in an index: an entry may have 2,700 bytes, and a character four."""
 
 
-def _version_1(db: Connection) -> None:
+def _version_1(db: _Making) -> None:
     db.execute(
         """CREATE TABLE devices (
             device_id TEXT COLLATE "C" NOT NULL PRIMARY KEY,
@@ -103,7 +105,7 @@ def _version_1(db: Connection) -> None:
     _jobs(db)
 
 
-def _jobs(db: Connection) -> None:
+def _jobs(db: _Making) -> None:
     db.execute(
         """CREATE TABLE jobs (
             arrival BIGINT NOT NULL UNIQUE,
@@ -160,7 +162,7 @@ def _jobs(db: Connection) -> None:
     )
 
 
-def _version_2(db: Connection) -> None:
+def _version_2(db: _Making) -> None:
     """Tokens, keys and updates, which each collector had in files of its own; files that wait for boards."""
     db.execute(
         """CREATE TABLE enrolment_tokens (
@@ -212,13 +214,28 @@ def _version_2(db: Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_version_1, _version_2)
+MIGRATIONS: tuple[Callable[[_Making], None], ...] = (_version_1, _version_2)
 """The step to version n is at n - 1."""
 
 LATEST_VERSION = len(MIGRATIONS)
 
 DERIVED = {"series": ("series_key",)}
 """Columns that SQLite's tables lack and that follow from the others, by table."""
+
+
+class _Making:
+    """A connection that takes the statements of a migration as its database wants them."""
+
+    def __init__(self, db: Connection) -> None:
+        self._db = db
+        row = db.execute("SELECT version()").fetchone()
+        # It compares by bytes anyway, and takes no such collation for a column
+        # (https://github.com/cockroachdb/cockroach/issues/108657).
+        self._by_bytes = row is not None and str(row[0]).startswith("CockroachDB")
+
+    def execute(self, statement: str) -> None:
+        """Executes it."""
+        self._db.execute(statement.replace(_BY_BYTES, "") if self._by_bytes else statement)
 
 
 def series_key(series: str) -> str:
@@ -274,7 +291,7 @@ def migrate(db: Connection, *, now: float, to_version: int = LATEST_VERSION) -> 
                 db.execute(
                     "INSERT INTO boardbench_schema (version, migrated) VALUES (%s, %s)", (version, now)
                 )
-                MIGRATIONS[version - 1](db)
+                MIGRATIONS[version - 1](_Making(db))
         except errors.UniqueViolation:
             if _version(db) < version:
                 raise
