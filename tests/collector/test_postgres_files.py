@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,3 +225,79 @@ async def test_a_young_file_stays_for_the_job_that_it_is_for(
     clock.now += 901
     await other.send(b"z" * 2_500_000, "z")
     assert [row[0] for row in rows(postgres_url)] == ["1", "z"]
+
+
+class Steps:
+    """What happens between one write of a collector and the next."""
+
+    def __init__(self, store: PostgresResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.before: dict[int, Callable[[], Awaitable[object]]] = {}
+        """By the number of the write, from 1."""
+        self._write, self._count = store.write, 0
+        monkeypatch.setattr(store, "write", self._counted)
+
+    async def _counted(self, function: Any) -> Any:
+        self._count += 1
+        step = self.before.pop(self._count, None)
+        if step is not None:
+            await step()
+        return await self._write(function)
+
+
+async def test_a_file_that_comes_slowly_stays_young(
+    sides: tuple[Side, Side], clock: Clock, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = sides
+
+    async def later() -> None:
+        clock.now += 400
+
+    async def another() -> None:
+        await later()
+        # There would be room for it without the one that is coming.
+        with pytest.raises(NoRoom):
+            await other.send(b"z" * 5_000_000, "z")
+
+    # It makes room and begins; then come the rows.
+    Steps(one.store, monkeypatch).before.update({3: later, 4: later, 5: another})
+    await one.send(LARGE)
+    assert rows(postgres_url) == [("m.tflite", 1, 3, len(LARGE))]
+
+
+async def test_nothing_is_left_of_a_file_that_was_removed_while_it_came(
+    sides: tuple[Side, Side], postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = sides
+    Steps(one.store, monkeypatch).before[5] = lambda: other.shelf.remove(sha256(LARGE))
+    with pytest.raises(StoreUnavailable, match=r"m\.tflite was removed while it came .*send it again"):
+        await one.send(LARGE)
+    assert rows(postgres_url) == []
+    with psycopg.connect(postgres_url) as db:
+        assert db.execute("SELECT COUNT(*) FROM file_chunks").fetchone() == (0,)
+    await one.send(LARGE)
+    assert await other.fetch(LARGE) == LARGE
+
+
+async def test_what_can_not_become_whole_is_not_kept(
+    sides: tuple[Side, Side], postgres_url: str, clock: Clock
+) -> None:
+    one, other = sides
+    await one.send(LARGE)
+    await one.shelf.remove(sha256(LARGE))
+    file = one.folder / "files" / sha256(LARGE)
+    file.write_bytes(LARGE[:2_000_000])
+    clock.now += 61
+    with pytest.raises(StoreUnavailable, match="did not come whole"):
+        await one.files.find(sha256(LARGE))
+    assert rows(postgres_url) == []
+    # Another one's is whole, and is not mixed with it.
+    await other.send(LARGE)
+    assert rows(postgres_url) == [("m.tflite", 1, 3, len(LARGE))]
+    # One whose copy was removed fetches it anew.
+    file.unlink()
+    await one.shelf.remove(sha256(LARGE))
+    clock.now += 61
+    with pytest.raises(NotFound, match="no longer on this collector; send it again"):
+        await one.files.find(sha256(LARGE))
+    await other.files.find(sha256(LARGE))
+    assert await one.fetch(LARGE) == LARGE

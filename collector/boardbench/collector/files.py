@@ -82,7 +82,7 @@ class Shelf(Protocol):
     async def use(self, sha256: str, at: float) -> bool:
         """Returns whether it is there whole; it is taken as used then."""
 
-    async def put(self, model: model_pb2.Model, kind: int, path: Path, at: float) -> None:
+    async def put(self, model: model_pb2.Model, kind: int, path: Path, clock: Callable[[], float]) -> None:
         """Returns once every collector can have the file; what is there of it is not sent again."""
 
     def read(self, sha256: str, offset_bytes: int) -> AsyncIterator[bytes]:
@@ -227,7 +227,13 @@ class Files:
             used_before=now - _YOUNG_SECONDS,
             at=now,
         )
-        await self._shelf.put(model, entry.kind, self._path(model.sha256), now)
+        try:
+            await self._shelf.put(model, entry.kind, self._path(model.sha256), self._clock)
+        except FileNotFoundError:
+            self._entries.pop(model.sha256, None)
+            raise NotFound(f"{model.name} is no longer on this collector; send it again") from None
+        except OSError as error:
+            raise StoreUnavailable(f"{model.name} can't be read: {error}") from error
         self._shelved[model.sha256] = now
 
     async def _bring(self, sha256: str) -> _Entry | None:

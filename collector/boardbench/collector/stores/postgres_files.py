@@ -61,8 +61,9 @@ class PostgresFiles:
 
         return await self._access.write(write)
 
-    async def put(self, model: model_pb2.Model, kind: int, path: Path, at: float) -> None:
+    async def put(self, model: model_pb2.Model, kind: int, path: Path, clock: Callable[[], float]) -> None:
         """Returns once every collector can have the file; what is there of it is not sent again."""
+        at = clock()
 
         def begin(db: Connection) -> int:
             db.execute(
@@ -87,7 +88,7 @@ class PostgresFiles:
         with path.open("rb") as file:
             while place < count:
                 data = await asyncio.to_thread(_piece, file.fileno(), place * _CHUNK_BYTES)
-                await self._access.write(_inserting(model.sha256, place, data))
+                await self._access.write(_inserting(model, place, data, clock()))
                 place += 1
 
         def end(db: Connection) -> bool:
@@ -96,6 +97,8 @@ class PostgresFiles:
                 (model.sha256,),
             ).fetchone()
             if row is None or int(row[0]) != model.size_bytes:
+                # Nobody could complete it: what is there is not sent again.
+                _delete(db, [model.sha256])
                 return False
             db.execute("UPDATE files SET whole = 1 WHERE sha256 = %s", (model.sha256,))
             return True
@@ -181,8 +184,14 @@ def _piece(descriptor: int, offset_bytes: int) -> bytes:
     return data
 
 
-def _inserting(sha256: str, place: int, data: bytes) -> Callable[[Any], None]:
+def _inserting(model: model_pb2.Model, place: int, data: bytes, at: float) -> Callable[[Any], None]:
+    sha256 = model.sha256
+
     def write(db: Connection) -> None:
+        # However long it takes, it is in use meanwhile; and rows without a card would be nobody's.
+        held = db.execute("UPDATE files SET used = GREATEST(used, %s) WHERE sha256 = %s", (at, sha256))
+        if not held.rowcount:
+            raise StoreUnavailable(f"{model.name} was removed while it came into the database; send it again")
         db.execute(
             "INSERT INTO file_chunks (sha256, place, content) VALUES (%s, %s, %b)"
             " ON CONFLICT (sha256, place) DO NOTHING",
