@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from boardbench.collector.errors import InvalidRequest, NotFound, Occupied, StoreUnavailable
+from boardbench.collector.errors import InvalidRequest, NoRoom, NotFound, Occupied, StoreUnavailable
 from boardbench.collector.files import Files
 from boardbench.collector.stores.beside import FleetTables, TablesFile
 from boardbench.collector.stores.postgres import PostgresResultStore
@@ -297,6 +297,39 @@ async def test_a_store_that_fails_loses_nothing(stage: Stage, monkeypatch: pytes
     assert failures
     await stage.restart()
     assert stage.states()["a"] == DONE
+
+
+async def test_a_package_that_can_not_be_had_now_holds_no_other_up(
+    stage: Stage, release_packages: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that another collector took in, and for which there is no room here."""
+    stage.boards.add("a", "b")
+    stage.connect("a", "b")
+    find, full = stage.files.find, True
+    lacking = stage.sha256
+
+    async def finding(sha256: str) -> Any:
+        if full and sha256 == lacking and asyncio.current_task() is stage.task:
+            raise NoRoom("there is no room for it")
+        return await find(sha256)
+
+    monkeypatch.setattr(stage.files, "find", finding)
+    await stage.start("device_id=a")
+    await stage.until(lambda: "there is no room for it" in caplog.text)
+    package = release_packages.Signer().sign(
+        release_packages.build(stage.folder, "0.3.0", {"release.json": "{}"})
+    )
+    stage.sha256 = await keep(stage.files, package)
+    await stage.start("device_id=b", request_id="u2")
+    await stage.until(lambda: "b" in stage.heard)
+    assert stage.heard["b"][0].version == "0.3.0"
+    assert "a" not in stage.heard
+    stage.say("b", DONE, update_id="u2")
+    await stage.until(lambda: stage.states("u2") == {"b": DONE})
+    full = False
+    await stage.until(lambda: "a" in stage.heard)
+    assert [record.levelname for record in caplog.records if "no room" in record.getMessage()] == ["WARNING"]
+    assert "Traceback" not in caplog.text
 
 
 @contextlib.asynccontextmanager

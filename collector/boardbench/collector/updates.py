@@ -14,7 +14,14 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import BinaryIO
 
-from boardbench.collector.errors import InvalidRequest, NotFound, Occupied, StoreError
+from boardbench.collector.errors import (
+    CollectorError,
+    InvalidRequest,
+    NoRoom,
+    NotFound,
+    Occupied,
+    StoreError,
+)
 from boardbench.collector.files import Files
 from boardbench.collector.look import ReadModel
 from boardbench.collector.store import check_identity
@@ -191,7 +198,7 @@ class Updater:
                     await self._take_in()
                     await self._hand_out()
                 failing = False
-            except StoreError as error:
+            except (StoreError, NoRoom) as error:
                 if not failing:
                     _log.warning("updates have to wait: %s", error)
                 failing = True
@@ -236,15 +243,21 @@ class Updater:
         self._tell(after)
 
     async def _hand_out(self) -> None:
+        trouble: CollectorError | None = None
         for update in self._open():
             here = {
                 device_id for device_id, desk in self._desks.items() if update.update_id not in desk.offered
             }
             if not _next(update, here, self._clock()):
                 continue
-            offer = await self._offer(update)
+            try:
+                offer = await self._offer(update)
+            except (StoreError, NoRoom) as error:
+                # The package is another collector's, and can't be had now; those of others may.
+                trouble = error
+                continue
             if offer is None:
-                return
+                continue
             chosen: list[str] = []
 
             def ask(
@@ -262,6 +275,8 @@ class Updater:
                 desk = self._desks.get(device_id)
                 if desk is not None:
                     desk.offer(offer)
+        if trouble is not None:
+            raise trouble
 
     async def _offer(self, update: update_pb2.Update) -> update_pb2.UpdateOffer | None:
         try:
