@@ -119,6 +119,15 @@ def test_a_result_is_written_once_and_read_from_the_spool(boards: Callable[..., 
     assert board.journal.result("one") == result
 
 
+def test_what_a_kill_left_half_written_goes(boards: Callable[..., Board]) -> None:
+    board = boards()
+    board.run("one")
+    torn = board.root / "runs" / "two.result.tmp"
+    torn.write_bytes(b'{"run_id"')
+    assert ids(board.again()) == ["one"]
+    assert not torn.exists()
+
+
 def test_a_result_stays_when_the_collector_has_it_though_the_spool_keeps_nothing(
     boards: Callable[..., Board],
 ) -> None:

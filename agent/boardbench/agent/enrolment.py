@@ -241,12 +241,11 @@ class Enrolment:
         path = self._data_dir / name
         try:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Written with mode 0600, and so renamed.
-            folder.replace(path, (json.dumps(content) + "\n").encode())
             # By root for the service: the file belongs to whom the folder belongs.
-            owner = self._data_dir.stat()
-            if os.geteuid() == 0 and owner.st_uid != 0:
-                os.chown(path, owner.st_uid, owner.st_gid)
+            about = self._data_dir.stat()
+            owner = (about.st_uid, about.st_gid) if os.geteuid() == 0 and about.st_uid != 0 else None
+            # With mode 0600 from the first.
+            folder.replace(path, (json.dumps(content) + "\n").encode(), owner)
         except OSError as error:
             raise StorageError(f"{path}: can't be written: {error.strerror}; check the disk") from error
 

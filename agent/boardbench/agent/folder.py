@@ -7,16 +7,20 @@ after fsync of its folder, and rename() is atomic.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from boardbench.agent.errors import ConfigurationError
 
 _LOCK_NAME = "lock"
+_SCRATCH_SUFFIX = ".tmp"
+_T = TypeVar("_T")
 
 
 def claim(folder: Path) -> int:
@@ -58,17 +62,53 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """The file holds ``data``, or after a crash what it held before, and never anything between."""
-    scratch = path.with_name(path.name + ".tmp")
+def replace(path: Path, data: bytes, owner: tuple[int, int] | None = None) -> None:
+    """The file holds ``data``, or after a crash what it held before, and never anything between.
+
+    It belongs to ``owner``, a user and a group, from the first moment; to who calls where there is none.
+    """
+    scratch = path.with_name(path.name + _SCRATCH_SUFFIX)
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    scratch.replace(path)
+        try:
+            if owner is not None:
+                os.fchown(descriptor, *owner)
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        scratch.replace(path)
+    except OSError:
+        # On a disk that is full it would take the last of the room.
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise
     sync(path.parent)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Removes what a kill or a power cut left of :func:`replace`, where names don't come again."""
+    for scratch in folder.glob("*" + _SCRATCH_SUFFIX):
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
+async def whole(work: Awaitable[_T]) -> _T:
+    """What the work returns; also for a caller that is cancelled it is over before that one goes on.
+
+    For work in threads, which goes on when nobody waits for it any more, and would do so on files that
+    somebody else has taken up by then.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            # Nobody is left to be told.
+            task.exception()
+        raise
+    return task.result()
 
 
 def free_bytes(path: Path, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> int:

@@ -146,6 +146,7 @@ class Journal:
     def recover(self) -> Recovered:
         """What a former life left. Called once, before anything else; begins a new life for what waits."""
         recovered = Recovered()
+        folder.remove_scratch(self._root)
         # With where its result is in the spool: runs that end within a tick of the clock have one time.
         found: list[tuple[int, int, Ended]] = []
         for path in self._root.glob("*.result"):
