@@ -14,15 +14,19 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from boardbench.agent import folder
 from boardbench.agent.errors import (
     AgentError,
     ConfigurationError,
@@ -40,7 +44,7 @@ from boardbench.agent.errors import (
     Superseded,
     Unavailable,
 )
-from boardbench.agent.part import CHUNK_LIMIT_BYTES
+from boardbench.agent.part import CHUNK_LIMIT_BYTES, Part
 from boardbench.agent.receive import StoredFile, Transfer
 from boardbench.agent.recognise import FileKind, clean_name
 from boardbench.agent.store import ModelStore
@@ -562,6 +566,33 @@ async def test_more_than_the_store_may_hold_is_refused_at_once(stores):
     assert len(store.files()) == 1
 
 
+async def test_what_has_to_go_is_gone_for_everybody_at_once(stores, monkeypatch: pytest.MonkeyPatch):
+    """The disk takes a while for the first; the second must not be taken for a file that stays."""
+    store = stores(limit_bytes=3000)
+    a, b = tflite(1000, "a"), tflite(1000, "b")
+    await push(store, a)
+    await push(store, b)
+    begun, may_go = threading.Event(), threading.Event()
+    unlink = ModelStore._unlink
+
+    def slowly(self: ModelStore, kept: Any) -> None:
+        begun.set()
+        assert may_go.wait(30)
+        unlink(self, kept)
+
+    monkeypatch.setattr(ModelStore, "_unlink", slowly)
+    pushing = asyncio.create_task(push(store, tflite(3000, "c")))
+    assert await asyncio.to_thread(begun.wait, 30)
+    try:
+        for data in (a, b):
+            with pytest.raises(ModelNotFound), store.lease(digest(data)):
+                pass
+    finally:
+        may_go.set()
+        await pushing
+    assert store.status().used_bytes == 3000
+
+
 async def test_unfinished_files_make_room_in_their_turn(stores):
     store = stores(limit_bytes=3 * MIB)
     old, data = tflite(2 * MIB, "old"), tflite(2 * MIB, "new")
@@ -675,6 +706,64 @@ async def test_a_failing_disk_is_told_and_survived(stores):
     await push(store, tflite(1000))
 
 
+async def test_what_can_not_be_read_back_is_not_in_the_way(
+    stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def bad_sector(*_: object) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    store = stores()
+    data = tflite(3 * MIB)
+    await push_part(store, data, 2 * MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "read_back", bad_sector)
+        with pytest.raises(StorageError, match="Input/output error"):
+            await push(store, data)
+    assert left(tmp_path) == []
+    assert (await push(store, data)).path.read_bytes() == data
+
+
+async def test_a_file_whose_name_does_not_last_is_not_there(
+    stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The bytes have their name when the folder can't be synced: at the next start they would look whole."""
+    calls = 0
+    sync = folder.sync
+
+    def fails_at_second(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(path)
+
+    store = stores()
+    monkeypatch.setattr(folder, "sync", fails_at_second)
+    with pytest.raises(StorageError, match="Input/output error"):
+        await push(store, tflite(1000))
+    assert list((tmp_path / "store" / "files").iterdir()) == []
+    assert left(tmp_path) == []
+    assert store.status().used_bytes == 0
+    await push(store, tflite(1000))
+
+
+async def test_a_file_that_can_not_be_removed_is_still_there(stores, monkeypatch: pytest.MonkeyPatch):
+    store = stores()
+    data = tflite(1000)
+    await push(store, data)
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelStore, "_unlink", read_only)
+        with pytest.raises(StorageError, match=r"can't be removed: .*Read-only.*; check the disk"):
+            await store.delete(digest(data))
+    assert store.status().used_bytes == 1000
+    await store.delete(digest(data))
+    assert store.files() == ()
+
+
 async def test_a_disk_that_can_not_be_looked_at_is_told(stores):
     def fail(path: Path) -> os.statvfs_result:
         raise OSError(errno.EIO, "Input/output error")
@@ -773,6 +862,36 @@ async def test_a_client_that_goes_away_at_any_moment_harms_nothing(stores, steps
     await asyncio.gather(task, return_exceptions=True)
     assert (await push(store, data)).path.read_bytes() == data
     assert store.status().used_bytes == len(data)
+
+
+@pytest.mark.parametrize("step", ["open", "read_back"])
+async def test_a_client_that_goes_away_while_it_is_read_back_loses_nothing(
+    stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    """What was not read back yet is there nevertheless, and takes its room."""
+    monkeypatch.setattr("boardbench.agent.part._VERIFY_STEP_BYTES", MIB)
+    store = stores()
+    data = tflite(6 * MIB)
+    await push_part(store, data, 5 * MIB)
+    begun, may_go = threading.Event(), threading.Event()
+    method = getattr(Part, step)
+
+    def slowly(self: Part, *arguments: Any) -> Any:
+        begun.set()
+        assert may_go.wait(30)
+        return method(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, step, slowly)
+        pushing = asyncio.create_task(push(store, data))
+        assert await asyncio.to_thread(begun.wait, 30)
+        pushing.cancel()
+        may_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await pushing
+    assert store.status().used_bytes == store.arrived_bytes(digest(data)) == 5 * MIB
+    async with store.receive(sha256=digest(data), name="m.tflite", size_bytes=len(data)) as transfer:
+        assert transfer.offset_bytes == 5 * MIB
 
 
 async def test_a_client_that_goes_away_at_the_end_has_pushed(stores):

@@ -39,6 +39,7 @@ class Part:
         self._name = name
         self._write = write
         self._data = self._journal = -1
+        self._is_read_back = False
         self._size_bytes = 0
         # With OpenSSL it takes 3.5 MB, which an agent that is only waiting need not have.
         import hashlib
@@ -66,6 +67,7 @@ class Part:
         os.ftruncate(self._journal, self._blocks * _BLOCK.size)
         os.lseek(self._data, 0, os.SEEK_END)
         os.lseek(self._journal, 0, os.SEEK_END)
+        self._is_read_back = True
         return True
 
     def _read_back_block(self) -> bool:
@@ -128,13 +130,13 @@ class Part:
         """Bytes that are left for a later transfer."""
         left_bytes = 0
         try:
-            if not stored and not discard and self._data >= 0:
-                if self._block_bytes and self._journal >= 0:
+            if not stored and not discard:
+                # What was not read back is there nevertheless, and takes its room.
+                left_bytes = self.good_bytes if self._is_read_back else size_bytes(self.path)
+                if self._block_bytes:
                     self._close_block()
-                left_bytes = self.good_bytes
         except OSError as error:
             # The block that was not closed is asked for again.
-            left_bytes = self.good_bytes
             _log.debug("%s: %s", self._journal_path, error)
         finally:
             for descriptor in (self._data, self._journal):
@@ -145,3 +147,11 @@ class Part:
             self.path.unlink(missing_ok=True)
             self._journal_path.unlink(missing_ok=True)
         return left_bytes
+
+
+def size_bytes(path: Path) -> int:
+    """Of the file; 0 when it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -7,6 +7,7 @@ worker thread of the store, so that the loop stays free and jobs stay in their o
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -234,7 +235,10 @@ class Transfer:
                 self._check()
                 done = await self._store.in_worker(self._part.read_back)
         except OSError as error:
-            raise self._fail(self._store.disk_error(error, self.name, self.size_bytes)) from error
+            # What can't be read would be in the way of every further push.
+            unreadable = error.errno == errno.EIO
+            told = self._store.disk_error(error, self.name, self.size_bytes)
+            raise self._fail(told, discard=unreadable) from error
         self.offset_bytes = self.arrived_bytes = self._room_checked_bytes = self._part.good_bytes
         self._waiting_since = self._store.now()
 
@@ -244,8 +248,8 @@ class Transfer:
 
     async def end(self, verdict: AgentError | None = None) -> None:
         """Lets go of the files; who uses the transfer afterwards gets the verdict. Idempotent."""
-        if self._verdict is None:
-            self._verdict = verdict
+        if self._verdict is None and verdict is not None:
+            self._fail(verdict)
         if self._part is None:
             return
         if self._ending is None:

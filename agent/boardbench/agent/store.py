@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -31,6 +31,7 @@ from boardbench.agent.errors import (
     InvalidTransfer,
     ModelInUse,
     ModelNotFound,
+    NoRoom,
     OverQuota,
     StorageError,
     Superseded,
@@ -204,7 +205,12 @@ class ModelStore:
         try:
             await self.in_worker(self._unlink, entry)
         except OSError as error:
-            raise StorageError(f"{entry.name} ({entry.sha256[:12]}) can't be removed: {error}") from error
+            if self._path(entry).exists():
+                # It still takes its room, and can be asked to go again.
+                self._entries.setdefault(entry.sha256, entry)
+            raise StorageError(
+                f"{entry.name} ({entry.sha256[:12]}) can't be removed: {error}; check the disk"
+            ) from error
 
     async def close(self) -> None:
         """Ends every transfer, keeping what has come, and gives the folder back. Idempotent."""
@@ -261,6 +267,9 @@ class ModelStore:
             await self._drop_old_leftovers()
             await self.make_room(transfer)
             await transfer.open()
+        except NoRoom as error:
+            await transfer.end(error)
+            raise
         except BaseException:
             await transfer.end()
             raise
@@ -313,9 +322,14 @@ class ModelStore:
         await self._drop([leftover for leftover in self._leftovers.values() if leftover.used_at < oldest])
 
     async def _drop(self, victims: Sequence[_Kept]) -> None:
+        jobs = []
+        # All at once: while the disk works on one, another could be leased, taken up or deleted.
         for victim in victims:
             self._forget(victim)
-            await self.in_worker(self._remove, victim)
+            jobs.append(self.submit(self._remove, victim))
+        if jobs:
+            # wait() leaves them alone when this is cancelled.
+            await asyncio.wait(jobs)
 
     def _victims(self, transfer: Transfer) -> list[_Kept]:
         """What has to go so that the transfer fits, least recently used first."""
@@ -482,9 +496,16 @@ class ModelStore:
     # On the disk: in the worker, or before there is one.
 
     def _settle(self, entry: _Entry) -> None:
-        self._write_card(entry)
-        (self._arriving / f"{entry.sha256}.part").rename(self._path(entry))
-        folder.sync(self._files)
+        try:
+            self._write_card(entry)
+            (self._arriving / f"{entry.sha256}.part").rename(self._path(entry))
+            folder.sync(self._files)
+        except OSError:
+            # The push fails: nothing of it may be there, uncounted, and be taken for whole at the next start.
+            for path in (self._path(entry), self._card(entry.sha256)):
+                with suppress(OSError):
+                    path.unlink()
+            raise
         (self._arriving / f"{entry.sha256}.crc").unlink(missing_ok=True)
 
     def _write_card(self, entry: _Entry) -> None:
