@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import sys
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import grpc
 import pytest
 
 from boardbench.agent.config import UpdateConfig
+from boardbench.agent.errors import StorageError
+from boardbench.agent.part import Part
 from boardbench.agent.update import layout as places
 from boardbench.agent.update.layout import Entry, Layout
 from boardbench.agent.updates import Updates
@@ -85,6 +88,7 @@ class Stage:
     queue: Queue
     patch: pytest.MonkeyPatch
     problem: str = ""
+    credentials: Any = None
     made: list[Updates] = field(default_factory=list)
     reports: list[update_pb2.UpdateReport] = field(default_factory=list)
 
@@ -99,6 +103,7 @@ class Stage:
             device_id="pi",
             runs=self.queue,  # type: ignore[arg-type]
             health=health,
+            credentials=self.credentials,
             jitter=lambda: 0.0,
         )
         updates.speak = lambda: self.reports.extend(request.update for request in updates.say())
@@ -307,3 +312,46 @@ async def test_a_fetch_goes_on_in_the_next_life_of_the_agent(stage: Stage) -> No
     second = stage.agent()
     await second.recover()
     await until(lambda: stage.request)
+
+
+async def test_another_offer_waits_until_the_files_of_the_former_are_let_go(stage: Stage) -> None:
+    """Both are of one package: two that write one file would spoil it."""
+    steps: list[str] = []
+    begun, may_go = threading.Event(), threading.Event()
+
+    def noted(name: str) -> None:
+        method = getattr(Part, name)
+
+        def step(self: Part, *arguments: Any) -> Any:
+            steps.append(name)
+            if name == "append" and not begun.is_set():
+                begun.set()
+                assert may_go.wait(30)
+            return method(self, *arguments)
+
+        stage.patch.setattr(Part, name, step)
+
+    for name in ("open", "append", "close"):
+        noted(name)
+    updates = stage.agent()
+    data = stage.package()
+    stage.offer(updates, data)
+    await until(begun.is_set)
+    stage.offer(updates, data, "u2")
+    # One that does not wait has opened it long before.
+    asyncio.get_running_loop().call_later(0.3, may_go.set)
+    await until(lambda: stage.request)
+    assert stage.request["update_id"] == "u2"
+    assert stage.queue.held
+    assert steps[:4] == ["open", "append", "close", "open"]
+
+
+async def test_what_keeps_the_board_from_saying_who_it_is_is_told(stage: Stage) -> None:
+    async def damaged(channel: grpc.aio.Channel) -> Any:
+        raise StorageError("enrolment.json is damaged: remove it")
+
+    stage.credentials = damaged
+    updates = stage.agent()
+    stage.offer(updates, stage.package())
+    await until(lambda: stage.last.state == FAILED)
+    assert stage.last.reason == "enrolment.json is damaged: remove it"

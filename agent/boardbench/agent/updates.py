@@ -24,9 +24,9 @@ from google.protobuf.message import DecodeError
 
 from boardbench.agent import folder
 from boardbench.agent.config import UpdateConfig
-from boardbench.agent.errors import CorruptChunk, DigestMismatch, NotFetched
+from boardbench.agent.errors import AgentError, CorruptChunk, DigestMismatch
 from boardbench.agent.fetch import Credentials, Fetcher
-from boardbench.agent.part import Part
+from boardbench.agent.part import Part, size_bytes
 from boardbench.agent.queue import Runs
 from boardbench.agent.stream import open_channel
 from boardbench.agent.update import layout as places
@@ -96,6 +96,7 @@ class Updates:
         # From when on the update is root's, and can't be given up for another.
         self._asked = False
         self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
         self.speak: Callable[[], None] = lambda: None
         """Called when there is something to say."""
 
@@ -118,6 +119,9 @@ class Updates:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        async with self._turn:
+            # Those that it took the place of have let go, too.
+            pass
 
     # A party of the stream.
 
@@ -143,8 +147,6 @@ class Updates:
                 update_pb2.UPDATE_STATE_FAILED, "another update is under way", update_id=offer.update_id
             )
         else:
-            if self._task is not None:
-                self._task.cancel()
             _log.info("update %s: release %s is offered", offer.update_id[:12], offer.version)
             self._offer = offer
             self._begin(offer)
@@ -187,13 +189,21 @@ class Updates:
     # An update.
 
     def _begin(self, offer: update_pb2.UpdateOffer) -> None:
-        self._asked = False
-        self._task = asyncio.ensure_future(self._work(offer))
+        """Instead of what goes on, if anything does."""
+        former, self._asked = self._task, False
+        if former is not None:
+            former.cancel()
+        self._task = asyncio.ensure_future(self._in_turn(offer))
+
+    async def _in_turn(self, offer: update_pb2.UpdateOffer) -> None:
+        # What it takes the place of lets go of its files, and of the runs, before.
+        async with self._turn:
+            await self._work(offer)
 
     async def _work(self, offer: update_pb2.UpdateOffer) -> None:
         try:
             await self._see_through(offer)
-        except (Refused, NotFetched, InspectError) as error:
+        except (Refused, AgentError, InspectError) as error:
             await self._end(update_pb2.UPDATE_STATE_FAILED, str(error))
         except OSError as error:
             reason = f"{self._layout.inbox}: {error.strerror or error}"
@@ -211,7 +221,7 @@ class Updates:
     async def _see_through(self, offer: update_pb2.UpdateOffer) -> None:
         entry = places.read_entry(self._layout)
         if entry is None or entry.update_id != offer.update_id:
-            await asyncio.to_thread(self._write_down, offer)
+            await folder.whole(asyncio.to_thread(self._write_down, offer))
             running = self._running()
             if not self._config.take:
                 raise Refused("the board takes no updates (update.take = false)")
@@ -230,12 +240,12 @@ class Updates:
         self._asked = True
         entry = await self._follow(offer)
         self._say(_FINAL[entry.state], entry.reason)
-        await asyncio.to_thread(self._clean)
+        await folder.whole(asyncio.to_thread(self._clean))
 
     async def _end(self, state: update_pb2.UpdateState.ValueType, reason: str) -> None:
         """It has ended before root began: nothing of it is taken up by the next life of the agent."""
         self._say(state, reason)
-        await asyncio.to_thread(self._clean, _OFFER)
+        await folder.whole(asyncio.to_thread(self._clean, _OFFER))
 
     async def _follow(self, offer: update_pb2.UpdateOffer) -> Entry:
         """How it ended. Raises Refused when nobody does it."""
@@ -325,17 +335,17 @@ class Updates:
         package, part = (self._layout.inbox / f"{sha256}.{suffix}" for suffix in ("deb", "part"))
         if package.exists():
             return package
-        await asyncio.to_thread(self._make_room, offer, part)
+        await folder.whole(asyncio.to_thread(self._make_room, offer, part))
 
         def say(fraction: float) -> None:
             self._say(update_pb2.UPDATE_STATE_FETCHING, fraction=fraction)
 
-        say(_size(part) / offer.package_bytes)
+        say(size_bytes(part) / offer.package_bytes)
         await self._fetcher.fetch(
             sha256,
             offer.package_name,
             lambda: _arrival(part, package, offer),
-            lambda: _size(part),
+            lambda: size_bytes(part),
             say,
             # Pieces only take time: there is no other board that could do it instead.
             hopeless=DigestMismatch,
@@ -347,7 +357,7 @@ class Updates:
         for path in self._arriving():
             if path.stem != part.stem:
                 path.unlink(missing_ok=True)
-        lacking = offer.package_bytes - _size(part)
+        lacking = offer.package_bytes - size_bytes(part)
         if folder.free_bytes(self._layout.inbox) < lacking + self._free_floor_bytes:
             raise Refused(
                 f"the package has {offer.package_bytes / 1e6:.0f} MB, and {self._layout.inbox} has no room "
@@ -367,7 +377,6 @@ class _Arrival:
         self._part = part
         self._package = package
         self._offer = offer
-        self._job: asyncio.Future[Any] | None = None
 
     @property
     def offset_bytes(self) -> int:
@@ -410,16 +419,12 @@ class _Arrival:
 
     async def close(self) -> None:
         """Lets go of the files."""
-        if self._job is not None:
-            await asyncio.gather(self._job, return_exceptions=True)
-        await asyncio.to_thread(self._part.close, self.stored, self.damaged)
+        await self._do(self._part.close, self.stored, self.damaged)
 
-    async def _do(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    @staticmethod
+    async def _do(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """What the work on the disk returns, which is done to its end even when the caller breaks off."""
-        job = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
-        self._job = job
-        await asyncio.wait([job])
-        return job.result()
+        return await folder.whole(asyncio.to_thread(work, *args, **kwargs))
 
 
 @contextlib.asynccontextmanager
@@ -435,10 +440,3 @@ async def _arrival(part: Path, package: Path, offer: update_pb2.UpdateOffer) -> 
 def _verify(package: Path, keys: tuple[bytes, ...]) -> release.Manifest:
     with package.open("rb") as file:
         return release.verify(file, keys)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
