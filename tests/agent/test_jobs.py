@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,9 @@ from typing import Any
 import grpc
 import pytest
 
+from boardbench.agent import folder
 from boardbench.agent.config import AgentConfig, JobsConfig, RunsConfig, StoreConfig
+from boardbench.agent.jobs import Jobs
 from boardbench.agent.serve import serve
 from boardbench.agent.stream import Pace
 from boardbench.v1 import (
@@ -55,6 +58,7 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grpc.JobSer
         self.holds: asyncio.Event | None = None
         # Takes results and does not acknowledge them.
         self.silent = False
+        self.heartbeat_seconds = 0.1
         # None ends the stream.
         self._outbox: asyncio.Queue[collector_pb2.ReportResponse | None] = asyncio.Queue()
 
@@ -88,7 +92,8 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grpc.JobSer
         outbox.put_nowait(
             collector_pb2.ReportResponse(
                 welcome=collector_pb2.Welcome(
-                    acknowledged_sequence=self.marks.get(first.hello.spool_id, 0), heartbeat_seconds=0.1
+                    acknowledged_sequence=self.marks.get(first.hello.spool_id, 0),
+                    heartbeat_seconds=self.heartbeat_seconds,
                 )
             )
         )
@@ -374,6 +379,19 @@ async def test_what_the_board_does_not_take_now_is_given_back(
         assert words in collector.reported("job-1")[-1].reason
 
 
+async def test_a_job_whose_result_was_acknowledged_takes_no_place(
+    agent: Any, collector: Collector, until: Until
+) -> None:
+    """The collector gives the next one at once, and the board names this one up to the next heartbeat."""
+    collector.heartbeat_seconds = 3600.0
+    async with agent(jobs=JobsConfig(open_limit=1)):
+        await until(lambda: collector.hellos)
+        for number in range(1, 4):
+            collector.say(offer=offer(collector.model(), f"job-{number}"))
+            await until(lambda number=number: len(collector.results) == number)
+    assert {report.phase for report in collector.reports} & {job_pb2.JOB_PHASE_RETURNED} == set()
+
+
 async def test_a_withdrawn_job_is_cancelled_where_it_is(
     agent: Any, collector: Collector, until: Until
 ) -> None:
@@ -399,6 +417,82 @@ async def test_a_withdrawn_job_is_cancelled_where_it_is(
         await until(lambda: not collector.heartbeats[-1].job_ids)
 
 
+async def told(collector: Collector, until: Until) -> None:
+    """The agent has taken in everything that was said before."""
+    marker = f"marker-{os.urandom(4).hex()}"
+    collector.say(withdrawal=job_pb2.JobWithdrawal(job_id=marker, attempt=1))
+    await until(lambda: collector.last(marker) == job_pb2.JOB_PHASE_RETURNED)
+
+
+async def test_a_job_that_is_withdrawn_while_it_is_given_back_is_given_back(
+    agent: Any, collector: Collector, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes a while to forget it: a job that was not answered would stay on the board for ever."""
+    begun, may_go = asyncio.Event(), asyncio.Event()
+    forget = Jobs._forget
+
+    async def slowly(self: Jobs, run_id: str) -> None:
+        begun.set()
+        await may_go.wait()
+        await forget(self, run_id)
+
+    monkeypatch.setattr(Jobs, "_forget", slowly)
+    async with agent():
+        await until(lambda: collector.hellos)
+        model = collector.model()
+        collector.files.clear()
+        collector.say(offer=offer(model))
+        await until(begun.is_set)
+        collector.say(withdrawal=job_pb2.JobWithdrawal(job_id="job-1", attempt=1, reason="enough"))
+        await told(collector, until)
+        may_go.set()
+        await until(lambda: collector.last("job-1") == job_pb2.JOB_PHASE_RETURNED)
+        assert "no such file" in collector.reported("job-1")[-1].reason
+        beats = len(collector.heartbeats)
+        await until(lambda: len(collector.heartbeats) > beats + 1)
+        assert not collector.heartbeats[-1].job_ids
+
+
+async def test_a_job_that_is_withdrawn_while_it_is_written_down_leaves_nothing(
+    agent: Any, collector: Collector, until: Until, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written after it was forgotten it would be measured by the next life of the agent."""
+    begun, may_go, written = threading.Event(), threading.Event(), threading.Event()
+    replace = folder.replace
+
+    def slowly(path: Path, *arguments: Any) -> None:
+        ours = path.suffix == ".offer"
+        if ours:
+            begun.set()
+            assert may_go.wait(30)
+        replace(path, *arguments)
+        if ours:
+            written.set()
+
+    monkeypatch.setattr(folder, "replace", slowly)
+    async with agent():
+        await until(lambda: collector.hellos)
+        collector.say(offer=offer(collector.model()))
+        await until(begun.is_set)
+        collector.say(withdrawal=job_pb2.JobWithdrawal(job_id="job-1", attempt=1, reason="enough"))
+        await told(collector, until)
+        may_go.set()
+        await until(lambda: collector.last("job-1") == job_pb2.JOB_PHASE_RETURNED)
+        await until(written.is_set)
+        assert list((tmp_path / "data" / "jobs").iterdir()) == []
+
+
+async def test_what_a_kill_left_half_written_goes(
+    agent: Any, collector: Collector, until: Until, tmp_path: Path
+) -> None:
+    torn = tmp_path / "data" / "jobs" / "job-1-1.offer.tmp"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"half")
+    async with agent():
+        await until(lambda: collector.hellos)
+        assert not torn.exists()
+
+
 async def test_a_later_attempt_of_a_job_that_is_here_is_not_begun(
     agent: Any, collector: Collector, until: Until
 ) -> None:
@@ -422,6 +516,21 @@ async def test_a_later_attempt_is_begun_when_the_earlier_one_fails(
         failing = collector.model(create=[{"sleep_seconds": 0.5}, {"reject": "no"}])
         collector.say(offer=offer(failing))
         await until(lambda: collector.last("job-1") == job_pb2.JOB_PHASE_RUNNING)
+        collector.say(offer=offer(failing, attempt=2))
+        await until(lambda: len(collector.results) == 2)
+        assert [result.run_id for result in collector.results] == ["job-1-1", "job-1-2"]
+
+
+async def test_a_later_attempt_is_begun_though_the_board_still_names_the_failed_one(
+    agent: Any, collector: Collector, until: Until
+) -> None:
+    """The collector tries again after seconds; the job stays on the board up to the next heartbeat."""
+    collector.heartbeat_seconds = 3600.0
+    async with agent():
+        await until(lambda: collector.hellos)
+        failing = collector.model(create=[{"reject": "no"}])
+        collector.say(offer=offer(failing))
+        await until(lambda: len(collector.results) == 1)
         collector.say(offer=offer(failing, attempt=2))
         await until(lambda: len(collector.results) == 2)
         assert [result.run_id for result in collector.results] == ["job-1-1", "job-1-2"]

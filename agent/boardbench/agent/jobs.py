@@ -86,6 +86,8 @@ class _Held:
         self.queued = False
         # The run has ended; the job is held until its result is acknowledged.
         self.ended = False
+        # And so that another attempt is worth it.
+        self.failed = False
         # Why it is not wanted any more; None while it is.
         self.withdrawn: str | None = None
         self.task: asyncio.Task[None] | None = None
@@ -150,6 +152,7 @@ class Jobs:
     def recover(self) -> None:
         """Takes up what a former life of the agent left. Called once, after the queue has done so."""
         try:
+            folder.remove_scratch(self._root)
             paths = sorted(self._root.glob("*" + _SUFFIX))
         except OSError as error:
             _log.warning("%s: can't be read: %s", self._root, error)
@@ -185,11 +188,8 @@ class Jobs:
     def beat(self, heartbeat: collector_pb2.Heartbeat) -> None:
         """Names the jobs that the board has."""
         self._answers = [(answer, said) for answer, said in self._answers if not said]
-        for job_id, held in tuple(self._held.items()):
-            if held.ended and not self._spool.waits(held.offer.run_id):
-                self._release(held)
-            else:
-                heartbeat.job_ids.append(job_id)
+        self._release_acknowledged()
+        heartbeat.job_ids.extend(self._held)
 
     def hear(self, response: collector_pb2.ReportResponse) -> None:
         """Takes offers and withdrawals."""
@@ -224,15 +224,18 @@ class Jobs:
     # --- what the collector asks for
 
     def _offered(self, offer: job_pb2.JobOffer) -> None:
+        # The collector gives the next job as soon as it has a result, and not with the next heartbeat.
+        self._release_acknowledged()
         held = self._held.get(offer.job_id)
         if held is not None and (held.offer.run_id == offer.run_id or offer.attempt <= held.attempt):
             held.unsaid, held.said_at = True, 0.0
             self.speak()
             return
         if held is not None:
-            # The collector took the earlier attempt as lost, and it is not.
+            # The collector took the earlier attempt as lost, and it is not; or its run has failed.
             held.attempt, held.later = offer.attempt, offer
             held.unsaid, held.said_at = True, 0.0
+            self._go_on(held)
             self.speak()
             return
         if not RUN_ID.fullmatch(offer.run_id):
@@ -307,10 +310,14 @@ class Jobs:
             await self._give_back(held, job_pb2.JOB_PHASE_RETURNED, reason)
         else:
             held.ended, held.unsaid = True, False
-            later = held.later
-            if later is not None and result.status != result_pb2.RUN_STATUS_SUCCEEDED:
-                await self._forget(held.offer.run_id)
-                self._hold(later)
+            held.failed = result.status != result_pb2.RUN_STATUS_SUCCEEDED
+            self._go_on(held)
+
+    def _go_on(self, held: _Held) -> None:
+        """Begins the later attempt of a job whose run has failed, where there is one."""
+        if held.failed and held.later is not None:
+            self._start(self._forget(held.offer.run_id))
+            self._hold(held.later)
 
     async def _do(self, held: _Held) -> result_pb2.RunResult:
         offer = held.offer
@@ -378,6 +385,8 @@ class Jobs:
 
     async def _give_back(self, held: _Held, phase: job_pb2.JobPhase.ValueType, reason: str) -> None:
         _log.warning("job %s: %s: %s", held.offer.job_id, _WORDS[phase], reason)
+        # A withdrawal has nothing to break off any more: it would only keep this from being said.
+        held.task = None
         await self._forget(held.offer.run_id)
         if self._held.get(held.offer.job_id) is held:
             del self._held[held.offer.job_id]
@@ -395,17 +404,19 @@ class Jobs:
         self._answers.append((report, False))
         self.speak()
 
-    def _release(self, held: _Held) -> None:
-        """The result is the collector's."""
-        del self._held[held.offer.job_id]
-        self._start(self._forget(held.offer.run_id))
+    def _release_acknowledged(self) -> None:
+        """Lets go of jobs whose results are the collector's."""
+        for job_id, held in tuple(self._held.items()):
+            if held.ended and not self._spool.waits(held.offer.run_id):
+                del self._held[job_id]
+                self._start(self._forget(held.offer.run_id))
 
     # --- what outlives the agent
 
     async def _write_down(self, offer: job_pb2.JobOffer) -> bool:
         """Whether it was not on the disk before."""
         try:
-            return await asyncio.to_thread(self._write, offer)
+            return await folder.whole(asyncio.to_thread(self._write, offer))
         except OSError as error:
             raise _GivenBack(
                 job_pb2.JOB_PHASE_RETURNED, f"{self._root}: can't be written: {error.strerror}"
