@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,37 @@ def test_what_is_behind_or_before_a_signature_is_not_taken(signer: Any, package:
     seal = whole[package.stat().st_size :]
     with pytest.raises(release.Untrusted, match="not what was signed"):
         release.verify(io.BytesIO(package.read_bytes() + extra + seal), keys(signer))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[" * 20_000,
+        "",
+        "7",
+        "null",
+        '{"version": "0.2.0", "note": "\ud800"}',
+        '{"version": "9' + "9" * 5000 + '"}',
+        '{"version": []}',
+    ],
+)
+def test_a_seal_that_makes_no_sense_is_refused_as_such(signer: Any, package: Path, manifest: str) -> None:
+    """On a board root reads it before anybody's signature is known."""
+    known = json.loads(release.manifest_of(io.BytesIO(package.read_bytes())).text())
+    with contextlib.suppress(ValueError, RecursionError):
+        odd = json.loads(manifest)
+        # As if it were one, but for what is odd about it.
+        manifest = json.dumps(known | odd, ensure_ascii=False) if isinstance(odd, dict) else manifest
+    whole = package.read_bytes() + release.seal(manifest, bytes(64))
+    with pytest.raises(Malformed):
+        release.verify(io.BytesIO(whole), keys(signer))
+    with pytest.raises(Malformed):
+        release.verify(io.BytesIO(package.read_bytes() + _member(b"[" * 20_000)), keys(signer))
+
+
+def _member(content: bytes) -> bytes:
+    """A last member with that content in the place of a seal."""
+    return f"{release.MEMBER:<16}{0:<12}{0:<6}{0:<6}{0o100644:<8o}{len(content):<10}`\n".encode() + content
 
 
 def test_what_is_no_release_is_not_signed(

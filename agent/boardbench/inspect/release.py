@@ -201,7 +201,9 @@ def _read(file: BinaryIO) -> Tuple[Manifest, str, bytes, int]:
         known = {field.name for field in fields(Manifest)}
         manifest = Manifest(**{name: value for name, value in values.items() if name in known})
         _check(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # JSON can name characters that no text can have.
+        signed_bytes(text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Malformed(f"its signature can't be read: {error}") from error
     return manifest, text, signature, start - _HEADER_BYTES
 

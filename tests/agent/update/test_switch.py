@@ -275,9 +275,30 @@ def test_what_the_agent_leaves_is_not_followed(board: Board) -> None:
     os.mkfifo(package)
     (board.layout.inbox / "request.json").write_text(json.dumps({"update_id": "u2", "sha256": package.stem}))
     assert "is no file" in board.update().reason
-    for request in ({"update_id": "u3", "sha256": "../../../secret"}, {"update_id": 3}, [], "x"):
-        (board.layout.inbox / "request.json").write_text(json.dumps(request))
+    requests = [
+        json.dumps(request)
+        for request in ({"update_id": "u3", "sha256": "../../../secret"}, {"update_id": 3}, [], "x")
+    ]
+    for request in (*requests, "[" * 20_000):
+        (board.layout.inbox / "request.json").write_text(request)
         assert board.update().update_id == "u2"
+
+
+def test_a_fault_before_anything_was_changed_is_not_met_again(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal would be taken up at every boot, and no other update would have its turn."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("odd")
+
+    board.ask(board.package("0.2.0"))
+    with monkeypatch.context() as patch:
+        patch.setattr("boardbench.inspect.release.verify", broken)
+        entry = board.update()
+    assert (entry.state, entry.reason) == ("failed", "it could not be unpacked (ZeroDivisionError: odd)")
+    board.ask(board.package("0.2.0"), "u2")
+    assert board.update().state == "done"
 
 
 @pytest.mark.parametrize("told", [{}, {"sick": True}, {"dies": True}], ids=["works", "sick", "dies"])

@@ -129,7 +129,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(os.read(descriptor, _MAX_FILE_BYTES))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     finally:
         os.close(descriptor)

@@ -113,6 +113,8 @@ class Switch:
                 return entry.at(places.FAILED, str(error))
             except OSError as error:
                 return entry.at(places.FAILED, f"it could not be unpacked: {error.strerror or error}")
+            except Exception as error:  # nothing has changed yet, and at every boot it would fail again
+                return entry.at(places.FAILED, f"it could not be unpacked ({type(error).__name__}: {error})")
         if entry.state == places.UNPACKED:
             self._lead_to(entry.to_release)
             return entry.at(places.SWITCHED)
