@@ -481,6 +481,20 @@ def spools_next(records: list[Record]) -> int:
     return (1 << 16) + records[-1].sequence - 4
 
 
+def test_a_new_identity_that_costs_results_leaves_those_that_are_held_to_be_read(spools):
+    """The copies need room: what waits and is oldest makes it, also when it was to be copied next."""
+    spool = spools(limit_bytes=1000)
+    for run_id in ("copied", "held", "dropped"):
+        spool.append(run_id, bytes(250))
+    spool.hold("held")
+    spool.renew(spool.status().spool_id, 1)
+    assert [record.run_id for record in spool.pending()] == ["copied"]
+    assert spool.status().dropped == 2
+    record = spool.find("held")
+    assert record is not None
+    assert record.payload == bytes(250)
+
+
 def test_a_spool_that_can_not_do_so_loses_nothing(spools, tmp_path: Path):
     disk = SimulatedDisk(tmp_path / "spool")
     spool = spools(disk=disk)

@@ -811,7 +811,10 @@ class Spool:
         _log.warning("%s, so this is a copy of it; from now on it is spool %s", why, new_id)
         self._want_again([entry for entry in moved if entry.done])
         for entry in moved:
-            record = None if entry.done else self._read(entry)
+            if entry.done:
+                # Dropped since, to make room for the copies.
+                continue
+            record = self._read(entry)
             old_segment, entry.spool_id, entry.segment = entry.segment, new_id, None
             if record is None or old_segment is None:
                 continue
