@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Interpreters with engines that can't live beside the others; `make test` builds them. Set here and not
 # in a fixture, because modules decide while they are collected what to skip.
 for _variable, _environment in {
+# Engines are also tested under interpreters that have nothing else of the tests'.
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    # How long an example takes tells how busy the machine is: hypothesis' own limit is 200 ms, which one
+    # fsync can take.
+    hypothesis.settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("untimed")
+
+
     "BOARDBENCH_TFLITE_RUNTIME_PYTHON": "tflite-runtime",
     "BOARDBENCH_ORT_OPENVINO_PYTHON": "ort-openvino",
     "BOARDBENCH_ORT_PLUGIN_PYTHON": "ort-plugin",
