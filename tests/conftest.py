@@ -15,9 +15,6 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Interpreters with engines that can't live beside the others; `make test` builds them. Set here and not
-# in a fixture, because modules decide while they are collected what to skip.
-for _variable, _environment in {
 # Engines are also tested under interpreters that have nothing else of the tests'.
 with contextlib.suppress(ModuleNotFoundError):
     import hypothesis
@@ -29,7 +26,9 @@ with contextlib.suppress(ModuleNotFoundError):
     )
     hypothesis.settings.load_profile("untimed")
 
-
+# Interpreters with engines that can't live beside the others; `make test` builds them. Set here and not
+# in a fixture, because modules decide while they are collected what to skip.
+for _variable, _environment in {
     "BOARDBENCH_TFLITE_RUNTIME_PYTHON": "tflite-runtime",
     "BOARDBENCH_ORT_OPENVINO_PYTHON": "ort-openvino",
     "BOARDBENCH_ORT_PLUGIN_PYTHON": "ort-plugin",
