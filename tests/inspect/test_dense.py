@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 
 import pytest
 
@@ -16,19 +15,10 @@ from boardbench.inspect.errors import InspectError, Malformed, TooLarge
 from boardbench.inspect.sniff import check, sniff_bytes
 from boardbench.inspect.tflite import Model, closure, producers
 
+from .dense import DENSE, onnx, padded
+from .dense.effort import attempt, worst
+from .dense.protobuf import field, number
 
-def _load() -> ModuleType:
-    path = Path(__file__).with_name("dense.py")
-    spec = importlib.util.spec_from_file_location("inspect_dense", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-dense = _load()
 SIZE = 30_000
 # Of what Python does for a step, calls are what can be counted: of its own functions and of C's.
 CALLS_PER_STEP, CALLS_AT_LEAST = 6, 60_000
@@ -51,9 +41,9 @@ def _calls(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", dense.DENSE)
+@pytest.mark.parametrize("name", DENSE)
 def test_a_step_stands_for_what_is_done(name: str) -> None:
-    data = memoryview(dense.DENSE[name](SIZE))
+    data = memoryview(DENSE[name](SIZE))
     budget = Budget(len(data), sniff_bytes(data))
     told = []
 
@@ -96,18 +86,18 @@ HEAVY = (
 @pytest.mark.parametrize("name", HEAVY)
 def test_memory_is_a_small_multiple_of_the_file(name: str) -> None:
     # So many of them that they are read to the end, in a file whose size allows it.
-    data = dense.padded(dense.DENSE[name](100_000), 1 << 20)
-    effort = dense.attempt(name, data, memory=True)
+    data = padded(DENSE[name](100_000), 1 << 20)
+    effort = attempt(name, data, memory=True)
     assert effort.peak_bytes < MEMORY_RATIO * len(data)
 
 
 def test_dense_files_of_some_size_are_refused_and_say_why() -> None:
-    outcome = dense.attempt("m", dense.DENSE["tflite operators bare"](1 << 20)).outcome
+    outcome = attempt("m", DENSE["tflite operators bare"](1 << 20)).outcome
     assert "more parts than any model of its size: damaged, or made to harm" in outcome
 
 
 def test_what_is_too_large_may_be_sound(tmp_path: Path) -> None:
-    data = dense.padded(dense.DENSE["tflite operators bare"](1 << 20), 12 << 20)
+    data = padded(DENSE["tflite operators bare"](1 << 20), 12 << 20)
     with pytest.raises(TooLarge, match="too large to be inspected, or made to harm"):
         analyse.inspect_bytes("m", memoryview(data))
     # It is no reason not to send it to a board.
@@ -139,16 +129,16 @@ def test_no_size_allows_more_than_the_most() -> None:
 def test_many_operations_are_read() -> None:
     # As many as any model has, and 100 MB beside them.
     nodes = b"".join(
-        dense.node(
+        onnx.node(
             "Conv",
             (f"v{number}", f"w{number}"),
             (f"v{number + 1}",),
-            *(dense.field(1, name) + dense.field(8, b"\1\1") for name in (b"strides", b"kernel_shape")),
+            *(field(1, name) + field(8, b"\1\1") for name in (b"strides", b"kernel_shape")),
         )
         for number in range(20_000)
     )
-    weights = dense.field(5, dense.field(1, b"\x01") + dense.number(2, 1) + dense.field(9, bytes(100 << 20)))
-    report = analyse.inspect_bytes("m.onnx", memoryview(dense.onnx_of(nodes, weights)))
+    weights = field(5, field(1, b"\x01") + number(2, 1) + field(9, bytes(100 << 20)))
+    report = analyse.inspect_bytes("m.onnx", memoryview(onnx.onnx_of(nodes, weights)))
     assert report.op_types == {"Conv": 20_000}
     assert sum(use.size_bytes for use in report.bytes) == report.size_bytes > 100 << 20
 
@@ -156,7 +146,7 @@ def test_many_operations_are_read() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("megabytes", [4, 12])
-@pytest.mark.parametrize("name", dense.DENSE)
+@pytest.mark.parametrize("name", DENSE)
 def test_nothing_takes_a_second(name: str, megabytes: int) -> None:
-    found, _ = dense.worst(name, megabytes << 20)
+    found, _ = worst(name, megabytes << 20)
     assert found.seconds < 1.0, found
