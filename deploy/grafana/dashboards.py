@@ -287,7 +287,7 @@ def board() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Clock",
-                "Frequency of each processor, now.",
+                "Frequency of each processor, and of the GPU where it tells, now.",
                 "hertz",
                 reading("frequency_hertz"),
                 runs=False,
@@ -315,12 +315,26 @@ def board() -> dashboard.Dashboard:
         .with_panel(
             states(
                 "Throttled by",
-                "Whether anything slows the board down now, by cause. Absent: the board can't tell.",
+                "Whether anything slows the board down now, by cause.",
                 Ask(
                     on_board(f"boardbench_device_throttled{{{THESE}}}"),
                     "{{device}} {{emulator}} {{source}} {{cause}}",
                 ),
                 {"0": ("no", GREEN), "1": ("throttled", RED)},
+                none="the board can't tell",
+            )
+        )
+        .with_panel(
+            lines(
+                "Throttle events",
+                "Times that the board counted that it was slowed down, in the last hour. Absent: it does not "
+                "count.",
+                COUNT,
+                Ask(
+                    on_board(f"increase(boardbench_device_throttle_events_total{{{THESE}}}[1h])"),
+                    "{{device}} {{emulator}} {{source}}",
+                ),
+                runs=False,
             )
         )
         .with_panel(
@@ -329,6 +343,16 @@ def board() -> dashboard.Dashboard:
                 "Whether the board's stream to the collector is open.",
                 Ask(on_board(f"boardbench_device_up{{{THESE}}}"), "{{device}} {{emulator}}"),
                 {"0": ("gone", RED), "1": ("up", GREEN)},
+            )
+        )
+        .with_panel(
+            lines(
+                "Work on the board",
+                "Runs that wait on the board, and results that it has not handed over yet.",
+                COUNT,
+                Ask(f"boardbench_queued_runs{{{THESE}}}", "{{device}} runs waiting"),
+                Ask(f"boardbench_spool_pending{{{THESE}}}", "{{device}} results in the spool"),
+                runs=False,
             )
         )
         .with_panel(
@@ -341,17 +365,6 @@ def board() -> dashboard.Dashboard:
                     Ask(f"boardbench_runtime_available{{{THESE}}}"),
                 ),
                 joined_by=("device", "runtime"),
-                width=12,
-            )
-        )
-        .with_panel(
-            lines(
-                "Work on the board",
-                "Runs that wait on the board, and results that it has not handed over yet.",
-                COUNT,
-                Ask(f"boardbench_queued_runs{{{THESE}}}", "{{device}} runs waiting"),
-                Ask(f"boardbench_spool_pending{{{THESE}}}", "{{device}} results in the spool"),
-                runs=False,
             )
         )
     )
@@ -462,9 +475,9 @@ def placement() -> dashboard.Dashboard:
                 *(
                     (heading, COUNT, Ask(judged(ops(unit)) + f" * on ({SERIES}) {verdict}"))
                     for heading, unit in (
-                        ("on accelerators", "tpu|gpu|npu|delegate"),
-                        ("on the CPU", "cpu"),
-                        ("by a delegate for it", "cpu_delegate"),
+                        ("accelerator", "tpu|gpu|npu|delegate"),
+                        ("CPU", "cpu"),
+                        ("CPU delegate", "cpu_delegate"),
                         ("unknown", "unknown"),
                     )
                 ),
@@ -753,8 +766,8 @@ def collector() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Processor",
-                "Processors that the collector keeps busy.",
-                "short",
+                "Share of one processor that the collector takes.",
+                "percentunit",
                 Ask(f"rate(process_cpu_seconds_total{{{MINE}}}[$__rate_interval])", "{{instance}}"),
                 runs=False,
             )

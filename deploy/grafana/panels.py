@@ -182,6 +182,9 @@ def lines(
         .display_mode(common_model.LegendDisplayMode.TABLE)
         .placement(common_model.LegendPlacement.BOTTOM)
         .calcs(["lastNotNull"])
+        # It has room for a few: the largest, which most of these are looked at for.
+        .sort_by("Last *")
+        .sort_desc(True)
     ).tooltip(common.VizTooltipOptions().mode(common_model.TooltipDisplayMode.MULTI))
     if stacked:
         panel = panel.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
@@ -238,6 +241,9 @@ def number(
     )
     if none:
         panel = panel.no_value(none)
+    if unit == COUNT:
+        # Of a counter Prometheus makes up what is at both ends of the time.
+        panel = panel.decimals(0)
     return _placed(panel, title, description, unit, width, height, [ask], instant=True)
 
 
@@ -282,9 +288,10 @@ def states(
     names: Mapping[str, tuple[str, str]],
     *,
     width: int = 12,
-    height: int = 7,
+    height: int = 9,
+    none: str = "",
 ) -> statetimeline.Panel:
-    """States over time; ``names``: value → text and colour."""
+    """States over time; ``names``: value → text and colour. ``none``: what is shown when there is none."""
     panel = statetimeline.Panel().mappings(
         [
             model.ValueMap(
@@ -295,6 +302,8 @@ def states(
             )
         ]
     )
+    if none:
+        panel = panel.no_value(none)
     return _placed(panel, title, description, "", width, height, [ask], instant=False)
 
 

@@ -38,7 +38,8 @@ WIDTH = 24 * 62
 _PAGE = """<!doctype html><html><head><meta charset="utf-8"><link rel="stylesheet" href="{folder}/panels.css">
 <style>body {{ margin: 0; font-family: Inter, Helvetica, Arial, sans-serif; font-size: 14px; }}</style></head>
 <body><div id="root"></div><script>window.process = {{ env: {{}} }}; window.DASHBOARD = {dashboard};
-window.ANSWERS = {answers};</script><script src="{folder}/panels.js"></script></body></html>
+window.ANSWERS = {answers}; window.RANGE = {range};</script><script src="{folder}/panels.js"></script></body>
+</html>
 """
 
 
@@ -69,13 +70,15 @@ def main() -> int:
     for file in files:
         dashboard = json.loads(file.read_text())
         about = {name: value for name, value in chosen.items() if name in ABOUT.get(file.stem, ())}
-        answers, without = answered(arguments.prometheus, dashboard, arguments.minutes * 60, about)
+        end = time.time()
+        between = (end - arguments.minutes * 60, end)
+        answers, without = answered(arguments.prometheus, dashboard, between, about)
         for title in without:
             print(f"{file.stem}: {title}: nothing to show")
         empty += len(without)
         if arguments.pictures:
             arguments.pictures.mkdir(parents=True, exist_ok=True)
-            photograph(named(dashboard, about), answers, arguments.pictures / f"{file.stem}.png")
+            photograph(named(dashboard, about), answers, between, arguments.pictures / f"{file.stem}.png")
     return 1 if done.returncode or empty else 0
 
 
@@ -127,7 +130,7 @@ def named(dashboard: dict[str, Any], about: Mapping[str, str]) -> dict[str, Any]
 
 
 def answered(
-    prometheus: str, dashboard: dict[str, Any], seconds: float, about: Mapping[str, str]
+    prometheus: str, dashboard: dict[str, Any], between: tuple[float, float], about: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """What each panel's targets show, by its title; and the titles of panels with nothing to show."""
     filled = EVERYTHING | {
@@ -136,7 +139,7 @@ def answered(
     answers: dict[str, Any] = {}
     without = []
     for panel in panels(named(dashboard, about)):
-        found = [_ask(prometheus, target, seconds, filled) for target in panel["targets"]]
+        found = [_ask(prometheus, target, between, filled) for target in panel["targets"]]
         answers[panel["title"]] = found
         if not any(found) and "noValue" not in panel["fieldConfig"]["defaults"]:
             without.append(panel["title"])
@@ -144,20 +147,20 @@ def answered(
 
 
 def _ask(
-    prometheus: str, target: dict[str, Any], seconds: float, filled: Mapping[str, str]
+    prometheus: str, target: dict[str, Any], between: tuple[float, float], filled: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     expression = target["expr"]
     for name, value in filled.items():
         expression = expression.replace(name, value)
-    end = time.time()
     query: dict[str, object] = {"query": expression}
     if target.get("instant"):
         path = "query"
     else:
         path = "query_range"
         # As Grafana does: whole steps, at whole multiples of them.
-        step = max(1, math.ceil(seconds / 240))
-        query |= {"start": (end - seconds) // step * step, "end": end // step * step, "step": step}
+        begin, end = between
+        step = max(1, math.ceil((end - begin) / 240))
+        query |= {"start": begin // step * step, "end": end // step * step, "step": step}
     address = f"{prometheus}/api/v1/{path}?{urllib.parse.urlencode(query)}"
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
@@ -180,7 +183,9 @@ def _named(legend: str, labels: dict[str, str]) -> str:
     return " ".join(named.split()) or ", ".join(f"{key}={value}" for key, value in labels.items())
 
 
-def photograph(dashboard: dict[str, Any], answers: dict[str, Any], picture: Path) -> None:
+def photograph(
+    dashboard: dict[str, Any], answers: dict[str, Any], between: tuple[float, float], picture: Path
+) -> None:
     """A picture of the dashboard; repeated panels are drawn once, with everything."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -192,6 +197,7 @@ def photograph(dashboard: dict[str, Any], answers: dict[str, Any], picture: Path
             # A label may hold what would end the script.
             dashboard=json.dumps(dashboard).replace("<", "\\u003c"),
             answers=json.dumps(answers).replace("<", "\\u003c"),
+            range=json.dumps(between),
         )
     )
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])

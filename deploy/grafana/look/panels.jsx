@@ -1,7 +1,8 @@
 // Draws a dashboard with the components that Grafana itself draws it with.
 //
 // window.DASHBOARD is the dashboard's JSON, window.ANSWERS what Prometheus answered: for each panel's title the
-// answers of its targets, each a list of {name, labels, step: seconds, values: [[seconds, value], …]}.
+// answers of its targets, each a list of {name, labels, step: seconds, values: [[seconds, value], …]}; window.RANGE
+// the time that was asked about, in seconds.
 import './node_modules/uplot/dist/uPlot.min.css';
 import React from 'react';
 import { createRoot } from 'react-dom/client';
@@ -91,9 +92,8 @@ function Lines({ panel, answers, width, height }) {
       field.config.custom = { drawStyle: 'line', axisPlacement: 'auto', ...field.config.custom };
     })
   );
-  const times = frames.flatMap((frame) => frame.fields[0].values);
-  const moment = (value) => ({ valueOf: () => value });
-  const range = { from: moment(Math.min(...times)), to: moment(Math.max(...times)), raw: { from: 'now-1h', to: 'now' } };
+  const [from, to] = window.RANGE.map((seconds) => ({ valueOf: () => seconds * 1000 }));
+  const range = { from, to, raw: { from: 'now-1h', to: 'now' } };
   return (
     <TimeSeries
       frames={frames}
