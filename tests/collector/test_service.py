@@ -261,6 +261,52 @@ async def test_one_acknowledgement_is_for_what_was_committed_meanwhile(
         await board.leave()
 
 
+async def test_boards_that_come_all_at_once_wait_for_each_other(
+    collector_over, make_result: MakeResult, local_config: CollectorConfig
+) -> None:
+    """What many streams send before it is committed is bounded for all of them; nobody counts as silent."""
+
+    class CrowdedStore(HeldStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emptied = asyncio.Event()
+
+        @property
+        def is_crowded(self) -> bool:  # type: ignore[override]
+            return len(self._held) >= 2
+
+        async def room(self) -> None:
+            self.emptied.clear()
+            await self.emptied.wait()
+
+        def commit(self, count: int | None = None) -> None:
+            super().commit(count)
+            self.emptied.set()
+
+    store = CrowdedStore()
+    config = replace(local_config, heartbeat_seconds=0.3)
+    async with collector_over(store, config) as collector:
+        boards = [collector.board(f"pi{number}") for number in range(4)]
+        for number, board in enumerate(boards):
+            await board.join()
+            await _send_all(board, [make_result(f"run-{number}-{n}", samples=0) for n in range(1, 4)])
+        await until(lambda: len(store.asked) == 2, "as many were handed over as it takes")
+        # Longer than the silence after which a stream ends; each of them has more to say.
+        await asyncio.sleep(2 * config.silence_seconds)
+        assert len(store.asked) == 2
+
+        async def finish(board: Any) -> None:
+            await board.acknowledged(3)
+            await board.leave()
+
+        finishing = [asyncio.create_task(finish(board)) for board in boards]
+        while not all(task.done() for task in finishing):
+            store.commit()
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*finishing)
+        assert len(store.asked) == 12
+
+
 async def test_a_record_beyond_every_limit_is_rejected_not_the_stream(
     collector, make_result: MakeResult
 ) -> None:

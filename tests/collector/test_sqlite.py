@@ -19,7 +19,7 @@ from boardbench.collector.errors import (
     StoreUnavailable,
 )
 from boardbench.collector.store import ResultFilter
-from boardbench.collector.stores import sqlite_schema
+from boardbench.collector.stores import gather, sqlite_schema
 from boardbench.collector.stores.sqlite import SqliteResultStore
 from boardbench.v1 import collector_pb2, placement_pb2, result_pb2
 
@@ -307,6 +307,32 @@ async def test_reading_goes_on_while_something_else_holds_the_write_lock(
     assert not waiting.done()
     other.execute("ROLLBACK")
     assert await waiting is True
+    other.close()
+    await store.close()
+
+
+async def test_who_has_more_waits_while_too_much_waits_for_its_commit(
+    path: Path, make_result: MakeResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "CROWDED_BYTES", 200_000)
+    store = await SqliteResultStore.open(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waiting = []
+    while not store.is_crowded:
+        number = len(waiting) + 1
+        waiting.append(store.append("pi5", "spool-1", number, make_result(f"run-{number}", samples=10_000)))
+    assert 4 < len(waiting) < 50
+    both = [asyncio.create_task(store.room()) for _ in range(2)]
+    gone = asyncio.create_task(store.room())
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    assert not any(task.done() for task in both)
+    other.execute("ROLLBACK")
+    await asyncio.gather(*both)
+    assert not store.is_crowded
+    assert await asyncio.gather(*waiting) == [True] * len(waiting)
     other.close()
     await store.close()
 

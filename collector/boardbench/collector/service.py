@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NamedTuple
 
 import grpc
@@ -426,12 +426,10 @@ class _Conversation:
         while len(self._waiting) >= self._config.in_flight_results or (
             self._waiting and self._waiting_bytes + size > self._config.in_flight_bytes
         ):
-            # Meanwhile nothing is read, which is not the board's silence.
-            self._session.held_up = True
             self._went = self._loop.create_future()
-            await self._went
-            self._session.held_up = False
-            self._fleet.heard(self._session)
+            await self._held_up(self._went)
+        while self._store.is_crowded:
+            await self._held_up(self._store.room())
         try:
             _check_place(spool_id, sequence)
             outcome = self._store.append(
@@ -450,6 +448,13 @@ class _Conversation:
             self._watch(outcome)
         self._waiting.append(_Waiting(spool_id, sequence, size, outcome, came_at))
         self._waiting_bytes += size
+
+    async def _held_up(self, until: Awaitable[None]) -> None:
+        """Waits; meanwhile nothing is read, which is not the board's silence."""
+        self._session.held_up = True
+        await until
+        self._session.held_up = False
+        self._fleet.heard(self._session)
 
     def _watch(self, outcome: asyncio.Future[bool]) -> None:
         """Has the answering woken when this one is done: what is behind it has to wait for it anyway."""

@@ -334,6 +334,16 @@ class ResultStore(Protocol):
         run's identity, and then counts as dealt with: the mark moves on. StoreError comes through the future.
         """
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many bytes wait for their commit that nothing should be handed over before some have it.
+
+        What one stream has under way is bounded; a fleet that comes back with what it kept is many streams.
+        """
+
+    async def room(self) -> None:
+        """Returns when it is not crowded any more."""
+
     async def greet(self, hello: collector_pb2.Hello, at: float) -> None:
         """Stores what a board says about itself."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -28,6 +29,8 @@ from boardbench.collector.store import (
 from boardbench.collector.stores.sqlite_schema import series_text
 from boardbench.v1 import result_pb2
 
+_log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 _Connection = TypeVar("_Connection")
 
@@ -36,6 +39,9 @@ _BATCH_ENTRIES = 4096
 
 _BATCH_BYTES = 32 * 1024 * 1024
 """The same in bytes: a batch is held in memory twice, here and on its way to the database."""
+
+CROWDED_BYTES = 4 * _BATCH_BYTES
+"""Bytes that wait for their commit, from which on no more should come: the next batches are whole by then."""
 
 
 class Row(NamedTuple):
@@ -153,6 +159,9 @@ class Gatherer(Generic[_Connection]):
         self._loop = asyncio.get_running_loop()
         self._entries: queue.SimpleQueue[Append | Call[_Connection] | None] = queue.SimpleQueue()
         self._closed = False
+        # Only the loop looks at them.
+        self._waiting_bytes = 0
+        self._room: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._work, name="store-write", daemon=True)
         self._thread.start()
 
@@ -166,7 +175,21 @@ class Gatherer(Generic[_Connection]):
         if self._closed:
             entry.future.set_exception(StoreUnavailable(f"the store {self._name} is closed"))
         else:
+            self._waiting_bytes += entry.size_bytes
             self._entries.put(entry)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so much waits that no more should be put."""
+        return self._waiting_bytes >= CROWDED_BYTES
+
+    async def room(self) -> None:
+        """Returns when it is not crowded any more."""
+        while self.is_crowded:
+            if self._room is None:
+                self._room = self._loop.create_future()
+            # Others wait for the same one.
+            await asyncio.shield(self._room)
 
     async def call(self, function: Callable[[_Connection], _T]) -> _T:
         """Returns what the function returned, once its writes are committed with their batch."""
@@ -191,16 +214,40 @@ class Gatherer(Generic[_Connection]):
         self._thread.join()
 
     def _work(self) -> None:
+        failing = False
         while True:
             batch, last = self._gather()
             if batch:
+                outcomes: list[Any]
                 try:
                     outcomes = self._commit(batch)
+                    if failing:
+                        _log.info("what comes in is stored again")
+                    failing = False
                 except BaseException as error:
-                    outcomes = [self._told(error)] * len(batch)
-                self.tell(_tell, batch, outcomes)
+                    told = self._told(error)
+                    outcomes = [told] * len(batch)
+                    # Once, and not for each of thousands of boards that try again.
+                    if not failing:
+                        _log.warning("what comes in can't be stored: %s", told)
+                    failing = True
+                self.tell(self._answer, batch, outcomes)
             if last:
                 return
+
+    def _answer(self, batch: Sequence[Append | Call[_Connection]], outcomes: Sequence[Any]) -> None:
+        """Completes the futures of a batch; runs in the loop. Whoever has gone away is not told."""
+        for entry, outcome in zip(batch, outcomes, strict=True):
+            self._waiting_bytes -= entry.size_bytes
+            if entry.future.done():
+                continue
+            if isinstance(outcome, BaseException):
+                entry.future.set_exception(outcome)
+            else:
+                entry.future.set_result(outcome)
+        if self._room is not None and not self.is_crowded:
+            self._room.set_result(None)
+            self._room = None
 
     def _gather(self) -> tuple[list[Append | Call[_Connection]], bool]:
         """Returns the next batch in the order of arrival, and whether it is the last one."""
@@ -220,14 +267,3 @@ class Gatherer(Generic[_Connection]):
             batch.append(entry)
             size += entry.size_bytes
         return batch, False
-
-
-def _tell(batch: Sequence[Append | Call[Any]], outcomes: Sequence[Any]) -> None:
-    """Completes the futures of a batch; runs in the loop. Whoever has gone away is not told."""
-    for entry, outcome in zip(batch, outcomes, strict=True):
-        if entry.future.done():
-            continue
-        if isinstance(outcome, BaseException):
-            entry.future.set_exception(outcome)
-        else:
-            entry.future.set_result(outcome)

@@ -63,6 +63,8 @@ class _Stored:
 class MemoryResultStore:
     """A ``ResultStore`` in memory; everything it does is done when the call returns."""
 
+    is_crowded = False
+
     def __init__(
         self,
         *,
@@ -101,6 +103,9 @@ class MemoryResultStore:
         except (ResultRefused, OutOfOrder, PlaceTaken, StoreUnavailable) as error:
             future.set_exception(error)
         return future
+
+    async def room(self) -> None:
+        """See ``ResultStore.room``."""
 
     def _append(
         self,

@@ -101,6 +101,15 @@ class SqlWriting(SqlReading[Connection]):
         )
         return future
 
+    @property
+    def is_crowded(self) -> bool:
+        """See ``ResultStore.is_crowded``."""
+        return self._writer.is_crowded
+
+    async def room(self) -> None:
+        """See ``ResultStore.room``."""
+        await self._writer.room()
+
     async def write(self, function: Callable[[Connection], _T]) -> _T:
         """See ``Asking.write``."""
         return await self._writer.call(function)
