@@ -197,7 +197,8 @@ def _job_options(command: _Command) -> _Command:
         _option(
             "--files-dir",
             type=click.Path(path_type=Path, file_okay=False),
-            help="Folder of these files, shared by collectors on one database.  [default: the data folder]",
+            help="Folder of these files; collectors on one database that are given the same one share it, and"
+            " put no files into the database.  [default: the data folder]",
         ),
         _option(
             "--job-timeout",
@@ -437,7 +438,10 @@ def serve(
     help="Read this backup instead, and say what it holds.",
 )
 def check(*, data_dir: Path | None, store: str, file: Path | None) -> None:
-    """Read the whole store, or a backup, and say whether it is sound. Exit 1 when it is not."""
+    """Read the whole store, or a backup, and say whether it is sound. Exit 1 when it is not.
+
+    An SQLite store must not be in use: while a collector runs, make a backup and check that.
+    """
     if file is not None:
         from boardbench.collector.stores import backup as backups
 

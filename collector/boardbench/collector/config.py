@@ -176,7 +176,8 @@ class CollectorConfig:
     """How long a job that has ended is remembered; its result stays as long as results do."""
 
     files_dir: Path | None = None
-    """Folder of models and inputs that are kept for boards; None: the folder of the store."""
+    """Folder of models and inputs that are kept for boards, which collectors on one database may share; None:
+    the folder of the store, and collectors on one database share files in the database."""
 
     files_limit_bytes: int = 32 * 1024**3
     """Bytes of models and inputs that are kept for boards; what no open job needs makes room."""

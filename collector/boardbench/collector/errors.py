@@ -23,9 +23,10 @@
         ├── BackupUnfit       a backup is damaged, not whole, or of a newer program
         └── OutOfOrder        the record before this one is not stored; start again after the last one that is
 
-Third-party exceptions become one of these at one boundary each: SQLite's in ``stores/sqlite.py``,
-the sockets' in ``serve.py``. What a caller is told is decided in ``service.py`` (gRPC status) and
-``web/app.py`` (HTTP status), and nowhere else.
+Third-party exceptions become one of these at one boundary each: SQLite's in ``stores/sqlite.py`` and, for
+the small files, in ``stores/beside.py``; PostgreSQL's in ``stores/postgres_connection.py``; the sockets' in
+``serve.py``. What a caller is told is decided in ``service.py`` (gRPC status) and ``web/app.py`` (HTTP
+status), and nowhere else.
 """
 
 from __future__ import annotations
