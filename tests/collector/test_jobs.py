@@ -356,6 +356,7 @@ async def test_what_a_board_returns_waits_and_does_not_count(store: ResultStore)
             store, 1, report(job_pb2.JOB_PHASE_RETURNED, attempt=attempt, reason="no room", at=at)
         )
         assert (record.job.state, record.job.reason) == (QUEUED, "returned by the board: no room")
+        assert record.job.max_attempts == 1 + attempt, "it is one of more than it may have"
         at = record.not_before
     assert at - NOW == 2 + 4 + 8 + 16 + 32 + 64
 
@@ -575,6 +576,7 @@ async def test_a_dead_job_gets_its_attempts_again(store: ResultStore) -> None:
     assert not record.job.HasField("ended_at")
     assert record.job.reason.startswith("queued again; before that: given up after 1 attempt: its lease")
     (record,) = await claim(store, at=NOW + 100)
+    assert (record.job.attempts, record.job.max_attempts) == (2, 2)
     # A name that was given out is not given out again.
     assert record.job.run_id == f"{job_id(1)}-2"
     record = await change(store, 1, lambda record: expired(record, NOW + 160))

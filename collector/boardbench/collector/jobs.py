@@ -73,7 +73,8 @@ class JobRecord:
     lapsed: bool = False
     """It waits because its lease ran out: when the board turns up and still has it, that attempt goes on."""
     returns: int = 0
-    """Attempts that the board gave back without a run; they don't count against it."""
+    """Attempts that don't count against it: the board gave them back without a run, or it was queued again
+    since. As many more may follow, which ``job.max_attempts`` has been raised by."""
 
     @property
     def job_id(self) -> str:
@@ -328,7 +329,7 @@ def reported(
             reason = f"refused by the board: {report.reason or 'it did not say why'}"
             return _ended(record, job_pb2.JOB_STATE_DEAD, reason, at)
         reason = f"returned by the board: {report.reason or 'it did not say why'}"
-        return _again(replace(record, returns=record.returns + 1), reason, at)
+        return _again(_uncounted(record, 1), reason, at)
     if gives_back:
         return record
     record = renewed(record, device_id, lease_until, progress)
@@ -373,18 +374,17 @@ def retried(record: JobRecord, deadline: float, at: float) -> JobRecord:
         return record
     # It waits now, and must not look as if it were given up still.
     reason = f"queued again; before that: {record.job.reason}"
-    changed = _changed(record, state=job_pb2.JOB_STATE_QUEUED, reason=reason, progress="", run_status=0)
+    again = _uncounted(record, record.job.attempts - record.returns)
+    changed = _changed(again, state=job_pb2.JOB_STATE_QUEUED, reason=reason, progress="", run_status=0)
     changed.job.ClearField("ended_at")
     set_time(changed.job.deadline_at, deadline)
-    return replace(
-        changed,
-        deadline=deadline,
-        ended=None,
-        lease_until=None,
-        not_before=at,
-        lapsed=False,
-        returns=changed.job.attempts,
-    )
+    return replace(changed, deadline=deadline, ended=None, lease_until=None, not_before=at, lapsed=False)
+
+
+def _uncounted(record: JobRecord, attempts: int) -> JobRecord:
+    """So many of its attempts don't count: as many more may follow."""
+    raised = _changed(record, max_attempts=record.job.max_attempts + attempts)
+    return replace(raised, returns=record.returns + attempts)
 
 
 def after_result(
@@ -427,7 +427,7 @@ def _again(
     tries = record.job.attempts - record.returns
     if record.cancelling:
         return _ended(record, job_pb2.JOB_STATE_CANCELLED, record.job.reason, at)
-    if tries >= record.job.max_attempts:
+    if record.job.attempts >= record.job.max_attempts:
         return _ended(
             record,
             job_pb2.JOB_STATE_DEAD,
