@@ -38,6 +38,8 @@ class ScriptedCollector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grp
     def __init__(self, sample: Any) -> None:
         self.sample = sample
         self.boards = ["b1", "b2", "b3"]
+        # Of every board; empty: its own identity.
+        self.hostname = ""
         # By the term that asks for it; others are up and free.
         self.states: dict[str, collector_pb2.Device] = {}
         # State and reason that a board's jobs come to.
@@ -162,7 +164,8 @@ class ScriptedCollector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grp
         job = self.jobs[request.run_id.rpartition("-")[0]]
         result = self.sample("success")
         result.run_id = request.run_id
-        result.board.device_id = result.board.hostname = job.device_id
+        result.board.device_id = job.device_id
+        result.board.hostname = self.hostname or job.device_id
         return collector_pb2.GetResultResponse(result=result)
 
     def _found(self, wanted: job_pb2.JobFilter) -> list[job_pb2.Job]:
@@ -356,6 +359,7 @@ def test_jobs_are_followed_cancelled_and_queued_again(boardbench, collector, via
     batch = collector.jobs[first].batch_id
     assert len(json.loads(boardbench("jobs", "watch", "--batch", batch, *via, "--format", "json").out)) == 3
     assert boardbench("jobs", "watch", "ffffffffffff", *via).code == 1
+    assert boardbench("jobs", first[:6].upper(), *via).out.count("b1") == 1
     assert boardbench("jobs", "cancel", second.upper(), *via).code == 0
     assert boardbench("jobs", "retry", "--device", "b2", *via).code == 0
     assert list(collector.asked[0].filter.job_ids) == [second]
@@ -408,6 +412,20 @@ def test_a_suite_that_asks_for_more_boards_than_there_are_is_told_of(
     suite.write_text('models = ["m.tflite"]\n[boards.any]\ncount = 2\n')
     done = boardbench("suite", "check", suite, *via)
     assert "m.tflite any: 2 boards are asked for, and there is 1" in done.err
+
+
+def test_boards_of_one_host_name_are_told_apart_where_one_lacks_what_is_required(
+    boardbench, collector, via, model_file, tmp_path
+) -> None:
+    collector.hostname = "raspberrypi"
+    done = boardbench("push", model_file, *via, "--all", "--require", "p50<=1ns")
+    for board in collector.boards:
+        assert f".tflite on raspberrypi ({board}): required p50<=1ns" in done.err
+    (tmp_path / "m.tflite").write_bytes(b"model")
+    (tmp_path / "s.toml").write_text('models = ["m.tflite"]\nrequire = "p50<=1ns"\n[boards.all]\ncount = 2\n')
+    done = boardbench("suite", "run", tmp_path / "s.toml", *via)
+    for board in ("b1", "b2"):
+        assert f"m.tflite all on raspberrypi ({board}): required p50<=1ns" in done.err
 
 
 def test_boards_are_chosen_reserved_and_labelled(boardbench, collector, via) -> None:

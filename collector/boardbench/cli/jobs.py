@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _STATES = ("queued", "leased", "running", "done", "cancelled", "dead")
 _OPEN = ("queued", "leased", "running")
+_DIGITS = re.compile("[0-9A-Fa-f]+")
 
 
 def _which(command: _Command) -> _Command:
@@ -52,8 +54,10 @@ class _Listed(click.Group):
     """A group that lists when no subcommand is named."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Like click's, with `list` for whoever gives options only."""
-        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+        """Like click's, with `list` for whoever gives options or the id of a job only."""
+        first = args[0] if args else "-"
+        is_id = first not in self.commands and _DIGITS.fullmatch(first) is not None
+        if is_id or (first.startswith("-") and first not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 

@@ -12,6 +12,7 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
+from boardbench.cli.board import board_name
 from boardbench.cli.placement import accelerator_block, cost_block, evidence_block, placement_block
 from boardbench.cli.plain import cleaned
 from boardbench.cli.styles import BAD, DOUBTFUL, QUIET, STRONG
@@ -489,10 +490,3 @@ def _run(result: result_pb2.RunResult, whole: bool) -> RenderableType:
             for name, digest in sorted(result.output_sha256.items())
         )
     return Group(*lines)
-
-
-def board_name(board: board_pb2.Board) -> str:
-    """What to call a board: its host name, and its identity where that is something else."""
-    if board.hostname and board.device_id and board.hostname != board.device_id:
-        return f"{board.hostname} ({board.device_id})"
-    return board.hostname or board.device_id

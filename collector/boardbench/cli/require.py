@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from boardbench.cli.board import short_names
 from boardbench.cli.require_names import (
     FLAGS,
     NAMES,
@@ -275,15 +276,18 @@ def all_hold(
     results: Sequence[result_pb2.RunResult],
     output: Output,
     cases: Sequence[str] = (),
+    boards: Mapping[str, str] | None = None,
 ) -> bool:
     """Whether all hold for every result; says on stderr which do and which don't.
 
-    ``cases`` are what the results are called instead of by their models.
+    ``cases`` are what the results are called instead of by their models; ``boards`` what boards are called,
+    by their identities: needed where there are more of them than these results are of.
     """
+    called = short_names(result.board for result in results) if boards is None else boards
     verdicts = []
     for place, result in enumerate(results):
         name = cases[place] if cases else result.model.name
-        board = result.board.hostname or result.board.device_id
+        board = called[result.board.device_id]
         about = f"{name} on {board}" if board else name
         subject = Subject.of_result(result)
         verdicts.append(

@@ -209,14 +209,16 @@ def run(
 
 def _hold(queued: Queued, ended: Sequence[Any], output: Output) -> bool:
     """Whether the results hold what their cases require; says which do not."""
+    from boardbench.cli.board import short_names
     from boardbench.cli.require import all_hold, parse
 
+    boards = short_names(entry.result.board for entry in ended if entry.result is not None)
     held = True
     for entry in ended:
         texts = queued.require.get(entry.job.job_id, ())
         if texts and entry.result is not None:
             case = [entry.job.tags["case"]]
-            held = all_hold(tuple(map(parse, texts)), [entry.result], output, case) and held
+            held = all_hold(tuple(map(parse, texts)), [entry.result], output, case, boards) and held
     return held
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -13,8 +12,9 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 from boardbench.cli import figures
+from boardbench.cli.board import board_name, short_names
 from boardbench.cli.plain import cleaned, printable
-from boardbench.cli.report import EMULATORS, STAGES, board_name, emulators_of
+from boardbench.cli.report import EMULATORS, STAGES, emulators_of
 from boardbench.cli.styles import BAD, DOUBTFUL, GOOD, QUIET, STRONG
 from boardbench.cli.trust import validity_word
 from boardbench.cli.verdict import device_asked, is_plain, percent, placement_known
@@ -55,7 +55,7 @@ def _table(*columns: str, whole: Sequence[str] = ()) -> Table:
 def results_table(results: Iterable[result_pb2.RunResult]) -> RenderableType:
     """A line a result: when, where, what, how fast, how much memory, where its ops ran."""
     results = [cleaned(result) for result in results]
-    boards = _short_names(result.board for result in results)
+    boards = short_names(result.board for result in results)
     fallback = ["fallback"] if _any_fallback(results) else []
     table = _table(
         *("ended", "board", "model", "runtime", *_FIGURES, "accelerated", *fallback, "status", "run"),
@@ -83,7 +83,7 @@ def comparison_table(results: Iterable[result_pb2.RunResult], cases: Sequence[st
     ``cases`` are what the results are called instead of by their models.
     """
     results = [cleaned(result) for result in results]
-    boards = _short_names(result.board for result in results)
+    boards = short_names(result.board for result in results)
     fallback = ["fallback"] if _any_fallback(results) else []
     named = "case" if cases else "model"
     table = _table(named, "board", "runtime", *_FIGURES, "accelerated", *fallback, "status")
@@ -98,16 +98,6 @@ def comparison_table(results: Iterable[result_pb2.RunResult], cases: Sequence[st
             status_of(result),
         )
     return table
-
-
-def _short_names(boards: Iterable[board_pb2.Board]) -> dict[str, str]:
-    """Host names by identity; with the identity where two boards have one host name, as new boards do."""
-    known = {board.device_id: board for board in boards}
-    bearers = collections.Counter(board.hostname for board in known.values())
-    return {
-        device_id: board_name(board) if bearers[board.hostname] > 1 else board.hostname or device_id
-        for device_id, board in known.items()
-    }
 
 
 def _figures(result: result_pb2.RunResult) -> tuple[str, str, str]:
