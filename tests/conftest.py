@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,37 @@ for _variable, _environment in {
     _python = REPOSITORY / ".cache" / "engines" / _environment / "bin" / "python"
     if _python.exists():
         os.environ.setdefault(_variable, str(_python))
+
+
+def _module(path: Path) -> ModuleType:
+    """The module in a file of the tests, which is in no package."""
+    name = f"boardbench_tests_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def small_disks() -> ModuleType:
+    """Makes file systems with little room, and fills them (small_disks.py)."""
+    return _module(REPOSITORY / "tests" / "small_disks.py")
+
+
+@pytest.fixture
+def small_disk(small_disks: ModuleType) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of so many bytes; skips, saying so, where this user may not mount one."""
+    made = small_disks.SmallDisks()
+
+    def make(size_bytes: int) -> Path:
+        try:
+            return Path(made.make(size_bytes))
+        except small_disks.NoSmallDisk as error:
+            pytest.skip(f"a full disk can't be shown here: {error}")
+
+    yield make
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
@@ -327,7 +328,10 @@ def test_what_workers_left_is_removed(agents: Callable[..., Agent]) -> None:
 
 
 def test_disk_that_is_full_refuses_the_run_and_keeps_the_agent(
-    agents: Callable[..., Agent], small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+    agents: Callable[..., Agent],
+    small_disk: Callable[[int], Path],
+    small_disks: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     disk = small_disk(4_000_000)
     monkeypatch.setenv("BOARDBENCH_AGENT_STORE_FREE_FLOOR_BYTES", "0")
@@ -336,36 +340,13 @@ def test_disk_that_is_full_refuses_the_run_and_keeps_the_agent(
     list(agent.run(sha256, "fits"))
     steps = disk / "data/runs/fits.jsonl"
     eventually("the run is over", lambda: b'"ended"' in steps.read_bytes())
-    with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
-        while True:
-            filler.write(b"x" * 4096)
-            filler.flush()
+    small_disks.fill(disk / "filler")
     with pytest.raises(grpc.RpcError) as raised:
         list(agent.run(sha256, "does-not-fit"))
     assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "No space left" in (raised.value.details() or "")
     (disk / "filler").unlink()
     assert list(agent.run(sha256, "does-not-fit"))[-1].event.result.status == result_pb2.RUN_STATUS_SUCCEEDED
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    mounted: list[Path] = []
-
-    def make(size_bytes: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], capture_output=True
-        )
-        if done.returncode:
-            pytest.skip("a full disk can't be shown here: mounting a tmpfs was refused")
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # --- what it costs

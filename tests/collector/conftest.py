@@ -305,8 +305,9 @@ _NOBODY = 65534
 class PostgresServer:
     """A PostgreSQL server of our own: its own folder, a socket in it, its ordinary durability."""
 
-    def __init__(self, bin_: Path, libraries: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="boardbench-postgres-"))
+    def __init__(self, bin_: Path, libraries: str, *, folder: Path | None = None) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="boardbench-postgres-"))
+        self.folder.mkdir(exist_ok=True)
         self._bin, self._numbers = bin_, itertools.count(1)
         self._environment = {
             "PATH": os.environ["PATH"],

@@ -540,35 +540,6 @@ def postgres_server() -> Iterator[Any]:
     server.stop()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a file system of so many bytes; skips, saying so, where this user may not mount one."""
-    mounted: list[Path] = []
-
-    def make(size_bytes: int) -> Path:
-        mount = shutil.which("mount")
-        if mount is None or not sys.platform.startswith("linux"):
-            pytest.skip("a full disk can't be shown here: no mount command for a small file system")
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        done = subprocess.run(
-            [mount, "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            pytest.skip(
-                f"a full disk can't be shown here: mounting a tmpfs was refused ({done.stderr.strip()})"
-            )
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in mounted:
-        # Lazy: a program that is being ended may still have a file open.
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.fixture(scope="session")
 def demo_tflite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's int8 network as a file."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -188,7 +188,11 @@ def test_disk_full(
 
 
 def test_a_disk_that_others_fill_meanwhile(
-    programs: Any, small_disk: Callable[[int], Path], demo_onnx: Path, large_model: Callable[[int], Path]
+    programs: Any,
+    small_disk: Callable[[int], Path],
+    small_disks: ModuleType,
+    demo_onnx: Path,
+    large_model: Callable[[int], Path],
 ) -> None:
     """The room was there when the transfer began, and is gone in the middle of it."""
     disk = small_disk(12_000_000)
@@ -201,9 +205,7 @@ def test_a_disk_that_others_fill_meanwhile(
     client = programs.client.begin("push", model, "--to", wire.address, *QUICK)
     assert wire.held.wait(30)
     filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(64 * 1024)):
-            pass
+    small_disks.fill(filler)
     wire.release()
     assert client.process.wait(90) == 1, client.log()
     assert model.name in client.log() and ("disk" in client.log() or "room" in client.log()), client.log()

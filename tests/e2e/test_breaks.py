@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -279,7 +279,11 @@ def test_a_collector_that_is_killed_again_and_again(programs: Any, demo_onnx: Pa
 
 
 def test_a_collector_whose_disk_is_full(
-    programs: Any, small_disk: Callable[[int], Path], demo_onnx: Path, eventually: Any
+    programs: Any,
+    small_disk: Callable[[int], Path],
+    small_disks: ModuleType,
+    demo_onnx: Path,
+    eventually: Any,
 ) -> None:
     """What it can't keep it does not acknowledge; with room again, the result comes."""
     disk = small_disk(20_000_000)
@@ -287,9 +291,7 @@ def test_a_collector_whose_disk_is_full(
     agent = programs.agent(collector=collector.address)
     first = _push_one(programs, agent, demo_onnx)["run_id"]
     eventually("the first result arrived", lambda: _in_collector(collector, first))
-    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)):
-            pass
+    small_disks.fill(disk / "filler")
     # Larger than what an SQLite file has to spare.
     second = _push_one(programs, agent, demo_onnx, "--min-runs", "20000", "--max-runs", "20000")["run_id"]
     assert _in_collector(collector, second) == []
@@ -297,6 +299,50 @@ def test_a_collector_whose_disk_is_full(
     (disk / "filler").unlink()
     eventually("the second result arrived", lambda: _in_collector(collector, second), 90)
     eventually("the spool is empty", lambda: _pending(programs, agent) == 0)
+
+
+def test_an_agent_whose_disk_is_full(
+    programs: Any,
+    small_disk: Callable[[int], Path],
+    small_disks: ModuleType,
+    measuring: Any,
+    demo_onnx: Path,
+    eventually: Any,
+) -> None:
+    """A result that the disk has no room for waits in memory; all of them come when the collector is back."""
+    disk = small_disk(16_000_000)
+    collector = programs.collector()
+    agent = programs.agent(
+        collector=collector.address,
+        data_dir=disk / "agent",
+        environment={"BOARDBENCH_AGENT_STORE_FREE_FLOOR_BYTES": "0"},
+    )
+    eventually("the board is up", lambda: collector.metric("boardbench_device_up", device=agent.device_id))
+    collector.program.kill()
+    run_ids = [_push_one(programs, agent, demo_onnx)["run_id"]]
+
+    client, run_id = measuring(agent, "--duration", "3", "--warm-up", "0")
+    small_disks.fill(disk / "filler")
+    assert client.process.wait(90) == 0, client.log()
+    assert "the collector may never get this result" in client.log()
+    run_ids.append(run_id)
+    # A run needs room for what it leaves on the disk; that it did not begin is a result, too.
+    push = ("push", demo_onnx, "--to", agent.address, "--format", "json", *QUICK)
+    third = programs.client(*push, code=1).json
+    assert third["error"]["code"] == "not_started", third
+    assert "No space left on device" in third["error"]["message"]
+    run_ids.append(third["run_id"])
+    back = programs.collector(listen=collector.address, http=collector.http)
+    for each in run_ids:
+        eventually("the result arrived", lambda each=each: _in_collector(back, each), 60)
+
+    (disk / "filler").unlink()
+    run_ids.append(_push_one(programs, agent, demo_onnx)["run_id"])
+    eventually("the last result arrived", lambda: _in_collector(back, run_ids[-1]), 60)
+    agent.program.kill()
+    programs.agent(collector=collector.address, data_dir=disk / "agent")
+    eventually("it is up again", lambda: back.metric("boardbench_device_up", device=agent.device_id))
+    assert sorted(result["run_id"] for result in back.results()) == sorted(run_ids)
 
 
 def test_an_agent_killed_in_the_middle_of_the_upload(programs: Any, tmp_path: Path) -> None:
