@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from boardbench.agent import folder
 from boardbench.agent.journal import Journal, Order, Recovered
 from boardbench.agent.spool import Disk, Spool
 from boardbench.v1 import model_pb2, result_pb2
@@ -117,6 +119,24 @@ def test_a_result_is_written_once_and_read_from_the_spool(boards: Callable[..., 
     assert ended.size_bytes >= 10_000
     assert not recovered.unfinished
     assert board.journal.result("one") == result
+
+
+@pytest.mark.parametrize("step", ["write_all", "sync"])
+def test_a_run_that_could_not_be_accepted_is_not_begun_by_the_next_start(
+    boards: Callable[..., Board], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Who asked for it was told so."""
+    board = boards()
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, step, fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            board.journal.accept(order("one"))
+    assert list((board.root / "runs").iterdir()) == []
+    assert not board.again().unfinished
 
 
 def test_what_a_kill_left_half_written_goes(boards: Callable[..., Board]) -> None:

@@ -86,9 +86,15 @@ class Journal:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def accept(self, order: Order) -> None:
-        """The run is not forgotten from now on."""
-        self._append(order.run_id, _order_line(order), synced=True)
-        folder.sync(self._root)
+        """The run is not forgotten from now on; when this fails, nothing of it is kept."""
+        try:
+            self._append(order.run_id, _order_line(order), synced=True)
+            folder.sync(self._root)
+        except OSError:
+            # Who asked is told that it was not accepted: the next start must not begin it.
+            with contextlib.suppress(OSError):
+                self._path(order.run_id, "jsonl").unlink()
+            raise
 
     def start(self, run_id: str, started_at: Timestamp) -> None:
         """The run is about to begin: after a crash it is taken as interrupted and not begun again."""
@@ -120,10 +126,6 @@ class Journal:
             for suffix in ("jsonl", "result"):
                 self._path(oldest, suffix).unlink(missing_ok=True)
             self._spool.release(oldest)
-
-    def withdraw(self, run_id: str) -> None:
-        """The run was accepted in vain: nothing about it is kept."""
-        self._path(run_id, "jsonl").unlink(missing_ok=True)
 
     def kept(self) -> frozenset[str]:
         """Ids of the ended runs whose results are here."""
