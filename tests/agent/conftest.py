@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,47 @@ def until() -> Callable[..., Awaitable[Any]]:
         return found
 
     return wait
+
+
+@pytest.fixture
+async def listen() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Serves parts of a collector until the test ends; their address.
+
+    ``await listen(servicer, add_JobServiceServicer_to_server, …)``, with what adds it to a server.
+    """
+    import grpc
+
+    servers: list[Any] = []
+
+    async def begin(servicer: object, *adding: Callable[..., None]) -> str:
+        servers.append(grpc.aio.server())
+        for add in adding:
+            add(servicer, servers[-1])
+        port = servers[-1].add_insecure_port("127.0.0.1:0")
+        await servers[-1].start()
+        return f"127.0.0.1:{port}"
+
+    yield begin
+    for server in servers:
+        await server.stop(None)
+
+
+@pytest.fixture
+def spools(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens spools in one folder and closes them."""
+    # Engines are also tested under interpreters that have nothing else of the agent's.
+    from boardbench.agent.spool import Spool
+
+    opened: list[Spool] = []
+
+    def open_spool(limit_bytes: int = 1 << 20, **options: Any) -> Spool:
+        options.setdefault("free_share", 1.0)
+        opened.append(Spool(tmp_path / "spool", limit_bytes, **options))
+        return opened[-1]
+
+    yield open_spool
+    for spool in opened:
+        spool.close()
 
 
 @pytest.fixture

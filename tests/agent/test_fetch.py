@@ -23,6 +23,7 @@ class Collector(job_pb2_grpc.JobServiceServicer):
     """Does with each call what the script says: the last line again and again."""
 
     def __init__(self) -> None:
+        self.address = ""
         self.script: list[str] = ["send"]
         self.asked: list[job_pb2.FetchFileRequest] = []
         self.metadata: list[dict[str, str | bytes]] = []
@@ -93,14 +94,10 @@ class Memory:
 
 
 @pytest.fixture
-async def collector() -> AsyncIterator[Collector]:
+async def collector(listen: Callable[..., Any]) -> Collector:
     made = Collector()
-    server = grpc.aio.server()
-    job_pb2_grpc.add_JobServiceServicer_to_server(made, server)
-    made.port = server.add_insecure_port("127.0.0.1:0")  # type: ignore[attr-defined]
-    await server.start()
-    yield made
-    await server.stop(None)
+    made.address = await listen(made, job_pb2_grpc.add_JobServiceServicer_to_server)
+    return made
 
 
 @pytest.fixture
@@ -113,8 +110,7 @@ def fetchers(collector: Collector, slept: list[float]) -> Callable[..., Fetcher]
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    address = f"127.0.0.1:{collector.port}"  # type: ignore[attr-defined]
-    return lambda **more: Fetcher(address, "pi", jitter=lambda: 1.0, sleep=sleep, **more)
+    return lambda **more: Fetcher(collector.address, "pi", jitter=lambda: 1.0, sleep=sleep, **more)
 
 
 async def test_a_file_comes_whole_and_says_how_far_it_is(

@@ -41,6 +41,7 @@ class Collector(collector_pb2_grpc.CollectorServiceServicer, job_pb2_grpc.JobSer
     """Offers what a test puts in, and stores results once by their place in the spool."""
 
     def __init__(self) -> None:
+        self.address = ""
         self.hellos: list[collector_pb2.Hello] = []
         self.heartbeats: list[collector_pb2.Heartbeat] = []
         self.reports: list[job_pb2.JobReport] = []
@@ -151,15 +152,14 @@ def offer(model: model_pb2.Model, job_id: str = "job-1", attempt: int = 1, **mor
 
 
 @pytest.fixture
-async def collector() -> AsyncIterator[Collector]:
+async def collector(listen: Callable[..., Any]) -> Collector:
     made = Collector()
-    server = grpc.aio.server()
-    collector_pb2_grpc.add_CollectorServiceServicer_to_server(made, server)
-    job_pb2_grpc.add_JobServiceServicer_to_server(made, server)
-    made.port = server.add_insecure_port("127.0.0.1:0")  # type: ignore[attr-defined]
-    await server.start()
-    yield made
-    await server.stop(None)
+    made.address = await listen(
+        made,
+        collector_pb2_grpc.add_CollectorServiceServicer_to_server,
+        job_pb2_grpc.add_JobServiceServicer_to_server,
+    )
+    return made
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def agent(
     async def start(**settings: Any) -> AsyncIterator[None]:
         config = AgentConfig(
             listen="",
-            collector=f"127.0.0.1:{collector.port}",  # type: ignore[attr-defined]
+            collector=collector.address,
             data_dir=tmp_path / "data",
             device_id="board-1",
             **settings,
@@ -560,9 +560,8 @@ async def test_an_agent_that_is_killed_while_it_fetches_goes_on_with_what_it_has
     """The killed life loses what came of the last block at most; the offer is not forgotten."""
 
     def start() -> subprocess.Popen[bytes]:
-        address = f"127.0.0.1:{collector.port}"  # type: ignore[attr-defined]
         program = [sys.executable, "-m", "boardbench.agent", "serve", "--listen", "", "--device-id", "b"]
-        program += ["--collector", address, "--data-dir", str(tmp_path / "data")]
+        program += ["--collector", collector.address, "--data-dir", str(tmp_path / "data")]
         return subprocess.Popen(program, env=os.environ | {"BOARDBENCH_FAKE_RUNTIME": "1"})
 
     monkeypatch.setattr(f"{__name__}.CHUNK", 100_000)

@@ -131,7 +131,14 @@ class Stage:
         home = self.layout.releases / release
         home.mkdir(parents=True, exist_ok=True)
         (home / "release.json").write_text(json.dumps(CARD | {"release": release}))
-        self.patch.setattr(sys, "prefix", str(home))
+        self.leads_to(release)
+        self.patch.setattr(sys, "prefix", str(self.layout.current))
+
+    def leads_to(self, release: str) -> None:
+        """As root's program does it."""
+        fresh = self.layout.prefix / "fresh"
+        fresh.symlink_to(f"releases/{release}")
+        fresh.replace(self.layout.current)
 
     @property
     def last(self) -> update_pb2.UpdateReport:
@@ -156,23 +163,19 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 async def stage(
-    tmp_path: Path, release_packages: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, release_packages: Any, monkeypatch: pytest.MonkeyPatch, listen: Callable[..., Any]
 ) -> AsyncIterator[Stage]:
     collector = Collector()
-    server = grpc.aio.server()
-    job_pb2_grpc.add_JobServiceServicer_to_server(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    address = await listen(collector, job_pb2_grpc.add_JobServiceServicer_to_server)
     signer = release_packages.Signer()
     layout = Layout(tmp_path, tmp_path / "data")
     layout.keys.parent.mkdir(parents=True)
     layout.keys.write_text(signer.public_line)
-    made = Stage(layout, signer, release_packages, collector, f"127.0.0.1:{port}", Queue(), monkeypatch)
+    made = Stage(layout, signer, release_packages, collector, address, Queue(), monkeypatch)
     made.runs_as("0.1.0+cp311")
     yield made
     for updates in made.made:
         await updates.close()
-    await server.stop(None)
 
 
 async def test_it_is_fetched_and_asked_for_when_no_run_is_measured(stage: Stage) -> None:
@@ -292,13 +295,24 @@ async def test_a_new_release_says_that_it_works_and_begins_no_run_before_it_is_k
     await until(lambda: not stage.queue.held)
 
 
-async def test_an_old_release_says_nothing_in_the_place_of_the_new_one(stage: Stage) -> None:
+@pytest.mark.parametrize("switched", [False, True])
+async def test_an_old_release_says_nothing_in_the_place_of_the_new_one(stage: Stage, switched: bool) -> None:
     stage.layout.inbox.mkdir(parents=True)
     stage.journal(Entry("u1", state=places.SWITCHED, to_release="0.2.0+cp311", token="t"))
     updates = stage.agent()
+    if switched:
+        # It is still there when `current`, by way of which it was started, leads to the new one.
+        stage.runs_as("0.2.0+cp311")
+    looks, read = [0], places.read_entry
+
+    def look(layout: Layout) -> Entry | None:
+        looks[0] += 1
+        return read(layout)
+
+    stage.patch.setattr(places, "read_entry", look)
     await updates.recover()
     await until(lambda: stage.last.state == SWITCHED)
-    await asyncio.sleep(0.5)
+    await until(lambda: looks[0] >= 5)
     assert not (stage.layout.inbox / "healthy.json").exists()
 
 

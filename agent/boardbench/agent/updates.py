@@ -84,6 +84,8 @@ class Updates:
         """
         self._config = config
         self._layout = Layout(config.root, data_dir)
+        # It is started by way of `current`, which leads to another release before this agent has ended.
+        self._home = Path(sys.prefix).resolve()
         self._runs = runs
         self._health = health
         self._free_floor_bytes = free_floor_bytes
@@ -298,11 +300,10 @@ class Updates:
 
     def _running(self) -> dict[str, Any]:
         """The release that this agent is of, by its release.json."""
-        home = Path(sys.prefix).resolve()
-        told = places.read_object(home / "release.json")
-        if home.parent != self._layout.releases.resolve() or not told:
+        told = places.read_object(self._home / "release.json")
+        if self._home.parent != self._layout.releases.resolve() or not told:
             raise Refused(
-                f"this agent, in {home}, was not installed by its Debian package: update it as it was "
+                f"this agent, in {self._home}, was not installed by its Debian package: update it as it was "
                 "installed"
             )
         return told
