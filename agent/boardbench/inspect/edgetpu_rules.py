@@ -15,7 +15,6 @@ from typing import Callable, Dict, FrozenSet, List, Mapping, Optional, Tuple
 from boardbench.inspect.tflite import Model, Operator, Subgraph, Tensor
 
 # The statuses, word for word.
-MAPPED = "Mapped to Edge TPU"
 NOT_SUPPORTED = "Operation not supported"
 DATA_TYPE = "Operation is working on an unsupported data type"
 VERSION = "Operation version not supported"

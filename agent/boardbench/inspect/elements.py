@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Dict, Optional
 
-# More operations than any model of a few megabytes has; what is larger may have one for each 200 bytes.
-_OPERATIONS_AT_LEAST = 50_000
-_BYTES_PER_OPERATION = 200
-
 # NumPy's name of an element type → its size in bits. Types without a fixed size are not here.
 BITS: Dict[str, int] = {
     "bool": 8,
@@ -47,11 +43,6 @@ _ZERO_PAIRS = bytes(sum((value >> shift) & 3 == 0 for shift in (0, 2, 4, 6)) for
 # Types whose most significant byte holds a sign of zero. E5M2 and E4M3 have one too, the "fnuz" types don't.
 _SIGNED_BYTE = frozenset(("float8_e4m3fn", "float8_e5m2"))
 _SIGNED_ZERO = frozenset(("float16", "bfloat16", "float32", "float64", "complex64", "complex128"))
-
-
-def most_operations(size_bytes: int) -> int:
-    """How many operations, or constants, a model file of that size may have before it is taken for harm."""
-    return max(_OPERATIONS_AT_LEAST, size_bytes // _BYTES_PER_OPERATION)
 
 
 def element_count(size_bytes: int, dtype: str) -> Optional[int]:

@@ -200,18 +200,6 @@ def _sniff_protobuf(data: memoryview) -> str:
     return "coreml" if 2 in kinds and any(200 <= number <= 3100 for number in kinds) else ""
 
 
-def _check_flatbuffer(data: memoryview) -> None:
-    size = len(data)
-    if size < 8:
-        raise Malformed("the file ends inside its header: it is truncated; copy it again")
-    (root,) = struct.unpack_from("<I", data, 0)
-    if root + 4 > size:
-        raise Malformed(f"the first table is at byte {root} of {size}: the file is truncated; copy it again")
-    (back,) = struct.unpack_from("<i", data, root)
-    if not 0 <= root - back <= size - 4:
-        raise Malformed("the first table points outside the file: it is truncated or damaged; copy it again")
-
-
 def _check_tflite(data: memoryview) -> None:
     # The first tables of a FlatBuffer are at its beginning and what they point to is behind them, so only
     # following everything shows that the end is missing.

@@ -156,12 +156,6 @@ class Model(NamedTuple):
         """The graph that an interpreter runs."""
         return self.subgraphs[0]
 
-    def metadata_bytes(self, name: str, limit: int = 4096) -> bytes:
-        """Content of a named piece of metadata; empty when it is absent."""
-        index = self.metadata.get(name, -1)
-        span = self.buffers[index] if 0 <= index < len(self.buffers) else None
-        return b"" if span is None else bytes(self.data[span[0] : min(span[1], span[0] + limit)])
-
 
 # Tables of which a file has thousands: fields, letters, defaults; see Fields.
 _BUFFER = Fields((0, "I", 0), (1, "Q", 0), (2, "Q", 0))

@@ -14,8 +14,6 @@ IDENTIFIER = b"TFL3"
 # What the Edge TPU compiler leaves where operations were (google-coral/libedgetpu, tflite/custom_op.h).
 EDGETPU_OP = "edgetpu-custom-op"
 CUSTOM = 32
-# In operator codes beyond 126 the old field holds this and the new one the code.
-PLACEHOLDER = 127
 
 # BuiltinOperator, in the order of its numbers.
 OPERATORS: Tuple[str, ...] = (
@@ -385,5 +383,4 @@ OPTION2_LISTS: Mapping[int, Tuple[Tuple[int, int], ...]] = {
     23: ((0, 4),),  # StablehloCaseOptions
 }
 
-ACTIVATIONS = ("NONE", "RELU", "RELU_N1_TO_1", "RELU6", "TANH", "SIGN_BIT")
 SAME, VALID = 0, 1
