@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +31,12 @@ def token_of(programs: Any, *arguments: str) -> str:
     return str(program.log().strip().splitlines()[-1])
 
 
-def enroll(programs: Any, *arguments: str) -> tuple[int, str]:
+def enroll(programs: Any, *arguments: str, **environment: str) -> tuple[int, str]:
     script = str(Path(sys.executable).parent / "boardbench-agent")
     program = programs.start(
         f"enroll-{len(programs.started)}",
         [sys.executable, script, "enroll", "--device-id=board-agent", *arguments],
+        environment,
     )
     return program.process.wait(60), program.log()
 
@@ -134,4 +137,50 @@ def test_a_collector_that_is_not_there_is_told(programs: Any) -> None:
     code, said = enroll(programs, "--collector=127.0.0.1:1", "--token=bbt_x", f"--data-dir={data_dir}")
     assert code == 1
     assert "127.0.0.1:1 can't be reached" in said
+    assert "is it running" in said
     assert not (data_dir / "enrolment-pending.json").exists()
+
+
+def test_a_collector_without_a_certificate_is_told_as_such_and_nothing_else_is(programs: Any) -> None:
+    collector = programs.collector()
+    data_dir = programs.folder / "agent"
+    code, said = enroll(
+        programs, f"--collector=tls://{collector.address}", "--token=bbt_x", f"--data-dir={data_dir}"
+    )
+    assert code == 1
+    assert "it does not speak TLS: leave tls://" in said
+    assert "is it running" not in said
+    assert len(said.splitlines()) == 1, "gRPC writes beside us"
+
+
+# What a system with mDNS does (nss-mdns): gRPC's own resolver asks DNS servers, and never the system.
+NAMES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <string.h>
+typedef int (*resolve)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints,
+                struct addrinfo **found) {
+    if (name && !strcmp(name, "lab.local")) name = "127.0.0.1";
+    return ((resolve)dlsym(RTLD_NEXT, "getaddrinfo"))(name, service, hints, found);
+}
+"""
+
+
+def test_a_collector_may_have_a_name_that_only_the_system_knows(programs: Any, tmp_path: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the system can't be taught a name here: no C compiler for a library that does")
+    source, library = tmp_path / "names.c", tmp_path / "names.so"
+    source.write_text(NAMES)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    collector = programs.collector()
+    code, said = enroll(
+        programs,
+        f"--collector=lab.local:{collector.address.rpartition(':')[2]}",
+        "--token=bbt_x",
+        f"--data-dir={programs.folder / 'agent'}",
+        LD_PRELOAD=str(library),
+    )
+    assert (code, "does not take the token" in said) == (1, True), said

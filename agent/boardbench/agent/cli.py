@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the run failed or the agent could not go on, 2 wrong usage
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ _EXTRA = ("grpc_health", "grpc_reflection", "psutil", "tomli")
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command and ends the process with its exit code."""
+    # gRPC reads both when it is imported. Its own resolver knows neither mDNS (lab.local) nor what else the
+    # system takes names from; and what it writes about broken connections is for its developers.
+    os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -156,10 +156,12 @@ class Enrolment:
             raise
         except grpc.aio.AioRpcError as error:
             self._remove_token()
+            why = refusal(error, collector, authority.encode())
+            # One of TLS comes with its own advice.
+            known = why != (error.details() or why)
+            hint = "" if known else "; is it running, and does it listen to the network (--listen 0.0.0.0)?"
             raise EnrolmentRefused(
-                f"the collector at {collector} can't be reached: "
-                f"{refusal(error, collector, authority.encode())} ({error.code().name}); "
-                "is it running, and does it listen to the network (--listen 0.0.0.0)?"
+                f"the collector at {collector} can't be reached: {why} ({error.code().name}){hint}"
             ) from error
 
     async def _show(

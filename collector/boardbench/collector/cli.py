@@ -400,8 +400,11 @@ def serve(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
-    # gRPC looks at it when it is imported.
+    # gRPC looks at these when it is imported. Its own resolver knows no mDNS, which --otlp may need; what it
+    # writes beside the log, about each connection that breaks, is for its developers.
     os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
+    os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from boardbench.collector.serve import serve as run
     except ModuleNotFoundError as error:
