@@ -208,6 +208,8 @@ class Spool:
         self._next_segment = 1
         self._active: _Segment | None = None
         self._active_descriptor = -1
+        # Out of which a result is being copied that is nowhere else yet.
+        self._copied_from: _Segment | None = None
         self._state_descriptor = -1
         self._generation = 0
         self._spool_id = self._new_id()
@@ -526,8 +528,12 @@ class Spool:
         return [segment for segment in self._done_segments() if segment.number not in held]
 
     def _done_segments(self) -> list[_Segment]:
-        """Those in which nothing waits, the oldest first."""
-        return [segment for segment in self._segments if not segment.waiting and segment is not self._active]
+        """Those in which nothing waits, nor is being copied from, the oldest first."""
+        return [
+            segment
+            for segment in self._segments
+            if not segment.waiting and segment is not self._active and segment is not self._copied_from
+        ]
 
     def _too_old(self) -> list[_Segment]:
         """Those of them that are not kept; of what is kept, the oldest goes first."""
@@ -566,6 +572,9 @@ class Spool:
         """Makes room by dropping the oldest results; whether there were any."""
         # What the collector has goes before what it has not.
         done = self._removable_segments()
+        copied = self._copied_from
+        if copied is not None and copied in self._segments and not copied.waiting:
+            done += [copied] if copied.number not in self._held_segments() else []
         if done:
             self._unlink(done[:1])
             return done[0] not in self._segments
@@ -818,14 +827,17 @@ class Spool:
             old_segment, entry.spool_id, entry.segment = entry.segment, new_id, None
             if record is None or old_segment is None:
                 continue
-            # Apart from its old segment, which may be dropped to make room for the copy.
+            # Apart from its old segment, which is dropped only where both are more than the limit.
             old_segment.waiting -= 1
+            self._copied_from = old_segment
             try:
                 self._write(entry, record.payload)
             except OSError:
                 entry.spool_id, entry.segment = old_id, old_segment
                 old_segment.waiting += 1
                 raise
+            finally:
+                self._copied_from = None
         # After the copies: a power cut before this line brings the spool back here.
         if old_id == self._spool_id:
             self._spool_id = new_id
