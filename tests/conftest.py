@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -50,6 +52,28 @@ def _module(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def processes() -> ModuleType:
+    """Finds and ends processes that outlived whoever started them (processes.py)."""
+    return _module(REPOSITORY / "tests" / "processes.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_tests(processes: ModuleType) -> Iterator[None]:
+    """Fails when a process is left at the end that a test, or a process of a test, has started; kills it."""
+    mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+    os.environ[processes.MARK] = mark
+    others = {child.pid for child in processes.children()}
+    yield
+
+    def left() -> list[Any]:
+        # This process's own may have been given another environment.
+        own = [child for child in processes.children() if child.pid not in others]
+        return list({*processes.started_with(processes.MARK, mark), *own})
+
+    processes.check_none_is_left(left)
+
+
+@pytest.fixture(scope="session")
 def small_disks() -> ModuleType:
     """Makes file systems with little room, and fills them (small_disks.py)."""
     return _module(REPOSITORY / "tests" / "small_disks.py")
@@ -82,12 +106,7 @@ def shared_models() -> Path:
 @pytest.fixture(scope="session")
 def edgetpu_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Library in the place of libedgetpu.so.1 (see standin/README.md); skips without a C compiler."""
-    spec = importlib.util.spec_from_file_location(
-        "standin_build", REPOSITORY / "tests" / "standin" / "build.py"
-    )
-    assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build = _module(REPOSITORY / "tests" / "standin" / "build.py")
     try:
         return build.build(tmp_path_factory.mktemp("standin"))
     except build.NoCompiler as error:
@@ -97,12 +116,13 @@ def edgetpu_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def release_packages() -> ModuleType:
     """Makes and signs small packages of releases (release_packages.py)."""
-    name = "boardbench_tests_release_packages"
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tests" / "release_packages.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _module(REPOSITORY / "tests" / "release_packages.py")
+
+
+@pytest.fixture(scope="session")
+def build_deb() -> ModuleType:
+    """The program that builds the agent's packages (deploy/build_deb.py)."""
+    return _module(REPOSITORY / "deploy" / "build_deb.py")
 
 
 @pytest.fixture(scope="session")

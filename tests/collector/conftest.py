@@ -309,7 +309,10 @@ class PostgresServer:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="boardbench-postgres-"))
         self.folder.mkdir(exist_ok=True)
         self._bin, self._numbers = bin_, itertools.count(1)
+        # By what pytest says of itself those are found that a test has left behind.
         self._environment = {
+            name: value for name, value in os.environ.items() if name.startswith("PYTEST_")
+        } | {
             "PATH": os.environ["PATH"],
             "LC_ALL": "C.UTF-8",
             "LD_LIBRARY_PATH": libraries,

@@ -329,7 +329,9 @@ class Programs:
             "LD_LIBRARY_PATH",
             "COVERAGE_PROCESS_START",
         )
-        self.environment = {name: os.environ[name] for name in kept if name in os.environ} | {
+        # By what pytest says of itself those are found that a test has left behind.
+        ours = [name for name in os.environ if name in kept or name.startswith("PYTEST_")]
+        self.environment = {name: os.environ[name] for name in ours} | {
             "HOME": str(folder),
             "NO_COLOR": "1",
             "PYTHONUNBUFFERED": "1",
@@ -454,37 +456,39 @@ def _free_port() -> int:
     return free_port()
 
 
-_FAILED = pytest.StashKey[bool]()
-
-
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     """Puts the logs of the programs into the report of a failed test."""
     report = yield
     if report.failed:
-        item.stash[_FAILED] = True
         for programs in getattr(item, "funcargs", {}).values():
             if isinstance(programs, Programs):
                 report.sections.append(("logs of the programs", programs.logs()))
     return report
 
 
-@pytest.fixture
-def programs(tmp_path: Path) -> Iterator[Programs]:
-    """Starts programs for this test; ends them after it."""
-    made = Programs(tmp_path / "programs")
+@contextlib.contextmanager
+def _programs(folder: Path, processes: Any) -> Iterator[Programs]:
+    made = Programs(folder)
     yield made
     made.close()
+    # What was started by one of them is in nobody's list.
+    processes.check_none_is_left(lambda: processes.started_with("HOME", str(folder)))
     made.check_logs()
+
+
+@pytest.fixture
+def programs(tmp_path: Path, processes: Any) -> Iterator[Programs]:
+    """Starts programs for this test; ends them after it."""
+    with _programs(tmp_path / "programs", processes) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def module_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+def module_programs(tmp_path_factory: pytest.TempPathFactory, processes: Any) -> Iterator[Programs]:
     """Starts programs that a module's tests share."""
-    made = Programs(tmp_path_factory.mktemp("programs"))
-    yield made
-    made.close()
-    made.check_logs()
+    with _programs(tmp_path_factory.mktemp("programs"), processes) as made:
+        yield made
 
 
 @dataclasses.dataclass

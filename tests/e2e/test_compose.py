@@ -75,17 +75,13 @@ def test_the_same_programs_run_with_the_same_files(compose: dict[str, Any], tmp_
     for name in ("unshare", "prometheus", "prometheus-alertmanager"):
         if shutil.which(name) is None:
             pytest.skip(f"no {name} here: `make test` unpacks Debian's")
-    probe = subprocess.run(
-        ["unshare", "--net", "--mount", "--propagation", "private", "true"], capture_output=True, text=True
-    )
+    # All that runs in there ends with it, however it ends.
+    apart = ["unshare", "--net", "--mount", "--propagation", "private"]
+    apart += ["--pid", "--mount-proc", "--fork", "--kill-child"]
+    probe = subprocess.run([*apart, "true"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"no namespaces here: {probe.stderr.strip()}")
-    done = subprocess.run(
-        ["unshare", "--net", "--mount", "--propagation", "private", *stage],
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    done = subprocess.run([*apart, *stage], capture_output=True, text=True, timeout=170)
     if "mount -t overlay" in done.stderr:
         pytest.skip(f"no overlay of the file system here: {done.stderr.strip()}")
     logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(tmp_path.glob("*.log")))

@@ -5,29 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 
-def _processes() -> set[int]:
-    return {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
-
-
-def _ours(pids: set[int], folder: Path) -> list[str]:
-    found = []
-    for pid in pids:
-        try:
-            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if "boardbench" in line and str(folder) in environment:
-            found.append(line)
-    return found
-
-
-def test_demo(programs: Any) -> None:
-    before = _processes()
+def test_demo(programs: Any, processes: Any) -> None:
     answer = programs.client("demo", seconds=170)
     text = answer.out + answer.err
     assert "tflite" in text and "onnx" in text
@@ -35,11 +16,10 @@ def test_demo(programs: Any) -> None:
     assert "ARG_MAX" in text and "XNNPACK" in text.upper()
     assert "boardbench_latency_seconds" in text
     assert "Traceback" not in text
-    assert _ours(_processes() - before, programs.folder) == [], "no process is left"
+    assert processes.started_with("HOME", str(programs.folder)) == []
 
 
-def test_demo_stays_until_interrupted(programs: Any, eventually: Any) -> None:
-    before = _processes()
+def test_demo_stays_until_interrupted(programs: Any, processes: Any, eventually: Any) -> None:
     program = programs.client.begin("demo", "--stay")
 
     def metrics_url() -> str | None:
@@ -50,5 +30,9 @@ def test_demo_stays_until_interrupted(programs: Any, eventually: Any) -> None:
     url = eventually("the demo tells its URLs and stays", metrics_url, 150)
     with urllib.request.urlopen(url, timeout=20) as answer:
         assert b"boardbench_latency_seconds{" in answer.read()
+    left = processes.started_with("HOME", str(programs.folder))
+    assert {"boardbench.collector", "boardbench.agent"} <= {
+        word for found in left for word in found.command.split()
+    }
     assert program.end(signal.SIGINT, 30) == 0, program.log()
-    assert _ours(_processes() - before, programs.folder) == [], "no process is left"
+    assert processes.started_with("HOME", str(programs.folder)) == []

@@ -6,15 +6,12 @@ the old agent and starts the one that `current` leads to.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import sysconfig
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +31,11 @@ SHORT = ("--duration", "0.2", "--profile-runs", "0", "--idle", "0")
 
 # As `systemctl restart` does: fails when the service does not come up.
 RESTART = """
-import json, os, pathlib, signal, subprocess, sys, time
+import fcntl, json, os, pathlib, signal, subprocess, sys, time
 told = json.loads(pathlib.Path(sys.argv[1]).read_text())
 pid = pathlib.Path(told["pid"])
+# One after the other: that of a switch that was killed goes on beside that of the next.
+fcntl.flock(os.open(told["pid"] + ".lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
 def alive(number):
     try:
         os.kill(number, 0)
@@ -91,8 +90,10 @@ class Board:
     root: Path
     orders: Path
     environment: dict[str, str]
+    processes: Any
     stop: threading.Event = field(default_factory=threading.Event)
     switches: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    watcher: threading.Thread | None = None
     paused: bool = False
     # As on a board, where a loaded machine may make it minutes.
     health_seconds: float = 120.0
@@ -110,7 +111,8 @@ class Board:
         return self.layout.current.readlink().name
 
     def restart(self) -> None:
-        subprocess.run([sys.executable, "-c", RESTART, str(self.orders)], check=True, timeout=60)
+        command = [sys.executable, "-c", RESTART, str(self.orders)]
+        subprocess.run(command, check=True, timeout=60, env=self.environment)
 
     @property
     def address(self) -> str:
@@ -147,6 +149,12 @@ class Board:
         self.switches.append(started)
         return started
 
+    def power_up(self) -> None:
+        """The agent is up, and requests are looked for."""
+        self.restart()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+
     def watch(self) -> None:
         """What the path unit does."""
         seen = None
@@ -158,14 +166,20 @@ class Board:
                 seen = told
                 self.begin_switch().wait()
 
+    def _running(self) -> list[Any]:
+        return list(self.processes.started_with("BOARDBENCH_AGENT_UPDATE_ROOT", str(self.root)))
+
     def end(self) -> None:
+        """Ends all that was started for it, and that these have started, whoever of them is still there."""
         self.stop.set()
+        while True:
+            # It has gone down to every one of them; a switch that is ended lets go of whoever waits for it.
+            self.processes.end(self._running)
+            if self.watcher is None or not self.watcher.is_alive():
+                break
+            self.watcher.join(0.1)
         for each in self.switches:
-            if each.poll() is None:
-                each.kill()
             each.wait()
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int((self.root / "pid").read_text()), signal.SIGKILL)
 
 
 @dataclass
@@ -176,9 +190,9 @@ class Fleet:
     collector: Any
     eventually: Eventually
     packages: Any
+    processes: Any
     signer: Any
     boards: list[Board] = field(default_factory=list)
-    threads: list[threading.Thread] = field(default_factory=list)
 
     def board(self, name: str, collector: str = "") -> Board:
         root = self.programs.folder / name
@@ -211,20 +225,15 @@ class Fleet:
             ],
         }
         (root / "orders.json").write_text(json.dumps(orders))
-        made = Board(name, root, root / "orders.json", environment)
+        made = Board(name, root, root / "orders.json", environment, self.processes)
         self.boards.append(made)
-        made.restart()
-        thread = threading.Thread(target=made.watch, daemon=True)
-        thread.start()
-        self.threads.append(thread)
+        made.power_up()
         self.eventually(f"{name} is up", lambda: self.version(name) == "0.1.0", 60.0)
         return made
 
     def end(self) -> None:
         for board in self.boards:
             board.end()
-        for thread in self.threads:
-            thread.join(20)
 
     def package(self, version: str, **how: bool) -> Path:
         built = self.packages.build(
@@ -254,11 +263,25 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(programs: Any, eventually: Eventually, release_packages: Any) -> Iterator[Fleet]:
-    collector = programs.collector(options=("--heartbeat", "0.5"))
-    made = Fleet(programs, collector, eventually, release_packages, release_packages.Signer())
-    yield made
-    made.end()
+def fleet_of(
+    programs: Any, eventually: Eventually, release_packages: Any, processes: Any
+) -> Iterator[Callable[[Any], Fleet]]:
+    """Makes the fleet of a collector; ends its boards."""
+    made: list[Fleet] = []
+
+    def make(collector: Any) -> Fleet:
+        signer = release_packages.Signer()
+        made.append(Fleet(programs, collector, eventually, release_packages, processes, signer))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
+def fleet(programs: Any, fleet_of: Callable[[Any], Fleet]) -> Fleet:
+    return fleet_of(programs.collector(options=("--heartbeat", "0.5")))
 
 
 def test_a_release_goes_to_one_board_first_and_then_to_the_others(fleet: Fleet) -> None:
@@ -280,25 +303,20 @@ def test_a_release_goes_to_one_board_first_and_then_to_the_others(fleet: Fleet) 
 
 
 def test_a_release_goes_to_the_boards_of_another_collector(
-    programs: Any, eventually: Eventually, release_packages: Any, postgres_server: Any
+    postgres_server: Any, programs: Any, fleet_of: Callable[[Any], Fleet]
 ) -> None:
     options = ("--heartbeat", "0.5", "--store", postgres_server.new_database())
     one, other = (programs.collector(name, options=options) for name in ("one", "other"))
-    fleet = Fleet(programs, one, eventually, release_packages, release_packages.Signer())
-    try:
-        boards = (fleet.board("a"), fleet.board("b", collector=other.address))
-        told = fleet.update(fleet.package("0.2.0"), "--canary", "1")
-        assert {board["state"] for board in told.values()} == {"UPDATE_STATE_DONE"}
-        assert [name for name, board in told.items() if board.get("canary")] == ["a"]
-        assert told["a"]["changed_at"] < told["b"]["changed_at"]
-        for board in boards:
-            assert board.current == f"0.2.0+{TAG}"
-        listed = programs.client("devices", "updates", "--via", other.address, "--format", "json").json
-        assert [update["version"] for update in listed] == ["0.2.0"]
-    finally:
-        fleet.end()
-        # Before the server ends, on which they are.
-        programs.close()
+    fleet = fleet_of(one)
+    boards = (fleet.board("a"), fleet.board("b", collector=other.address))
+    told = fleet.update(fleet.package("0.2.0"), "--canary", "1")
+    assert {board["state"] for board in told.values()} == {"UPDATE_STATE_DONE"}
+    assert [name for name, board in told.items() if board.get("canary")] == ["a"]
+    assert told["a"]["changed_at"] < told["b"]["changed_at"]
+    for board in boards:
+        assert board.current == f"0.2.0+{TAG}"
+    listed = programs.client("devices", "updates", "--via", other.address, "--format", "json").json
+    assert [update["version"] for update in listed] == ["0.2.0"]
 
 
 @pytest.mark.parametrize("how", ["broken", "lonely"])
@@ -378,9 +396,7 @@ def test_collector_and_switch_are_killed_in_the_middle_and_go_on(fleet: Fleet, d
     assert client.process.wait(90) == 0, client.log()
     assert board.current == f"0.2.0+{TAG}"
     fleet.eventually("the new agent reports", lambda: fleet.version("a") == "0.2.0")
-    deadline = time.monotonic() + 30
-    while board.switches[-1].poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    fleet.eventually("the switch has ended", lambda: board.switches[-1].poll() is not None)
     entry = places.read_entry(board.layout)
     assert entry is not None and entry.state == places.DONE
     # The new release has begun it when it was kept.
