@@ -31,7 +31,7 @@ def certificates(tmp_path: Path) -> Path:
     folder = tmp_path / "certificates"
     folder.mkdir()
     made = subprocess.run(["sh", "-ec", script], cwd=folder, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.err
+    assert made.returncode == 0, made.stderr
     return folder
 
 
