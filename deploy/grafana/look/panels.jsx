@@ -62,24 +62,27 @@ function dressed(panel, frames) {
 }
 
 function series(answer) {
+  const values = answer.step ? withGaps(answer.values, answer.step) : answer.values;
   return toDataFrame({
     name: answer.name,
     fields: [
-      {
-        name: 'Time',
-        type: FieldType.time,
-        // Or a line would be drawn to where there is a value again.
-        config: answer.step ? { interval: answer.step * 1000 } : {},
-        values: answer.values.map((value) => value[0] * 1000),
-      },
+      { name: 'Time', type: FieldType.time, values: values.map((value) => value[0] * 1000) },
       {
         name: 'Value',
         type: FieldType.number,
         labels: answer.labels,
         config: { displayNameFromDS: answer.name },
-        values: answer.values.map((value) => Number(value[1])),
+        values: values.map((value) => (value[1] === null ? null : Number(value[1]))),
       },
     ],
+  });
+}
+
+// Nothing where a step is missing, or a line would be drawn to where there is a value again.
+function withGaps(values, step) {
+  return values.flatMap((value, index) => {
+    const before = index ? values[index - 1][0] : value[0];
+    return value[0] - before > step ? [[before + step, null], value] : [value];
   });
 }
 
