@@ -322,6 +322,24 @@ async def test_long_texts_dont_push_the_figures_off_the_page(
     await board.leave()
 
 
+async def test_a_board_stays_on_one_line_unless_it_is_long(
+    collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
+) -> None:
+    names = ("rack-7-pi-03", "rack-7-" * 10 + "pi-03")
+    for name in names:
+        board = collector.board(device_id=name)
+        await board.join()
+        await board.send(1, make_result(f"run-{name}", device_id=name))
+        await board.acknowledged(1)
+        await board.leave()
+    async with http.get(collector.url) as answer:
+        text = await answer.text()
+    for kind, name in zip((' class="whole"', ""), names, strict=True):
+        assert text.count(f"<td><code{kind}>{name}</code></td>") == 2, "with the boards and with the results"
+    async with http.get(collector.url + "/style.css") as answer:
+        assert ".whole { white-space: nowrap; }" in await answer.text()
+
+
 async def test_what_strangers_say_is_shown_as_text(
     collector: Any, http: aiohttp.ClientSession, make_result: MakeResult
 ) -> None:

@@ -20,7 +20,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid #8884; }
 th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number, td.whole { white-space: nowrap; }
+td.number, .whole { white-space: nowrap; }
 td.long { min-width: 8rem; overflow-wrap: anywhere; }
 .good { color: #1a7f37; } .bad { color: #c0392b; } .doubt { color: #9a6700; }
 code { font-family: ui-monospace, monospace; font-size: .92em; }
@@ -84,7 +84,7 @@ def _devices_table(devices: Sequence[collector_pb2.Device], now: float) -> str:
         )
     rows = [
         (
-            f"<code>{escape(device.board.device_id)}</code>",
+            _board(device.board.device_id),
             escape(device.board.model or device.board.hostname),
             '<span class="good">connected</span>' if device.up else '<span class="bad">gone</span>',
             f"{_ago(now - device.last_seen_at.ToNanoseconds() / 1e9)}",
@@ -103,6 +103,16 @@ def _devices_table(devices: Sequence[collector_pb2.Device], now: float) -> str:
         ),
         rows,
     )
+
+
+_LONG_IDENTITY = 32
+"""Identities that are made have 16 letters; one that was chosen is broken where it is longer than this."""
+
+
+def _board(device_id: str) -> str:
+    """Returns the identity; browsers would break rack-7-pi-03 at each hyphen."""
+    kind = ' class="whole"' if len(device_id) <= _LONG_IDENTITY else ""
+    return f"<code{kind}>{escape(device_id)}</code>"
 
 
 def _problems(device: collector_pb2.Device) -> str:
@@ -137,7 +147,7 @@ def _jobs_table(jobs: Sequence[job_pb2.Job], now: float) -> str:
         rows.append(
             (
                 f'<a href="{escape(here)}"><code>{escape(job.job_id[:8])}</code></a>',
-                f"<code>{escape(job.device_id)}</code>",
+                _board(job.device_id),
                 escape(job.model.name),
                 state,
                 escape(job.progress or job.reason),
@@ -162,7 +172,7 @@ def _results_table(results: Sequence[result_pb2.RunResult]) -> str:
             (
                 f'<a href="{escape(link)}"><code>{escape(result.run_id[:8])}</code></a>',
                 escape(_when(result.finished_at)),
-                f"<code>{escape(result.board.device_id)}</code>",
+                _board(result.board.device_id),
                 escape(result.model.name),
                 _how(result),
                 _ending(result),
