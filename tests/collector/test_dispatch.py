@@ -70,6 +70,18 @@ class Lab:
         record = new_record(job, at=self.clock(), deadline=self.clock() + 864_000, inputs=None)
         await self.store.jobs.submit(Batch(job_id, "d", NOW), (record,))
 
+    def fill_up(self) -> asyncio.Event:
+        """The store writes no change of a job until this is set."""
+        change, can_write = self.store.jobs.change, asyncio.Event()
+
+        async def fails(transitions: Mapping[str, Transition]) -> tuple[JobRecord, ...]:
+            if not can_write.is_set():
+                raise StoreUnavailable("no space left")
+            return await change(transitions)
+
+        self.store.jobs.change = fails  # type: ignore[method-assign]
+        return can_write
+
     async def get(self) -> JobRecord:
         """The job."""
         (record,) = await self.store.jobs.jobs(JobQuery(), limit=1)
@@ -175,15 +187,7 @@ async def test_a_board_that_is_connected_and_has_forgotten_a_job_loses_it(lab: L
 
 
 async def test_the_queue_goes_on_when_the_store_can_write_again(lab: Lab) -> None:
-    failing = True
-    change = lab.store.jobs.change
-
-    async def fails(transitions: Mapping[str, Transition]) -> tuple[JobRecord, ...]:
-        if failing:
-            raise StoreUnavailable("no space left")
-        return await change(transitions)
-
-    lab.store.jobs.change = fails  # type: ignore[method-assign]
+    store_can_write = lab.fill_up()
     desk = lab.attach()
     await lab.submit()
     await lab.until(lambda: lab.told, "it is offered")
@@ -191,7 +195,7 @@ async def test_the_queue_goes_on_when_the_store_can_write_again(lab: Lab) -> Non
     desk.report(report)
     await lab.turns()
     assert (await lab.get()).job.state == job_pb2.JOB_STATE_LEASED
-    failing = False
+    store_can_write.set()
 
     async def refused() -> bool:
         return (await lab.get()).job.state == job_pb2.JOB_STATE_DEAD
@@ -203,19 +207,11 @@ async def test_a_board_that_comes_while_the_store_fails_need_not_come_again(lab:
     lab.attach()
     await lab.submit()
     await lab.until(lambda: lab.told, "it is offered")
-    failing = True
-    change = lab.store.jobs.change
-
-    async def fails(transitions: Mapping[str, Transition]) -> tuple[JobRecord, ...]:
-        if failing:
-            raise StoreUnavailable("no space left")
-        return await change(transitions)
-
-    lab.store.jobs.change = fails  # type: ignore[method-assign]
+    store_can_write = lab.fill_up()
     desk = lab.attach(held=(JOB,))
     await lab.turns()
     assert not desk.ready
-    failing = False
+    store_can_write.set()
     await lab.until(lambda: desk.ready, "what it named at its beginning is not lost")
 
 
