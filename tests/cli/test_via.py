@@ -209,6 +209,8 @@ def via(collector: ScriptedCollector) -> tuple[str, str]:
         (["--via", "x", "--on", "pi5"], "'pi5' is not NAME=VALUE"),
         (["--via", "x", "--all", "--tag", "suite"], "'suite' is not NAME=VALUE"),
         (["--via", "x", "--all", "--count", "0"], "0 is not from 1"),
+        (["--via", "x", "--all", "--give-up-after", "0"], "a length of time: give seconds, more than 0"),
+        (["--via", "x", "--all", "--retry-for", "-1"], "give seconds, 0 or more"),
         (["--via", "x", "--all", "--priority", "3000000000"], "3000000000 is not from -2147483648"),
         (["--via", "x", "--all", "--interleave"], "--interleave needs at least two models"),
     ],

@@ -172,11 +172,8 @@ class Seconds(_NumberParameter):
         except ValueError:
             self.fail(f"{value!r} is not a number of seconds", param, ctx)
         if not math.isfinite(number) or number < 0 or (number == 0 and not self._zero):
-            self.fail(
-                f"{value!r} is not a length of time: give seconds, {'0 or' if self._zero else ''} more",
-                param,
-                ctx,
-            )
+            which = "0 or more" if self._zero else "more than 0"
+            self.fail(f"{value!r} is not a length of time: give seconds, {which}", param, ctx)
         return number
 
 
