@@ -423,15 +423,24 @@ def _postgres_programs() -> tuple[Path, str] | None:
     return (Path(initdb).resolve().parent, "") if initdb else None
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
-    """A real PostgreSQL; skips, saying so, where there is none."""
+@contextlib.contextmanager
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL, inside the context; skips, saying so, where there is none."""
     programs = _postgres_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server here; `make test` unpacks Debian's")
     server = PostgresServer(*programs)
-    yield server
-    server.stop()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A real PostgreSQL."""
+    with postgres() as server:
+        yield server
 
 
 @pytest.fixture
@@ -443,12 +452,8 @@ def postgres_url(postgres_server: PostgresServer) -> str:
 @pytest.fixture
 def own_postgres_server() -> Iterator[PostgresServer]:
     """A server that a test may kill."""
-    programs = _postgres_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL server here; `make test` unpacks Debian's")
-    server = PostgresServer(*programs)
-    yield server
-    server.stop()
+    with postgres() as server:
+        yield server
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])

@@ -536,12 +536,8 @@ def postgres_server() -> Iterator[Any]:
     tools = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = tools
     spec.loader.exec_module(tools)
-    found = tools._postgres_programs()
-    if found is None:
-        pytest.skip("no PostgreSQL server here; `make test` unpacks Debian's")
-    server = tools.PostgresServer(*found)
-    yield server
-    server.stop()
+    with tools.postgres() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
