@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -30,6 +29,8 @@ import pytest
 
 from boardbench.v1 import agent_pb2, agent_pb2_grpc, result_pb2
 
+from . import emulated
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CACHE = REPOSITORY / ".cache" / "board"
 # On a machine that does nothing else a boot takes half a minute and an install a minute.
@@ -38,19 +39,6 @@ BOOT_SECONDS, INSTALL_SECONDS, RUN_SECONDS, UPDATE_SECONDS = 420.0, 900.0, 420.0
 HOST = "10.0.2.2"
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
-
-
-def _module(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-emulated = _module("boardbench_tests_emulated", Path(__file__).parent / "emulated.py")
-build_deb = _module("boardbench_tests_build_deb", REPOSITORY / "deploy" / "build_deb.py")
 
 
 def command(program: str, *arguments: object) -> list[str]:
@@ -103,7 +91,7 @@ Build = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def build(tmp_path_factory: pytest.TempPathFactory, build_deb: ModuleType) -> Build:
     """Makes the agent's package for Bookworm on arm64, of the sources as they are, by a version's name."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -191,7 +179,7 @@ def collector(tmp_path: Path) -> Iterator[Collector]:
 
 
 @pytest.fixture
-def made(shared_models: Path) -> Any:
+def made(shared_models: Path, build_deb: ModuleType) -> Any:
     """The system that both cards hold."""
     if missing := emulated.missing():
         pytest.skip(f"an emulated board needs: apt install {' '.join(missing)}")
@@ -211,9 +199,8 @@ def model(shared_models: Path) -> Path:
 
 @pytest.mark.xdist_group("script")
 def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_measures(
-    made: Any, build: Build, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
+    made: Any, releases: Releases, collector: Collector, model: Path, tmp_path: Path
 ) -> None:
-    releases = Releases(tmp_path, build, release_packages)
     image = emulated.card(made, tmp_path / "card.img", cloud_init=False)
     token, phases = _flash(image, releases, collector), Phases("systemd")
     port = emulated.free_port()
@@ -249,9 +236,8 @@ def test_a_card_with_a_script_becomes_a_board_whose_cable_is_pulled_while_it_mea
 
 @pytest.mark.xdist_group("cloud-init")
 def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_release(
-    made: Any, build: Build, collector: Collector, model: Path, tmp_path: Path, release_packages: ModuleType
+    made: Any, releases: Releases, collector: Collector, model: Path, tmp_path: Path
 ) -> None:
-    releases = Releases(tmp_path, build, release_packages)
     image = emulated.card(made, tmp_path / "card.img", cloud_init=True)
     token, phases = _flash(image, releases, collector), Phases("cloudinit")
     port = emulated.free_port()
@@ -292,21 +278,28 @@ def test_a_card_with_cloud_init_becomes_a_board_that_goes_back_from_a_broken_rel
     _same(there, _outputs_here(model))
 
 
+@pytest.fixture
+def releases(tmp_path: Path, build: Build, build_deb: ModuleType, release_packages: ModuleType) -> Releases:
+    """What the board gets, one after the other."""
+    return Releases(tmp_path, build, build_deb.project_version(), release_packages)
+
+
 _ON_EMULATED = ("--on=lab=qemu",)
 
 
 class Releases:
     """Signed packages, by a key that the board trusts."""
 
-    def __init__(self, folder: Path, build: Build, packages: ModuleType) -> None:
+    def __init__(self, folder: Path, build: Build, version: str, packages: ModuleType) -> None:
+        """``version`` is the one that the card gets first."""
         self._folder = folder / "releases"
         self._build = build
         self._packages = packages
-        self.first = build(build_deb.project_version())
+        self.first = build(version)
         self._folder.mkdir()
         self._key = self._folder / "key"
         installed("boardbench", "release", "keygen", self._key)
-        self.version = f"{build_deb.project_version()}.1"
+        self.version = f"{version}.1"
 
     @property
     def public_key(self) -> Path:

@@ -1,14 +1,12 @@
-"""The program that builds packages, as a module; and Debians in folders, in which they are installed."""
+"""Packages of the agent, and Debians in folders, in which they are installed."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,17 +24,6 @@ _EMULATORS = {
     "arm64": ("qemu-aarch64", b"\x02", b"\xb7\x00"),
     "armhf": ("qemu-arm", b"\x01", b"\x28\x00"),
 }
-
-
-@pytest.fixture(scope="session")
-def build_deb() -> ModuleType:
-    """deploy/build_deb.py."""
-    name = "boardbench_build_deb"
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "deploy" / "build_deb.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
