@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from boardbench.agent.board import identify as identify_module
-from boardbench.agent.board.identify import core_types, derive_device_id, identify
+from boardbench.agent.board.identify import core_types, derive_device_id, identify, is_recorded
 from boardbench.agent.board.sensor import Sensor
 from boardbench.agent.board.sensors import cpufreq, find_all, thermal
 from boardbench.agent.errors import StorageError
@@ -238,3 +240,23 @@ def test_zone_that_is_no_number_is_an_error_and_not_a_zero(tmp_path: Path) -> No
     (zone, _) = thermal.find(root)
     with pytest.raises(OSError, match="thermal_zone0"):
         list(zone.read())
+
+
+def test_a_folder_is_no_hardware_and_the_host_of_a_container_is(tmp_path: Path) -> None:
+    host = tmp_path / "host"
+    (host / "sys").mkdir(parents=True)
+    assert not is_recorded(Path("/"))
+    assert is_recorded(host)
+    asks = "import sys; from pathlib import Path; from boardbench.agent.board.identify import is_recorded; "
+    asks += "print(is_recorded(Path(sys.argv[1])))"
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount.append('mount --rbind /sys "$1/sys" && shift && exec "$@"')
+    asked = subprocess.run(
+        [*mount, "_", str(host), sys.executable, "-c", asks, str(host)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode:
+        pytest.skip(f"this machine lets nobody mount what its kernel says elsewhere: {asked.stderr.strip()}")
+    assert asked.stdout.strip() == "False"

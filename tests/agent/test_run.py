@@ -152,6 +152,16 @@ async def test_emulated_board_is_labelled(harness: Harness, fake_model: Callable
     assert "emulated" in [warning.code for warning in result.warnings]
 
 
+async def test_sensors_that_are_a_folder_are_labelled(
+    harness: Harness, fake_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    harness.root = tmp_path / "board"
+    (harness.root / "sys").mkdir(parents=True)
+    result = await harness.execute(fake_model())
+    assert result.status == result_pb2.RUN_STATUS_SUCCEEDED
+    assert list(result.standins) == ["recorded-sensors"]
+
+
 async def test_noise_does_not_reach_the_events(harness: Harness, fake_model: Callable[..., Path]) -> None:
     noise = [{"stdout": '{"event":"error"}' * 100, "times": 5000}, {"stderr": "\0\1" * 100, "times": 50}]
     result = await harness.execute(fake_model(create=noise))

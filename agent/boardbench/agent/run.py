@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from boardbench.agent import caches, validity, wire, worker
+from boardbench.agent.board.identify import RECORDED, is_recorded
 from boardbench.agent.config import AgentConfig
 from boardbench.agent.plan import Job, blank_result, counted_seconds, job_line, samples_a_run
 from boardbench.v1 import agent_pb2, placement_pb2, result_pb2
@@ -615,6 +616,8 @@ class Attempt:
         result.warnings.extend(self._warnings)
         if result.placement.standin and "standin" not in " ".join(result.standins):
             result.standins.append(f"standin-{spec.device if spec.device != 'cpu' else spec.runtime}")
+        if is_recorded(self._sys_root):
+            result.standins.append(RECORDED)
         validity.settle(result, self._config.validity.severity)
         return result
 

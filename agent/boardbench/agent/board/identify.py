@@ -96,6 +96,9 @@ _PLATFORM_MAKERS = ("tegra", "rk")
 # Emulators proper: what they time is the emulator. A virtual machine runs on the real processor.
 EMULATORS = frozenset(("qemu", "qemu-user", "rosetta"))
 
+RECORDED = "recorded-sensors"
+"""What had a part in a run whose sensors were a folder, and no hardware."""
+
 _DEVICE_ID_SALT = b"boardbench device id, version 1"
 _DEVICE_ID_FILE = "device-id"
 
@@ -126,6 +129,14 @@ def identify(
         labels=dict(labels),
         emulator=_emulator(root, architecture, processors, compatible),
     )
+
+
+def is_recorded(root: Path) -> bool:
+    """Whether what is read below the root is a folder that somebody filled, and not what a kernel says now.
+
+    A container may be given the files of its host below another root: they are mounted there.
+    """
+    return root.resolve() != Path("/") and not (root / "sys").is_mount()
 
 
 def derive_device_id(root: Path, data_dir: Path) -> str:

@@ -421,7 +421,9 @@ class RunResult(google.protobuf.message.Message):
 
     @property
     def standins(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Stand-ins and emulators that had a part in the run ("standin-edgetpu", "qemu-user"); empty on real hardware."""
+        """Stand-ins and emulators that had a part in the run ("standin-edgetpu", "qemu-user", "recorded-sensors"); empty
+        on real hardware.
+        """
 
     @property
     def output_sha256(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
