@@ -80,6 +80,8 @@ def lab(programs: Any, eventually: Eventually) -> Iterator[Lab]:
 
 
 LONG = ("--duration", "6", "--profile-runs", "0", "--idle", "0")
+# It ends by what is done to it, and not before.
+ENDLESS = ("--duration", "3600", "--profile-runs", "0", "--idle", "0")
 SHORT = ("--duration", "0.2", "--profile-runs", "0", "--idle", "0")
 
 
@@ -111,7 +113,7 @@ def test_a_model_goes_once_to_the_collector_and_once_to_each_board_behind_a_nat(
 def test_runs_that_are_pushed_and_jobs_share_one_queue(lab: Lab, demo_tflite: Path) -> None:
     board = lab.programs.agent("open", collector=lab.collector.address)
     lab.eventually("it is up", lambda: lab.devices("up=true"))
-    (job,) = lab.push(demo_tflite, "--all", *LONG, "--detach", "--format", "json").json
+    (job,) = lab.push(demo_tflite, "--all", *ENDLESS, "--detach", "--format", "json").json
     lab.until(job["job_id"], "RUNNING")
     # The model is there already, under the same SHA-256, and the run waits for that of the job.
     lab.cli("push", demo_tflite, "--to", board.address, *SHORT, "--detach")
@@ -119,8 +121,12 @@ def test_runs_that_are_pushed_and_jobs_share_one_queue(lab: Lab, demo_tflite: Pa
     job_run = lab.job(job["job_id"])["run_id"]
     assert states.pop(job_run) == "RUN_STATE_RUNNING"
     assert list(states.values()) == ["RUN_STATE_QUEUED"]
-    lab.until(job["job_id"], "DONE")
+    lab.cli("jobs", "cancel", job["job_id"], "--via", lab.collector.address)
+    lab.until(job["job_id"], "CANCELLED")
     lab.eventually("both are stored", lambda: len(lab.results()) == 2)
+    ended = {result["run_id"]: result["status"] for result in lab.results()}
+    assert ended.pop(job_run) == "RUN_STATUS_CANCELLED"
+    assert list(ended.values()) == ["RUN_STATUS_SUCCEEDED"]
 
 
 def test_nobody_meets_the_terms(lab: Lab, demo_tflite: Path) -> None:
@@ -167,7 +173,8 @@ def test_a_collector_that_is_killed_in_the_middle_has_the_job_done_once(lab: Lab
 
 def test_a_cancelled_job_ends_on_the_board_too(lab: Lab, demo_tflite: Path) -> None:
     lab.board("a")
-    jobs = [lab.push(demo_tflite, "--all", *LONG, "--detach", "--format", "json").json[0] for _ in range(3)]
+    push = (demo_tflite, "--all", *ENDLESS, "--detach", "--format", "json")
+    jobs = [lab.push(*push).json[0] for _ in range(3)]
     lab.until(jobs[0]["job_id"], "RUNNING")
     ids = [job["job_id"] for job in jobs]
     lab.cli("jobs", "cancel", *ids, "--via", lab.collector.address)
