@@ -20,6 +20,8 @@ from boardbench.agent.spool import Spool
 from boardbench.agent.stream import CollectorLink, Pace, open_channel
 from boardbench.v1 import board_pb2, collector_pb2, collector_pb2_grpc, job_pb2, result_pb2
 
+from .spools import SimulatedDisk
+
 QUICK = Pace(first_retry_seconds=0.01, longest_retry_seconds=0.05, heartbeat_seconds=0.05)
 Context = grpc.aio.ServicerContext
 
@@ -343,6 +345,23 @@ async def test_results_wait_while_the_collector_is_down_and_arrive_once(spool, c
         async with serving(collector, port):
             await until(lambda: pending(spool) == 0)
     assert collector.stored == run_ids
+
+
+async def test_results_in_memory_go_to_the_disk_though_no_collector_is_there(tmp_path: Path):
+    disk = SimulatedDisk(tmp_path / "spool")
+    spool = Spool(tmp_path / "spool", 1 << 24, 1.0, disk=disk)
+    disk.broken = True
+    fill(spool, 3)
+    async with linking(spool, 1) as link:
+        await until(lambda: link.status().error not in ("", "not connected yet"))
+        assert spool.status().trouble
+        disk.broken = False
+        await until(lambda: not spool.status().trouble)
+        assert not link.status().connected
+    spool.close()
+    again = Spool(tmp_path / "spool", 1 << 24, 1.0)
+    assert pending(again) == 3
+    again.close()
 
 
 async def test_a_stream_that_breaks_before_the_acknowledgement_is_taken_up_again(spool, collector):

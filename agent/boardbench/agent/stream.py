@@ -192,6 +192,9 @@ class CollectorLink:
             failures = 0
             while True:
                 began = self._monotonic()
+                # A board may be offline for weeks: what is only in memory should not wait for the collector.
+                if self._spool.status().trouble:
+                    await asyncio.to_thread(self._spool.settle)
                 session = _Session(self, self._spool, self._pace)
                 problem = await self._attempt(session)
                 if problem is None:
