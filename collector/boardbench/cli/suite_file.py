@@ -1,36 +1,38 @@
 """suite.toml: models × runtimes × boards × scenarios, as cases.
 
-name = "nightly"                 tag of every result: suite=nightly
-models = ["models/*.tflite"]     files, or patterns, relative to this file
+An example:
 
-[defaults]                       options of every run, by the names that `boardbench push` has
-duration = 5
+    name = "nightly"                 tag of every result: suite=nightly
+    models = ["models/*.tflite"]     files, or patterns, relative to this file
 
-[runtimes.tflite-1]              options again; every table named so is one runtime of the matrix
-runtime = "tflite"
-threads = 1
+    [defaults]                       options of every run, by the names that `boardbench push` has
+    duration = 5
 
-[boards.pi5]                     terms; so many of the boards that meet them, or all
-on = ["board=pi5", "lab=zurich"]
-count = 1
+    [runtimes.tflite-1]              options again; every table named so is one runtime of the matrix
+    runtime = "tflite"
+    threads = 1
 
-[scenarios.camera]               options again
-scenario = "periodic"
-rate = 30
+    [boards.pi5]                     terms; so many of the boards that meet them, or all
+    on = ["board=pi5", "lab=zurich"]
+    count = 1
 
-[[exclude]]                      combinations that are left out: all that meets every key
-board = "pi5"
-model = "*edgetpu*"
+    [scenarios.camera]               options again
+    scenario = "periodic"
+    rate = 30
 
-[[include]]                      combinations beside the matrix, from the same names
-model = "models/large.tflite"
-board = "orin"
+    [[exclude]]                      combinations that are left out: all that meets every key
+    board = "pi5"
+    model = "*edgetpu*"
 
-require = ["p50<=20ms"]          what every result must hold (also in [boards.…] and [scenarios.…])
+    [[include]]                      combinations beside the matrix, from the same names
+    model = "models/large.tflite"
+    board = "orin"
 
-[schedule]                       for `boardbench suite watch`
-cron = "0 3 * * *"               local time, or timezone = "Europe/Zurich"
-folders = ["incoming"]           a new model there runs on everything, as one of `models` would
+    require = ["p50<=20ms"]          what every result must hold (also in [boards.…] and [scenarios.…])
+
+    [schedule]                       for `boardbench suite watch`
+    cron = "0 3 * * *"               local time, or timezone = "Europe/Zurich"
+    folders = ["incoming"]           a new model there runs on everything, as one of `models` would
 """
 
 from __future__ import annotations
