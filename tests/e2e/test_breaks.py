@@ -330,7 +330,7 @@ def test_an_agent_whose_disk_is_full(
     push = ("push", demo_onnx, "--to", agent.address, "--format", "json", *QUICK)
     third = programs.client(*push, code=1).json
     assert third["error"]["code"] == "not_started", third
-    assert "No space left on device" in third["error"]["message"]
+    assert "No space left on device: make room on the board's disk" in third["error"]["message"]
     run_ids.append(third["run_id"])
     back = programs.collector(listen=collector.address, http=collector.http)
     for each in run_ids:

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # Progress that is kept for those who come late; beyond it every second one goes.
 _KEPT_PROGRESS = 120
 
@@ -413,7 +414,7 @@ class Runs:
         try:
             await asyncio.to_thread(call, *arguments)
         except OSError as error:
-            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+            kind = DiskFull if error.errno in _NO_ROOM else StorageError
             where = self._config.data_dir
             raise kind(
                 f"the run can't be written to {where} ({error.strerror}): mend that, ask again"
@@ -463,8 +464,12 @@ class Runs:
                 if run.cancelled:
                     session.stop(run.order.run_id)
             await session.execute()
-        except (AgentError, OSError) as error:
+        except AgentError as error:
             failure = "not_started", str(error)
+        except OSError as error:
+            remedy = "make room on the board's disk" if error.errno in _NO_ROOM else "see to the board's disk"
+            what = f"{error.filename or self._scratch}: {error.strerror or error}"
+            failure = "not_started", f"{what}: {remedy}, then push again"
         except Exception as error:  # a fault of the agent's own must not end the runs that wait
             _log.exception("run %s", ", ".join(run.order.run_id for run in runs))
             failure = "internal", f"{type(error).__name__}: {error}: please report this"
