@@ -162,6 +162,9 @@ def test_devices_are_listed(collector, boardbench, at):
     assert "1 can't run" in text
     assert "EMULATED (qemu-user) down, seen 3 h ago" in text
     assert "x86_64, virtual machine (kvm) down" in text
+    assert "idle" not in text, "nobody knows what a board does that is down"
+    down.heartbeat.running_run_id = "y"
+    assert "was running" in boardbench("devices", *at).out
     assert len(json.loads(boardbench("devices", *at, "--format", "json").out)) == 3
     up.clock_offset_seconds = 1.25
     up.problems.append("its clock is off")

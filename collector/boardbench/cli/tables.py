@@ -245,7 +245,11 @@ def _who(device: collector_pb2.Device) -> Text:
 
 
 def _occupied(device: collector_pb2.Device, between: str = "\n") -> Text:
-    text = Text(_queue(device.heartbeat.running_run_id, device.heartbeat.queued_runs))
+    heartbeat = device.heartbeat
+    text = Text(_queue(heartbeat.running_run_id, heartbeat.queued_runs))
+    if not device.up:
+        # What its last heartbeat said; what it does now is not known.
+        text = Text(f"was {text}" if heartbeat.running_run_id or heartbeat.queued_runs else "–", QUIET)
     if device.open_jobs:
         text.append(f"{between}{figures.plural(device.open_jobs, 'job')}")
     if device.HasField("reservation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
@@ -21,7 +22,9 @@ def cudart() -> str:
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         pytest.skip("no C compiler (cc, gcc, clang) to build a stand-in of libcudart with: install gcc")
-    made = Path(tempfile.mkdtemp(prefix="boardbench-cudart-")) / "libcudart-standin.so"
+    folder = tempfile.mkdtemp(prefix="boardbench-cudart-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = Path(folder) / "libcudart-standin.so"
     command = [compiler, "-std=gnu11", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o", os.fspath(made)]
     subprocess.run([*command, os.fspath(TESTS / "tensorrt" / "cudart.c")], check=True)
     return os.fspath(made)
