@@ -52,25 +52,25 @@ def _module(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def processes() -> ModuleType:
-    """Finds and ends processes that outlived whoever started them (processes.py)."""
-    return _module(REPOSITORY / "tests" / "processes.py")
+def survivors() -> ModuleType:
+    """Finds and ends processes that outlived whoever started them (survivors.py)."""
+    return _module(REPOSITORY / "tests" / "survivors.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_outlives_the_tests(processes: ModuleType) -> Iterator[None]:
+def nothing_outlives_the_tests(survivors: ModuleType) -> Iterator[None]:
     """Fails when a process is left at the end that a test, or a process of a test, has started; kills it."""
     mark = f"{os.getpid()}-{secrets.token_hex(8)}"
-    os.environ[processes.MARK] = mark
-    others = {child.pid for child in processes.children()}
+    os.environ[survivors.MARK] = mark
+    others = {child.pid for child in survivors.children()}
     yield
 
     def left() -> list[Any]:
         # This process's own may have been given another environment.
-        own = [child for child in processes.children() if child.pid not in others]
-        return list({*processes.started_with(processes.MARK, mark), *own})
+        own = [child for child in survivors.children() if child.pid not in others]
+        return list({*survivors.started_with(survivors.MARK, mark), *own})
 
-    processes.check_none_is_left(left)
+    survivors.check_none_is_left(left)
 
 
 @pytest.fixture(scope="session")

@@ -468,26 +468,26 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @contextlib.contextmanager
-def _programs(folder: Path, processes: Any) -> Iterator[Programs]:
+def _programs(folder: Path, survivors: Any) -> Iterator[Programs]:
     made = Programs(folder)
     yield made
     made.close()
     # What was started by one of them is in nobody's list.
-    processes.check_none_is_left(lambda: processes.started_with("HOME", str(folder)))
+    survivors.check_none_is_left(lambda: survivors.started_with("HOME", str(folder)))
     made.check_logs()
 
 
 @pytest.fixture
-def programs(tmp_path: Path, processes: Any) -> Iterator[Programs]:
+def programs(tmp_path: Path, survivors: Any) -> Iterator[Programs]:
     """Starts programs for this test; ends them after it."""
-    with _programs(tmp_path / "programs", processes) as made:
+    with _programs(tmp_path / "programs", survivors) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def module_programs(tmp_path_factory: pytest.TempPathFactory, processes: Any) -> Iterator[Programs]:
+def module_programs(tmp_path_factory: pytest.TempPathFactory, survivors: Any) -> Iterator[Programs]:
     """Starts programs that a module's tests share."""
-    with _programs(tmp_path_factory.mktemp("programs"), processes) as made:
+    with _programs(tmp_path_factory.mktemp("programs"), survivors) as made:
         yield made
 
 

@@ -8,7 +8,7 @@ import urllib.request
 from typing import Any
 
 
-def test_demo(programs: Any, processes: Any) -> None:
+def test_demo(programs: Any, survivors: Any) -> None:
     answer = programs.client("demo", seconds=170)
     text = answer.out + answer.err
     assert "tflite" in text and "onnx" in text
@@ -16,10 +16,10 @@ def test_demo(programs: Any, processes: Any) -> None:
     assert "ARG_MAX" in text and "XNNPACK" in text.upper()
     assert "boardbench_latency_seconds" in text
     assert "Traceback" not in text
-    assert processes.started_with("HOME", str(programs.folder)) == []
+    assert survivors.started_with("HOME", str(programs.folder)) == []
 
 
-def test_demo_stays_until_interrupted(programs: Any, processes: Any, eventually: Any) -> None:
+def test_demo_stays_until_interrupted(programs: Any, survivors: Any, eventually: Any) -> None:
     program = programs.client.begin("demo", "--stay")
 
     def metrics_url() -> str | None:
@@ -30,9 +30,9 @@ def test_demo_stays_until_interrupted(programs: Any, processes: Any, eventually:
     url = eventually("the demo tells its URLs and stays", metrics_url, 150)
     with urllib.request.urlopen(url, timeout=20) as answer:
         assert b"boardbench_latency_seconds{" in answer.read()
-    left = processes.started_with("HOME", str(programs.folder))
+    left = survivors.started_with("HOME", str(programs.folder))
     assert {"boardbench.collector", "boardbench.agent"} <= {
         word for found in left for word in found.command.split()
     }
     assert program.end(signal.SIGINT, 30) == 0, program.log()
-    assert processes.started_with("HOME", str(programs.folder)) == []
+    assert survivors.started_with("HOME", str(programs.folder)) == []

@@ -90,7 +90,7 @@ class Board:
     root: Path
     orders: Path
     environment: dict[str, str]
-    processes: Any
+    survivors: Any
     stop: threading.Event = field(default_factory=threading.Event)
     switches: list[subprocess.Popen[bytes]] = field(default_factory=list)
     watcher: threading.Thread | None = None
@@ -167,14 +167,14 @@ class Board:
                 self.begin_switch().wait()
 
     def _running(self) -> list[Any]:
-        return list(self.processes.started_with("BOARDBENCH_AGENT_UPDATE_ROOT", str(self.root)))
+        return list(self.survivors.started_with("BOARDBENCH_AGENT_UPDATE_ROOT", str(self.root)))
 
     def end(self) -> None:
         """Ends all that was started for it, and that these have started, whoever of them is still there."""
         self.stop.set()
         while True:
             # It has gone down to every one of them; a switch that is ended lets go of whoever waits for it.
-            self.processes.end(self._running)
+            self.survivors.end(self._running)
             if self.watcher is None or not self.watcher.is_alive():
                 break
             self.watcher.join(0.1)
@@ -190,7 +190,7 @@ class Fleet:
     collector: Any
     eventually: Eventually
     packages: Any
-    processes: Any
+    survivors: Any
     signer: Any
     boards: list[Board] = field(default_factory=list)
 
@@ -225,7 +225,7 @@ class Fleet:
             ],
         }
         (root / "orders.json").write_text(json.dumps(orders))
-        made = Board(name, root, root / "orders.json", environment, self.processes)
+        made = Board(name, root, root / "orders.json", environment, self.survivors)
         self.boards.append(made)
         made.power_up()
         self.eventually(f"{name} is up", lambda: self.version(name) == "0.1.0", 60.0)
@@ -264,14 +264,14 @@ class Fleet:
 
 @pytest.fixture
 def fleet_of(
-    programs: Any, eventually: Eventually, release_packages: Any, processes: Any
+    programs: Any, eventually: Eventually, release_packages: Any, survivors: Any
 ) -> Iterator[Callable[[Any], Fleet]]:
     """Makes the fleet of a collector; ends its boards."""
     made: list[Fleet] = []
 
     def make(collector: Any) -> Fleet:
         signer = release_packages.Signer()
-        made.append(Fleet(programs, collector, eventually, release_packages, processes, signer))
+        made.append(Fleet(programs, collector, eventually, release_packages, survivors, signer))
         return made[-1]
 
     yield make

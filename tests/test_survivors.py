@@ -22,8 +22,8 @@ ORPHAN = (
 LEAKING = f"""
 import subprocess, sys
 
-def test_that_leaves_something(processes):
-    processes.GOING_SECONDS = 0.0
+def test_that_leaves_something(survivors):
+    survivors.GOING_SECONDS = 0.0
     subprocess.run([sys.executable, "-c", {ORPHAN!r}], check=True)
 """
 
@@ -35,33 +35,33 @@ def name(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def look(processes: ModuleType, name: str) -> Callable[[], list[Any]]:
-    return lambda: list(processes.started_with("BOARDBENCH_TESTS_OWN", name))
+def look(survivors: ModuleType, name: str) -> Callable[[], list[Any]]:
+    return lambda: list(survivors.started_with("BOARDBENCH_TESTS_OWN", name))
 
 
 def test_an_orphan_is_found_by_what_it_was_started_with_and_ended(
-    processes: ModuleType, name: str, look: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch
+    survivors: ModuleType, name: str, look: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "GOING_SECONDS", 0.0)
+    monkeypatch.setattr(survivors, "GOING_SECONDS", 0.0)
     environment = os.environ | {"BOARDBENCH_TESTS_OWN": name}
     subprocess.run([sys.executable, "-c", ORPHAN], check=True, env=environment)
     (found,) = look()
     assert found.command == "sleep 600"
-    assert processes.started_with("BOARDBENCH_TESTS_OWN", name[:-1]) == []
-    assert found in processes.started_with(processes.MARK, os.environ[processes.MARK])
+    assert survivors.started_with("BOARDBENCH_TESTS_OWN", name[:-1]) == []
+    assert found in survivors.started_with(survivors.MARK, os.environ[survivors.MARK])
     with pytest.raises(AssertionError, match=f"left behind.*{found.pid} .sleep 600.*test_an_orphan_is_found"):
-        processes.check_none_is_left(look)
+        survivors.check_none_is_left(look)
     assert look() == []
-    processes.check_none_is_left(look)
+    survivors.check_none_is_left(look)
 
 
 def test_one_that_ends_by_itself_is_waited_for(
-    processes: ModuleType, name: str, look: Callable[[], list[Any]]
+    survivors: ModuleType, name: str, look: Callable[[], list[Any]]
 ) -> None:
     environment = os.environ | {"BOARDBENCH_TESTS_OWN": name}
     with subprocess.Popen(["sleep", "0.2"], env=environment) as process:
-        assert process.pid in [found.pid for found in processes.children()]
-        processes.check_none_is_left(look)
+        assert process.pid in [found.pid for found in survivors.children()]
+        survivors.check_none_is_left(look)
 
 
 def test_a_session_whose_tests_leave_something_fails(
