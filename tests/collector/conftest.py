@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import grpc
 import psycopg
@@ -317,10 +316,12 @@ class PostgresServer:
             "LC_ALL": "C.UTF-8",
             "LD_LIBRARY_PATH": libraries,
         }
-        self._as: dict[str, Any] = {}
+        self._as: tuple[str, ...] = ()
         if os.geteuid() == 0:
             os.chown(self.folder, _NOBODY, _NOBODY)
-            self._as = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+            # Not by subprocess' own user: for that it forks, and gRPC starts its threads anew in the child,
+            # which may end it before the program is there.
+            self._as = ("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups", "--")
         self._process: subprocess.Popen[bytes] | None = None
         try:
             made = self.run(
@@ -336,7 +337,7 @@ class PostgresServer:
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs one of the server's programs to its end."""
         return subprocess.run(
-            [str(self._bin / program), *arguments],
+            [*self._as, str(self._bin / program), *arguments],
             cwd=self.folder,
             env=self._environment,
             stdout=subprocess.PIPE,
@@ -344,7 +345,6 @@ class PostgresServer:
             text=True,
             check=False,
             timeout=60,
-            **self._as,
         )
 
     def start(self) -> None:
@@ -357,6 +357,7 @@ class PostgresServer:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
+                    *self._as,
                     *(str(self._bin / "postgres"), "-D", "data", "-k", str(self.folder)),
                     # A socket in the folder, and no port that somebody else may take.
                     *("-h", "", "-c", "shared_buffers=32MB"),
@@ -368,7 +369,6 @@ class PostgresServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                **self._as,
             )
 
     def _answers(self) -> bool:
