@@ -124,7 +124,7 @@ test-board: $(VENV)/.dev  ## Flash an emulated board, boot it, run a model on it
 	$(BIN)/python -m pytest tests/board tests/deploy/test_life_of_a_package.py -m soak -n 2 --dist loadgroup --timeout=7200 \
 		-rs $(PYTEST_ARGS)
 
-test-packages: $(VENV)/.dev  ## Build every package twice and install it in its Debian (root; mmdebstrap; an hour)
+test-packages: $(VENV)/.dev  ## Build every package twice and install it in its Debian (root; mmdebstrap; half an hour and more)
 	$(BIN)/python -m pytest tests/deploy -m soak --timeout=7200 -rs $(PYTEST_ARGS)
 
 build: $(BIN)/python  ## Build the wheel and the source distribution into dist/
