@@ -196,10 +196,11 @@ def test_the_output_of_a_worker_that_told_why_is_left_to_the_whole_page(sample):
 
 
 def test_the_names_of_emulators_are_those_that_boards_give():
-    from boardbench.agent.board.identify import EMULATORS as on_the_board
-    from boardbench.cli.report import EMULATORS
+    from boardbench.agent.board import identify as on_the_board
+    from boardbench.cli.report import EMULATORS, RECORDED_SENSORS
 
-    assert on_the_board == EMULATORS
+    assert on_the_board.EMULATORS == EMULATORS
+    assert on_the_board.RECORDED == RECORDED_SENSORS
     assert board_pb2.Board(emulator="qemu").emulator in EMULATORS
 
 
@@ -253,3 +254,16 @@ def test_a_line_says_that_its_board_was_emulated() -> None:
         assert "EMULATED, INVALID (1 warning)" in text_of(table([result]), width=160)
     del result.standins[:]
     assert "EMULATED" not in text_of(results_table([result]), width=160)
+
+
+def test_what_stood_in_is_told_and_sensors_of_a_folder_are_no_accelerator(sample) -> None:
+    result = sample("success")
+    result.standins[:] = ["recorded-sensors"]
+    page = " ".join(text_of(result_page(result)).split())
+    assert "RECORDED SENSORS: heat, clocks and power are those of a folder" in page
+    assert "no accelerator had a part" not in page
+    for table in (comparison_table, results_table):
+        assert "STAND-IN, " in text_of(table([result]), width=200)
+    result.standins.append("standin-edgetpu")
+    page = " ".join(text_of(result_page(result)).split())
+    assert "STAND-IN (standin-edgetpu): no accelerator had a part" in page

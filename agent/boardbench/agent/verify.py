@@ -86,6 +86,8 @@ def _row(
         how = f"virtual machine ({board.emulator})" if board.emulator else "real"
         if board.emulator in EMULATORS:
             how = f"emulated ({board.emulator})"
+        elif result.standins:
+            how = f"stand-in ({', '.join(result.standins)})"
         how += f": {model.name}, {result.latency.count} inferences"
     else:
         why = problem if result is None else result.error.message

@@ -36,6 +36,8 @@ from boardbench.v1 import board_pb2, latency_pb2, model_pb2, result_pb2
 # What they time is the emulator. The other names that a board gives are virtual machines, which run on
 # the real processor.
 EMULATORS = frozenset(("qemu", "qemu-user", "rosetta"))
+# What an agent says whose sensors are a folder: the figures of time are those of a machine.
+RECORDED_SENSORS = "recorded-sensors"
 _SECTION_WIDTH = 10
 
 STAGES: dict[int, str] = {
@@ -197,7 +199,11 @@ def _banners(result: result_pb2.RunResult) -> list[RenderableType]:
     if worth is not None:
         banners.append(Padding(worth, (0, 0, 0, 2)))
     emulators = emulators_of(result)
-    standins = sorted(set(result.standins) - EMULATORS)
+    standins = sorted(set(result.standins) - EMULATORS - {RECORDED_SENSORS})
+    if RECORDED_SENSORS in result.standins:
+        banners.append(
+            _banner("RECORDED SENSORS: heat, clocks and power are those of a folder, and of no board")
+        )
     if emulators:
         banners.append(
             _banner(f"EMULATED ({', '.join(emulators)}): these timings are not the performance of any board")

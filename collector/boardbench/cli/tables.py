@@ -161,18 +161,23 @@ def _any_fallback(results: Iterable[result_pb2.RunResult]) -> bool:
 
 
 def status_of(result: result_pb2.RunResult) -> Text:
-    """How it ended, and what it is worth."""
+    """How it ended, what it is worth, and that it was no real board."""
     word, style = _STATUS.get(result.status, ("unknown", DOUBTFUL))
     if result.HasField("error") and result.error.code:
-        word += f" {result.error.code}"
-    elif result.warnings:
-        worth, worth_style = validity_word(result)
-        if worth and result.validity != result_pb2.VALIDITY_VALID:
-            worth = ", ".join(["EMULATED"] * bool(emulators_of(result)) + [worth])
-            return Text(worth, worth_style).append(f" ({figures.plural(_doubts(result), 'warning')})")
-        if _doubts(result):
-            return Text(word, style).append(f" ({figures.plural(_doubts(result), 'warning')})", DOUBTFUL)
-    return Text(word, style)
+        return Text(f"{word} {result.error.code}", style)
+    worth, worth_style = validity_word(result)
+    doubts = _doubts(result)
+    is_worse = bool(result.warnings and worth) and result.validity != result_pb2.VALIDITY_VALID
+    if is_worse:
+        word, style = worth, worth_style
+    marks = ["EMULATED"] if emulators_of(result) else []
+    # One in the accelerator's place is told where the accelerator is.
+    if not result.placement.standin and set(result.standins) - EMULATORS:
+        marks.append("STAND-IN")
+    text = Text(", ".join([*marks, word]), BAD if marks else style)
+    if is_worse or doubts:
+        text.append(f" ({figures.plural(doubts, 'warning')})", "" if is_worse else DOUBTFUL)
+    return text
 
 
 def _doubts(result: result_pb2.RunResult) -> int:
