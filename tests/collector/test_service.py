@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from boardbench.collector import service
 from boardbench.collector.config import CollectorConfig
 from boardbench.collector.errors import StoreUnavailable
 from boardbench.collector.stores.memory import MemoryResultStore
@@ -258,6 +261,37 @@ async def test_one_acknowledgement_is_for_what_was_committed_meanwhile(
             await board.acknowledged(7)
         store.commit()
         assert (await board.read()).acknowledgement.sequence == 20
+        await board.leave()
+
+
+async def test_the_time_to_an_acknowledgement_is_until_it_is_sent(
+    collector_over, make_result: MakeResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_TOGETHER_SECONDS", 3600.0)
+    store = HeldStore()
+
+    async with collector_over(store) as collector, aiohttp.ClientSession() as http:
+
+        async def figures() -> tuple[str, str]:
+            async with http.get(f"{collector.url}/metrics") as answer:
+                told = dict(line.rsplit(" ", 1) for line in (await answer.text()).splitlines() if line)
+            return (
+                told["boardbench_collector_results_stored_total"],
+                told["boardbench_collector_acknowledge_seconds_count"],
+            )
+
+        board = collector.board()
+        await board.join()
+        await _send_all(board, [make_result(f"run-{n}", samples=0) for n in range(1, 10)])
+        await until(lambda: len(store.asked) == 9, "all were handed to the store")
+        store.commit(7)
+        deadline = time.monotonic() + 20
+        while (found := await figures())[0] != "7":
+            assert time.monotonic() < deadline, found
+        assert found[1] == "0", "committed, and kept back for the next one"
+        store.commit()
+        await board.acknowledged(9)
+        assert (await figures())[1] == "9"
         await board.leave()
 
 

@@ -408,6 +408,13 @@ async def test_what_had_the_part_of_hardware_is_named(
     await board.acknowledged(1)
     page = await _page(http, collector.url)
     assert "succeeded, INVALID: not hardware but qemu, <b>" in page.text
+    recorded = make_result("run-2")
+    recorded.validity = result_pb2.VALIDITY_INVALID
+    recorded.standins[:] = ["recorded-sensors"]
+    await board.send(2, recorded)
+    await board.acknowledged(2)
+    page = await _page(http, collector.url)
+    assert "succeeded, INVALID, sensors of a folder" in page.text
     await board.leave()
 
 

@@ -105,6 +105,9 @@ def _devices_table(devices: Sequence[collector_pb2.Device], now: float) -> str:
     )
 
 
+_RECORDED_SENSORS = "recorded-sensors"
+"""What an agent says whose sensors are a folder."""
+
 _LONG_IDENTITY = 32
 """Identities that are made have 16 letters; one that was chosen is broken where it is longer than this."""
 
@@ -223,7 +226,10 @@ def _ending(result: result_pb2.RunResult) -> str:
     if result.status == result_pb2.RUN_STATUS_SUCCEEDED:
         doubts = len(_doubts(result))
         if result.validity == result_pb2.VALIDITY_INVALID:
-            on = f": not hardware but {', '.join(map(escape, result.standins))}" if result.standins else ""
+            others = [name for name in result.standins if name != _RECORDED_SENSORS]
+            on = f": not hardware but {', '.join(map(escape, others))}" if others else ""
+            # With these the time is a machine's, and heat, clocks and power are not.
+            on += ", sensors of a folder" if len(others) < len(result.standins) else ""
             return f'succeeded, <span class="bad">INVALID{on}</span>'
         if result.validity == result_pb2.VALIDITY_VALID and not doubts:
             return '<span class="good">valid</span>'
