@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from boardbench.collector.errors import (
-    Ambiguous,
     InvalidRequest,
     NotFound,
     Occupied,
@@ -44,7 +43,7 @@ from boardbench.collector.jobs import (
     set_time,
 )
 from boardbench.collector.look import QueueView, ReadModel
-from boardbench.collector.store import check_identity
+from boardbench.collector.store import check_identity, the_one
 from boardbench.collector.terms import MEANINGS, Term, chosen, complaint, parse
 from boardbench.v1 import collector_pb2, job_pb2, model_pb2, result_pb2
 
@@ -665,13 +664,7 @@ class Dispatcher:
     async def _begins(self, digits: str) -> str:
         """Returns the one job whose identity begins so; NotFound or Ambiguous."""
         found = await self._jobs.find_jobs(digits)
-        if not found:
-            raise NotFound(f"no job is named {digits!r}, nor does one begin so")
-        if len(found) > 1:
-            raise Ambiguous(
-                f"several jobs begin with {digits!r}, {found[0].job_id} and {found[1].job_id} among them;"
-                " give more digits"
-            )
+        the_one("job", digits, [record.job_id for record in found])
         return found[0].job_id
 
     async def _all(self, query: JobQuery) -> tuple[JobRecord, ...]:

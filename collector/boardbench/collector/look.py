@@ -15,10 +15,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from boardbench.collector.config import CollectorConfig
-from boardbench.collector.errors import Ambiguous, InvalidRequest, NotFound
+from boardbench.collector.errors import InvalidRequest
 from boardbench.collector.fleet import Fleet, Tally
 from boardbench.collector.jobs import set_time
-from boardbench.collector.store import LatestResults, News, Outcomes, Position, ResultFilter, ResultStore
+from boardbench.collector.store import (
+    LatestResults,
+    News,
+    Outcomes,
+    Position,
+    ResultFilter,
+    ResultStore,
+    the_one,
+)
 from boardbench.collector.terms import chosen, parse
 from boardbench.v1 import collector_pb2, result_pb2
 
@@ -237,13 +245,7 @@ class ReadModel:
         if not run_id:
             raise InvalidRequest("run_id is missing")
         found = await self._store.find(run_id)
-        if not found:
-            raise NotFound(f"no run is named {run_id!r}, nor does one begin so")
-        if len(found) > 1:
-            raise Ambiguous(
-                f"several runs begin with {run_id!r}, {found[0].run_id} and {found[1].run_id} among them;"
-                " give more digits"
-            )
+        the_one("run", run_id, [result.run_id for result in found])
         return found[0]
 
     def now(self) -> float:

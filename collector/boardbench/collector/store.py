@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
-from boardbench.collector.errors import InvalidRequest, ResultRefused
+from boardbench.collector.errors import Ambiguous, InvalidRequest, NotFound, ResultRefused
 from boardbench.collector.jobs import JobStore
 from boardbench.v1 import collector_pb2, placement_pb2, result_pb2, scenario_pb2
 
@@ -443,6 +443,16 @@ def check_identity(what: str, text: str) -> None:
         raise ValueError(f"{what} has {len(text)} characters; at most {MAX_ID_LENGTH} are taken")
     if not text.isprintable():
         raise ValueError(f"{what} {text!r} has characters that can't be printed")
+
+
+def the_one(what: str, given: str, found: Sequence[str]) -> None:
+    """Returns when the digits name one of what there is; NotFound or Ambiguous says why not."""
+    if not found:
+        raise NotFound(f"no {what} is named {given!r}, nor does one begin so")
+    if len(found) > 1:
+        raise Ambiguous(
+            f"several {what}s begin with {given!r}, {found[0]} and {found[1]} among them; give more digits"
+        )
 
 
 def check_result(result: result_pb2.RunResult, max_bytes: int, content: bytes | None = None) -> None:
